@@ -1,0 +1,41 @@
+"""The fx graph as a networkx DiGraph, and the questions that passes ask of it."""
+
+from __future__ import annotations
+
+import networkx as nx
+import torch
+from torch.fx import Graph, Node
+
+
+def build_dataflow(graph: Graph) -> nx.DiGraph[Node]:
+    """A DiGraph with one vertex a node and one edge for each use of a value.
+
+    A node that writes into its first argument in place gets an edge back to that argument, because
+    later readers of the argument see what was written.
+    """
+    flow: nx.DiGraph[Node] = nx.DiGraph()
+    flow.add_nodes_from(graph.nodes)
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            flow.add_edge(source, node)
+        if is_in_place(node) and isinstance(node.args[0], Node):
+            flow.add_edge(node, node.args[0])
+    return flow
+
+
+def is_in_place(node: Node) -> bool:
+    """Whether the node writes into its first argument."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and bool(node.args)
+
+
+def find_nodes_reaching_output(graph: Graph) -> set[Node]:
+    """Every node that an output of the graph, or a buffer that outlives the call, depends on."""
+    reversed_flow = build_dataflow(graph).reverse(copy=False)
+    sinks = [graph.output_node()]
+    sinks += [node for node in graph.nodes if is_in_place(node) and _outlives_call(node.args[0])]
+    layers = nx.bfs_layers(reversed_flow, sinks)
+    return {node for layer in layers for node in layer}
+
+
+def _outlives_call(value: object) -> bool:
+    return isinstance(value, Node) and value.op in ("get_attr", "placeholder")

@@ -1,0 +1,61 @@
+"""The contract of an adapter form, and the emitter it writes its nodes with."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+
+@dataclasses.dataclass
+class NodeEmitter:
+    """Appends ``call_function`` nodes after a node and tags each with the site it belongs to.
+
+    Attributes:
+        after: the node behind which the next one goes; moves along.
+        site: the tag.
+    """
+
+    after: Node
+    site: str
+
+    def emit(self, target: Any, *args: Any) -> Node:
+        """Insert ``target(*args)`` and return its node."""
+        graph = self.after.graph
+        with graph.inserting_after(self.after):
+            node = graph.call_function(target, args)
+        node.meta["adapter_site"] = self.site
+        self.after = node
+        return node
+
+
+class AdapterForm(abc.ABC):
+    """What an adapter computes. Forms hold no state and no parameters.
+
+    A form is written twice, on activations and on the weight, and both must agree:
+    ``emit_activation`` adds x ΔWᵀ to the output, ``emit_weight`` adds ΔW to the weight.
+    """
+
+    name: str
+
+    @abc.abstractmethod
+    def parameter_shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters by name, for ΔW of shape [out_features, in_features]."""
+
+    @abc.abstractmethod
+    def emit_activation(
+        self, emitter: NodeEmitter, x: Node, parameters: Mapping[str, Node], scale: float, *, reverse: bool
+    ) -> Node:
+        """Nodes for x ΔWᵀ, or for x ΔW if ``reverse``; x is [..., in] (or [..., out])."""
+
+    @abc.abstractmethod
+    def emit_weight(self, emitter: NodeEmitter, parameters: Mapping[str, Node], scale: float) -> Node:
+        """Nodes for ΔW, [out, in]."""
+
+    @abc.abstractmethod
+    def delta(self, parameters: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
+        """ΔW as a tensor, [out, in], in the dtype of the parameters."""

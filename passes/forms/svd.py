@@ -1,0 +1,51 @@
+"""The SVD form of AdaLoRA: ΔW = s · P diag(λ) Q (Zhang et al. 2023, arXiv 2303.10512, equation 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch.fx import Node
+
+from passes.forms.base import AdapterForm, NodeEmitter
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class SvdForm(AdapterForm):
+    """P: [out, r], ``lam`` (λ): [r], Q: [r, in].
+
+    On activations the order is ((x Qᵀ) ∘ sλ) Pᵀ: no product is larger than the activations times
+    the rank, and with λ = 0 the result is exactly zero.
+    """
+
+    name: str = "svd"
+
+    def parameter_shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of P, lam and Q."""
+        return {"P": (out_features, rank), "lam": (rank,), "Q": (rank, in_features)}
+
+    def emit_activation(
+        self, emitter: NodeEmitter, x: Node, parameters: Mapping[str, Node], scale: float, *, reverse: bool
+    ) -> Node:
+        """((x Qᵀ) ∘ sλ) Pᵀ; reversed ((x P) ∘ sλ) Q."""
+        scaled = emitter.emit(aten.mul.Tensor, parameters["lam"], scale)
+        if reverse:
+            hidden = emitter.emit(aten.matmul.default, x, parameters["P"])
+            hidden = emitter.emit(aten.mul.Tensor, hidden, scaled)
+            return emitter.emit(aten.matmul.default, hidden, parameters["Q"])
+        hidden = emitter.emit(aten.linear.default, x, parameters["Q"])
+        hidden = emitter.emit(aten.mul.Tensor, hidden, scaled)
+        return emitter.emit(aten.linear.default, hidden, parameters["P"])
+
+    def emit_weight(self, emitter: NodeEmitter, parameters: Mapping[str, Node], scale: float) -> Node:
+        """(P ∘ sλ) Q."""
+        scaled = emitter.emit(aten.mul.Tensor, parameters["lam"], scale)
+        columns = emitter.emit(aten.mul.Tensor, parameters["P"], scaled)
+        return emitter.emit(aten.matmul.default, columns, parameters["Q"])
+
+    def delta(self, parameters: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
+        """S · P diag(λ) Q."""
+        return (parameters["P"] * (parameters["lam"] * scale)) @ parameters["Q"]

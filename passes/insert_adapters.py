@@ -1,0 +1,184 @@
+"""Emit the planned adapters' subgraphs.
+
+For each weight of the plan that a graph uses:
+
+    y = x Wᵀ  (linear, matmul, mm, addmm on the whole weight)   →   y + form(x)
+    any other use, or any use of a part of W                     →   W + ΔW in place of W
+
+One use of the second kind makes the weight form serve all uses of that weight in that graph.
+Parameters reach the bodies of ``no_grad`` and autocast regions as further operands. Refused: a
+plan whose parameters the graph module does not hold, and weights whose shape differs from the plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.base import GraphPass, PassResult, PreconditionError, find_graph_modules
+from passes.capture import MODULE_PREFIX
+from passes.forms.base import NodeEmitter
+from passes.plan import AdapterPlan, PlannedAdapter
+from passes.weight_uses import WeightUse, find_body_reference, find_weight_uses
+
+aten = torch.ops.aten
+
+#: Where the adapters' parameters stand in a graph module: ``adapters.<site>.<parameter>``.
+STORE_PREFIX = "adapters."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InsertAdaptersPass(GraphPass):
+    """Insert the adapters of ``plan`` into a captured graph.
+
+    Contract: with λ = 0 the outputs stay bit for bit the same; every node that the pass adds carries
+    ``meta["adapter_site"]``; the last one of each insertion carries ``meta["adapter_replaces"]``, the
+    name of the node whose value it stands for. A site whose adapter is already there is left alone.
+
+    Attributes:
+        plan: which weight gets what.
+        aliases: every parameter name → the first name of the same Parameter.
+    """
+
+    plan: AdapterPlan
+    aliases: Mapping[str, str]
+
+    def requires(self, graph_module: GraphModule) -> None:
+        """The graph lints and holds the plan's weights and parameters in the planned shapes."""
+        super().requires(graph_module)
+        used = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+        for adapter in self.plan:
+            names = (adapter.site.name, *adapter.site.aliases)
+            for target in (MODULE_PREFIX + name for name in names if MODULE_PREFIX + name in used):
+                _assert_shape(graph_module, target, adapter.site.shape, adapter)
+                for name, shape in adapter.parameter_shapes.items():
+                    _assert_shape(graph_module, _parameter_target(adapter, name), shape, adapter)
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        """Insert each adapter that is not there yet."""
+        present = find_adapted_sites(graph_module)
+        uses = find_weight_uses(graph_module, self.aliases)
+        wanted = [a for a in self.plan if uses.get(a.site.name) and a.site.name not in present]
+        for adapter in wanted:
+            _insert(graph_module, adapter, uses[adapter.site.name])
+        return PassResult(graph_module=graph_module, modified=bool(wanted))
+
+    def ensures(self, graph_module: GraphModule) -> None:
+        """Every graph lints and every planned weight that the graph uses has its adapter."""
+        super().ensures(graph_module)
+        used = {name for name, found in find_weight_uses(graph_module, self.aliases).items() if found}
+        missing = {a.site.name for a in self.plan} & used - find_adapted_sites(graph_module)
+        if missing:
+            raise ValueError(f"no adapter was inserted at {', '.join(sorted(missing))}")
+
+
+def find_adapted_sites(graph_module: GraphModule) -> set[str]:
+    """Names of the sites whose adapters are in the graph."""
+    bodies = find_graph_modules(graph_module)
+    tags = (node.meta.get("adapter_site") for body in bodies for node in body.graph.nodes)
+    return {str(tag) for tag in tags if tag is not None}
+
+
+def _insert(graph_module: GraphModule, adapter: PlannedAdapter, uses: Sequence[WeightUse]) -> None:
+    parameters = _fetch_parameters(graph_module, adapter)
+    if all(use.activation is not None for use in uses):
+        for use in uses:
+            _insert_on_activations(use, adapter, parameters)
+    else:
+        for source in dict.fromkeys(use.source for use in uses):
+            _insert_on_weight(source, adapter, parameters)
+
+
+def _fetch_parameters(graph_module: GraphModule, adapter: PlannedAdapter) -> dict[str, Node]:
+    """``get_attr`` nodes for the adapter's parameters at the head of the outermost graph."""
+    graph = graph_module.graph
+    fetched: dict[str, Node] = {}
+    anchor = next(node for node in graph.nodes if node.op != "placeholder")
+    for name in adapter.parameter_shapes:
+        with graph.inserting_before(anchor):
+            node = graph.get_attr(_parameter_target(adapter, name))
+        node.meta["adapter_site"] = adapter.site.name
+        fetched[name] = node
+    return fetched
+
+
+def _insert_on_activations(use: WeightUse, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> None:
+    inner = {name: _bring_into(use.regions, node, adapter) for name, node in parameters.items()}
+    output, x = use.node, use.activation
+    assert x is not None
+    emitter = NodeEmitter(after=output, site=adapter.site.name)
+    x = _cast(emitter, x, adapter.dtype)
+    reverse = use.transposed != adapter.site.transposed
+    update = adapter.form.emit_activation(emitter, x, inner, adapter.scale, reverse=reverse)
+    if _dtype_of(output) != adapter.dtype:
+        update = emitter.emit(aten.type_as.default, update, output)
+    _substitute(emitter, output, update)
+
+
+def _insert_on_weight(source: Node, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> None:
+    last = max([source, *parameters.values()])
+    emitter = NodeEmitter(after=last, site=adapter.site.name)
+    update = adapter.form.emit_weight(emitter, parameters, adapter.scale)
+    if adapter.site.transposed:
+        update = emitter.emit(aten.t.default, update)
+    if len(adapter.site.shape) != 2:
+        update = emitter.emit(aten.reshape.default, update, list(adapter.site.shape))
+    if adapter.site.dtype != adapter.dtype:
+        update = emitter.emit(aten.type_as.default, update, source)
+    _substitute(emitter, source, update)
+
+
+def _substitute(emitter: NodeEmitter, node: Node, update: Node) -> None:
+    """Let ``node + update`` stand wherever ``node`` stood."""
+    total = emitter.emit(aten.add.Tensor, node, update)
+    total.meta["adapter_replaces"] = node.name
+    if "val" in node.meta:
+        total.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: "adapter_site" not in user.meta)
+
+
+def _bring_into(regions: Sequence[Node], value: Node, adapter: PlannedAdapter) -> Node:
+    """``value`` as seen inside nested regions, passed along as one more operand of each."""
+    for region in regions:
+        owner = region.graph.owning_module
+        assert owner is not None
+        body = owner.get_submodule(str(find_body_reference(region).target))
+        assert isinstance(body, GraphModule)
+        operands = region.args[region.args.index(find_body_reference(region)) + 1 :]
+        placeholders = body.graph.find_nodes(op="placeholder")
+        if value in operands:
+            value = placeholders[operands.index(value)]
+            continue
+        region.args = (*region.args, value)
+        with body.graph.inserting_after(placeholders[-1]):
+            inner = body.graph.placeholder(value.name)
+        inner.meta["adapter_site"] = adapter.site.name
+        value = inner
+    return value
+
+
+def _cast(emitter: NodeEmitter, x: Node, dtype: torch.dtype) -> Node:
+    return x if _dtype_of(x) in (dtype, None) else emitter.emit(aten.to.dtype, x, dtype)
+
+
+def _dtype_of(node: Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def _parameter_target(adapter: PlannedAdapter, name: str) -> str:
+    return f"{STORE_PREFIX}{adapter.site.name}.{name}"
+
+
+def _assert_shape(graph_module: GraphModule, target: str, shape: tuple[int, ...], adapter: PlannedAdapter) -> None:
+    try:
+        found = tuple(graph_module.get_parameter(target).shape)
+    except AttributeError as error:
+        raise PreconditionError(f"site {adapter.site.name}: the graph module has no parameter {target}") from error
+    if found != shape:
+        raise PreconditionError(
+            f"site {adapter.site.name}: {target} has shape {found}, the plan expects {shape}; plan again for this model"
+        )

@@ -1,0 +1,219 @@
+"""Where adapters can go: one site per weight, found by what the graph does with the weight.
+
+Finding only matches and explains: each weight of two or more dimensions becomes a site or gets the
+reason why it did not. Nothing is edited.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from passes.base import SiteError
+from passes.weight_uses import WeightUse, find_parameter_aliases, find_weight_uses
+
+#: The selection that takes every weight whose every use is a matrix product.
+ALL_LINEAR = "all-linear"
+
+_CONV1D = "transformers.pytorch_utils.Conv1D"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterSite:
+    """A weight that can carry an adapter.
+
+    Attributes:
+        name: the weight's qualified name (the first, if it is tied).
+        shape: the weight's shape.
+        dtype: the weight's dtype.
+        transposed: the weight is stored [in, out] (``x @ W``), not [out, in] (``x @ W.T``).
+        op: ``linear`` where every use is a matrix product, else the first other operator.
+        aliases: further names of the same Parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool = False
+    op: str = "linear"
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def out_features(self) -> int:
+        """d1, the rows of ΔW."""
+        return self.shape[1] if self.transposed else self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """d2, the columns of ΔW; the trailing dimensions of a convolution kernel count as one."""
+        return self.shape[0] if self.transposed else math.prod(self.shape[1:])
+
+    @property
+    def largest_rank(self) -> int:
+        """No ΔW of this shape has a greater rank."""
+        return min(self.out_features, self.in_features)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteSearch:
+    """What a search found: the sites in model order, and why each other weight is not one."""
+
+    sites: tuple[AdapterSite, ...]
+    rejected: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteSelection:
+    """Which weights are wanted.
+
+    Attributes:
+        sites: ``"all-linear"`` or globs over qualified weight names (``*.query.weight``); a glob
+            may also match the name without its last part (``*.query``).
+        exclude: globs of weights that are left alone.
+        trainable: globs of parameters trained fully, which therefore carry no adapter.
+    """
+
+    sites: str | tuple[str, ...] = ALL_LINEAR
+    exclude: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+
+    def find_reason_against(self, names: Sequence[str]) -> str | None:
+        """Why the weight with these names (more than one if tied) is not wanted, or ``None`` if it is."""
+        if pattern := find_matching_glob(names, self.trainable):
+            return f"trained fully (trainable={pattern!r})"
+        if pattern := find_matching_glob(names, self.exclude):
+            return f"excluded (exclude={pattern!r})"
+        if self.sites != ALL_LINEAR and find_matching_glob(names, self._globs()) is None:
+            return f"not selected (sites={self.sites!r})"
+        return None
+
+    def assert_globs_match(self, names: Iterable[str]) -> None:
+        """Raise :class:`SiteError` for a glob that no weight's name matches."""
+        names = list(names)
+        for option, globs in (("sites", self._globs()), ("exclude", self.exclude)):
+            for pattern in globs:
+                if find_matching_glob(names, (pattern,)) is None:
+                    raise SiteError(f"{option}={pattern!r} matches no weight; there are: {abbreviate(names)}")
+
+    def _globs(self) -> tuple[str, ...]:
+        if self.sites == ALL_LINEAR:
+            return ()
+        return (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
+
+
+def find_matching_glob(names: Iterable[str], globs: Sequence[str]) -> str | None:
+    """The first glob that matches one of the qualified names, or one without its last part."""
+    candidates = [candidate for name in names for candidate in (name, name.rpartition(".")[0]) if candidate]
+    for pattern in globs:
+        if any(fnmatch.fnmatchcase(candidate, pattern) for candidate in candidates):
+            return pattern
+    return None
+
+
+def find_sites(graph_module: GraphModule, module: nn.Module, selection: SiteSelection) -> SiteSearch:
+    """Sites of a captured graph.
+
+    Args:
+        graph_module: a graph captured from ``module``.
+        module: the module whose parameters name the sites.
+        selection: which weights are wanted.
+
+    Raises:
+        SiteError: a glob of the selection matches no weight.
+    """
+    aliases = find_parameter_aliases(module)
+    uses = find_weight_uses(graph_module, aliases)
+
+    def judge(name: str, weight: nn.Parameter) -> AdapterSite | str:
+        return _judge_uses(name, weight, uses.get(name, []), only_linear=selection.sites == ALL_LINEAR)
+
+    return _search(module, selection, judge)
+
+
+def find_module_sites(module: nn.Module, selection: SiteSelection) -> SiteSearch:
+    """Sites judged by the modules that own the weights, before any graph exists.
+
+    Known owners are ``nn.Linear``, ``nn.MultiheadAttention`` and transformers' ``Conv1D``.
+
+    Raises:
+        SiteError: a glob of the selection matches no weight.
+    """
+    known = dict(_find_linear_weights(module))
+
+    def judge(name: str, weight: nn.Parameter) -> AdapterSite | str:
+        if id(weight) not in known:
+            return "not the weight of a linear layer; pass an example so that the graph can be searched"
+        if not weight.is_floating_point():
+            return f"dtype {weight.dtype} is not a floating-point one"
+        return AdapterSite(name=name, shape=tuple(weight.shape), dtype=weight.dtype, transposed=known[id(weight)])
+
+    return _search(module, selection, judge)
+
+
+def _search(
+    module: nn.Module, selection: SiteSelection, judge: Callable[[str, nn.Parameter], AdapterSite | str]
+) -> SiteSearch:
+    aliases = find_parameter_aliases(module)
+    weights = {name: weight for name, weight in module.named_parameters() if weight.dim() >= 2}
+    selection.assert_globs_match([name for name, first in aliases.items() if first in weights])
+    sites: list[AdapterSite] = []
+    rejected: dict[str, str] = {}
+    for name, weight in weights.items():
+        names = [alias for alias, first in aliases.items() if first == name]
+        verdict = selection.find_reason_against(names) or judge(name, weight)
+        if isinstance(verdict, AdapterSite):
+            others = tuple(other for other in names if other != name)
+            sites.append(dataclasses.replace(verdict, aliases=others))
+        else:
+            rejected[name] = verdict
+    return SiteSearch(sites=tuple(sites), rejected=rejected)
+
+
+def _judge_uses(name: str, weight: nn.Parameter, uses: Sequence[WeightUse], *, only_linear: bool) -> AdapterSite | str:
+    """The site for a weight with these uses, or the reason why it is none."""
+    if not weight.is_floating_point():
+        return f"dtype {weight.dtype} is not a floating-point one"
+    if not uses:
+        return "the captured call does not use it"
+    if not any(use.reaches_output for use in uses):
+        return "no output depends on it"
+    if not any(use.reaches_output and use.has_gradient for use in uses):
+        return "used under no_grad only, so it gets no gradient"
+    other = next((use.op for use in uses if not use.is_linear), None)
+    if other is not None and only_linear:
+        return f"used by {other}, not only by matrix products (name it in sites to adapt it)"
+    if weight.dim() > 2 and "conv" not in (other or ""):
+        return f"{weight.dim()}-dimensional weight used by {other or uses[0].op}; expected two dimensions"
+    products = [use for use in uses if use.activation is not None]
+    return AdapterSite(
+        name=name,
+        shape=tuple(weight.shape),
+        dtype=weight.dtype,
+        transposed=bool(products) and products[0].transposed,
+        op=other or "linear",
+    )
+
+
+def _find_linear_weights(module: nn.Module) -> Iterator[tuple[int, bool]]:
+    """``(id of the weight, whether it is stored [in, out])`` of linear layers and their kin."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            yield id(child.weight), False
+        elif isinstance(child, nn.MultiheadAttention):
+            for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                if getattr(child, name) is not None:
+                    yield id(getattr(child, name)), False
+        elif any(f"{cls.__module__}.{cls.__qualname__}" == _CONV1D for cls in type(child).__mro__):
+            yield id(child.weight), True
+
+
+def abbreviate(names: Sequence[str], most: int = 12) -> str:
+    """The first few names and how many there are, for messages."""
+    shown = ", ".join(names[:most]) or "none"
+    return shown if len(names) <= most else f"{shown}, … ({len(names)} in all)"

@@ -1,0 +1,244 @@
+"""Follow every weight of a captured graph to the operators that consume it.
+
+A weight is followed through transposes, casts and slices, and into the bodies of ``no_grad`` and
+autocast regions, until an operator computes with it. What is found is only described here;
+whether an adapter goes there is decided in :mod:`passes.sites`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from passes.capture import MODULE_PREFIX
+from passes.dataflow import find_nodes_reaching_output
+
+aten = torch.ops.aten
+
+_TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.mT.default, aten.adjoint.default}
+_SAME_VALUE = {
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+}
+_PARTS = {
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.narrow.default,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+    aten.view.default,
+    aten.reshape.default,
+    aten.unflatten.int,
+    aten.flatten.using_ints,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.transpose.int,
+}
+#: Regions whose body runs exactly once, with the operands after the body as its inputs.
+_SINGLE_BODY_REGIONS = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightUse:
+    """One operator that computes with a weight.
+
+    Attributes:
+        node: the operator.
+        op: its name, such as ``linear``, ``matmul`` or ``embedding``.
+        source: the node that stands for the whole weight in the outermost graph.
+        regions: the region calls that lead from the outermost graph to ``node``, outermost first.
+        activation: the node ``x`` where the operator is ``x @ W`` or ``x @ W.T`` on the whole
+            weight, so that an adapter can run on activations; ``None`` otherwise.
+        transposed: whether it computes ``x @ W`` (weight stored [in, out]) and not ``x @ W.T``.
+        is_linear: whether the operator is a matrix product with the weight or a part of it.
+        has_gradient: whether gradients flow here; false inside ``no_grad``.
+        reaches_output: whether an output depends on it.
+    """
+
+    node: Node
+    op: str
+    source: Node
+    regions: tuple[Node, ...] = ()
+    activation: Node | None = None
+    transposed: bool = False
+    is_linear: bool = False
+    has_gradient: bool = True
+    reaches_output: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Path:
+    """Where a walk along a weight stands."""
+
+    value: Node
+    source: Node
+    regions: tuple[Node, ...] = ()
+    transposed: bool = False
+    whole: bool = True
+    has_gradient: bool = True
+
+
+def find_parameter_aliases(module: nn.Module) -> dict[str, str]:
+    """Every qualified parameter name of ``module`` → the first name of the same Parameter."""
+    first: dict[int, str] = {}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(parameter), name) for name, parameter in named}
+
+
+def find_weight_uses(graph_module: GraphModule, aliases: Mapping[str, str]) -> dict[str, list[WeightUse]]:
+    """Uses of every parameter of two or more dimensions, by its first qualified name, in graph order."""
+    uses: dict[str, list[WeightUse]] = {}
+    reaching: dict[Graph, set[Node]] = {}
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        name = aliases.get(str(node.target).removeprefix(MODULE_PREFIX))
+        if name is None or "adapter_site" in node.meta:
+            continue
+        parameter = graph_module.get_parameter(str(node.target))
+        if parameter.dim() >= 2:
+            found = _walk(graph_module, _Path(node, node), reaching)
+            uses.setdefault(name, []).extend(found)
+    return uses
+
+
+def _walk(owner: GraphModule, path: _Path, reaching: dict[Graph, set[Node]]) -> Iterator[WeightUse]:
+    for user in path.value.users:
+        if user.meta.get("adapter_site") is not None:
+            continue
+        onward = _follow(user, path)
+        if onward is not None:
+            yield from _walk(owner, onward, reaching)
+            continue
+        body = _find_body(owner, user)
+        if body is None:
+            yield _describe(user, path, reaching)
+        else:
+            yield from _enter(body, user, path, reaching)
+
+
+def _follow(user: Node, path: _Path) -> _Path | None:
+    """The walk after ``user`` if that only reshapes or casts the weight."""
+    target = user.target
+    if not user.args or user.args[0] is not path.value:
+        return None
+    if target in _SAME_VALUE:
+        return dataclasses.replace(path, value=user)
+    if target in _TRANSPOSES or _swaps_two_dimensions(user):
+        return dataclasses.replace(path, value=user, transposed=not path.transposed)
+    if target in _PARTS or getattr(target, "__name__", "") == "getitem":
+        return dataclasses.replace(path, value=user, whole=False)
+    return None
+
+
+def _swaps_two_dimensions(user: Node) -> bool:
+    source: Any = user.args[0]
+    if source.meta["val"].dim() != 2 if "val" in source.meta else True:
+        return False
+    if user.target is aten.transpose.int:
+        return user.args[1] % 2 != user.args[2] % 2  # type: ignore[operator]
+    return user.target is aten.permute.default and [d % 2 for d in user.args[1]] == [1, 0]  # type: ignore[union-attr,operator]
+
+
+def _find_body(owner: GraphModule, user: Node) -> GraphModule | None:
+    """The body of a region that runs once, unless two calls share it."""
+    if getattr(user.target, "_name", None) not in _SINGLE_BODY_REGIONS:
+        return None
+    reference = find_body_reference(user)
+    if len([n for n in owner.graph.find_nodes(op="get_attr", sort=False) if n.target == reference.target]) > 1:
+        return None
+    body = owner.get_submodule(str(reference.target))
+    return body if isinstance(body, GraphModule) and len(reference.users) == 1 else None
+
+
+def find_body_reference(region: Node) -> Node:
+    """The ``get_attr`` node of a region's body; the region's operands come after it."""
+    return next(arg for arg in region.args if isinstance(arg, Node) and _is_graph_reference(arg))
+
+
+def _is_graph_reference(node: Node) -> bool:
+    owner = node.graph.owning_module
+    return node.op == "get_attr" and owner is not None and isinstance(_lookup(owner, str(node.target)), GraphModule)
+
+
+def _lookup(owner: nn.Module, path: str) -> object:
+    value: object = owner
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _enter(body: GraphModule, region: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> Iterator[WeightUse]:
+    start = region.args.index(find_body_reference(region)) + 1
+    placeholders = body.graph.find_nodes(op="placeholder")
+    stops_gradient = getattr(region.target, "_name", None) == "wrap_with_set_grad_enabled" and region.args[0] is False
+    for operand, inner in zip(region.args[start:], placeholders, strict=True):
+        if operand is path.value:
+            onward = dataclasses.replace(
+                path,
+                value=inner,
+                regions=(*path.regions, region),
+                has_gradient=path.has_gradient and not stops_gradient,
+            )
+            yield from _walk(body, onward, reaching)
+
+
+def _describe(user: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> WeightUse:
+    op = operator_name(user)
+    activation, stored_in_out = _match_product(user, path.value)
+    chain = (*path.regions, user)
+    return WeightUse(
+        node=user,
+        op=op,
+        source=path.source,
+        regions=path.regions,
+        activation=activation if path.whole else None,
+        transposed=stored_in_out != path.transposed,
+        is_linear=op in ("linear", "matmul", "mm", "addmm", "mv"),
+        has_gradient=path.has_gradient,
+        reaches_output=all(_reaches_output(node, reaching) for node in chain),
+    )
+
+
+def operator_name(node: Node) -> str:
+    """``linear`` for ``aten.linear.default``."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target._schema.name.split("::")[-1])
+    return node.op if node.op == "output" else str(getattr(node.target, "__name__", node.target))
+
+
+def _match_product(user: Node, weight: Node) -> tuple[Node | None, bool]:
+    """``(x, weight is stored [in, out])`` if ``user`` multiplies activations ``x`` by the whole 2-D weight."""
+    arguments = user.args
+    if user.target is aten.linear.default and arguments[1] is weight:
+        x, stored_in_out = arguments[0], False
+    elif user.target in (aten.matmul.default, aten.mm.default) and arguments[1] is weight:
+        x, stored_in_out = arguments[0], True
+    elif user.target is aten.addmm.default and arguments[2] is weight and user.kwargs.get("alpha", 1) == 1:
+        x, stored_in_out = arguments[1], True
+    else:
+        return None, False
+    is_matrix = "val" in weight.meta and weight.meta["val"].dim() == 2
+    once = sum(argument is weight for argument in arguments) == 1
+    return (x, stored_in_out) if isinstance(x, Node) and is_matrix and once else (None, False)
+
+
+def _reaches_output(node: Node, reaching: dict[Graph, set[Node]]) -> bool:
+    if node.graph not in reaching:
+        reaching[node.graph] = find_nodes_reaching_output(node.graph)
+    return node in reaching[node.graph]
