@@ -1,0 +1,32 @@
+"""Adaptive low-rank adapters for any PyTorch model, folded into its weights and exported to ONNX."""
+
+from __future__ import annotations
+
+import passes as _passes
+
+if not getattr(_passes, "ADAPTER_COMPILER_PASSES", False):
+    _found = _passes.__file__ or list(_passes.__path__)
+    raise ImportError(
+        f"adapter_compiler needs its own package 'passes', but Python found {_found}; "
+        "rename your folder or module 'passes', or run from another directory"
+    )
+
+from adapter_compiler.adapted import AdaptedModel
+from adapter_compiler.budget import BudgetSchedule, RankBudget
+from adapter_compiler.checkpoint import load_adapters
+from adapter_compiler.compiler import compile_with_adapters
+from adapter_compiler.config import AdapterConfig
+from adapter_compiler.errors import AdapterCompilerError
+from adapter_compiler.onnx import ExportReport, export_onnx
+
+__all__ = [
+    "AdaptedModel",
+    "AdapterCompilerError",
+    "AdapterConfig",
+    "BudgetSchedule",
+    "ExportReport",
+    "RankBudget",
+    "compile_with_adapters",
+    "export_onnx",
+    "load_adapters",
+]

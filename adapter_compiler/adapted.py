@@ -1,0 +1,156 @@
+"""The user's model with adapters: called like it, trained like it, folded back into it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from adapter_compiler.config import AdapterConfig
+from adapter_compiler.ownership import clone_parameter, copy_module, replace_parameter
+from adapter_compiler.report.adapters import AdapterReport, describe_adapters
+from adapter_compiler.store import AdapterStore
+from adapter_compiler.variants import VariantCache
+from passes.fold_adapters import merge_weight
+from passes.plan import AdapterPlan
+from passes.sites import AdapterSite, SiteSearch
+
+logger = logging.getLogger(__name__)
+
+Self = TypeVar("Self", bound="AdaptedModel")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoldReport:
+    """How exactly each ΔW went into its weight.
+
+    Attributes:
+        rounding_error: by site, the largest |W + ΔW as stored - W + ΔW in float64|.
+    """
+
+    rounding_error: Mapping[str, float]
+
+    @property
+    def largest(self) -> float:
+        """The largest rounding error over all sites."""
+        return max(self.rounding_error.values(), default=0.0)
+
+
+class AdaptedModel(nn.Module):
+    """A module whose chosen weights carry adapters. Made by ``compile_with_adapters``.
+
+    Calls run captured graphs: one for each call signature, training mode and set of fixed shapes,
+    captured when first needed. The weights are the user's own storage and frozen.
+
+    Attributes:
+        module: the user's module (a copy that shares the weights' storage, unless ``inplace``).
+        adapters: the adapters' parameters, ``adapters.<weight's name>.{P, lam, Q}``.
+        plan: which site has which adapter.
+        config: the options it was compiled with.
+        rejected: why each other weight carries no adapter, by name.
+        fold_report: rounding errors of the last :meth:`fold`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        plan: AdapterPlan,
+        store: AdapterStore,
+        config: AdapterConfig,
+        search: SiteSearch,
+        gradient_flags: Mapping[str, bool],
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.adapters = store
+        self.plan = plan
+        self.config = config
+        self.rejected = search.rejected
+        self.fold_report: FoldReport | None = None
+        self.training = module.training
+        self._gradient_flags = gradient_flags
+        self._variants = VariantCache(module, store, plan, config.max_variants)
+        self._enabled = True
+
+    @property
+    def sites(self) -> tuple[AdapterSite, ...]:
+        """The adapted weights in model order; each has a ``name``, the weight's qualified name."""
+        return tuple(adapter.site for adapter in self.plan)
+
+    @property
+    def variants(self) -> VariantCache:
+        """The captured graphs."""
+        return self._variants
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the user's module returns for these arguments, with the adapters.
+
+        Raises:
+            CaptureError: this call does not capture as one graph.
+        """
+        if not self._enabled:
+            return self.module(*args, **kwargs)
+        is_first = not len(self._variants)
+        result = self._variants.run(args, kwargs)
+        if is_first and (unused := self.report().unused):
+            logger.warning("no adapter trains at %s: the captured call does not use the weight", ", ".join(unused))
+        return result
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The adapters' parameters, then those that ``AdapterConfig(trainable=...)`` names."""
+        return [p for p in (*self.adapters.parameters(), *self.module.parameters()) if p.requires_grad]
+
+    @contextlib.contextmanager
+    def disable_adapters(self) -> Iterator[None]:
+        """Inside, calls run the user's module itself: no adapter, no captured graph."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    def fold(self) -> nn.Module:
+        """The user's own model with every ΔW merged into its weight.
+
+        Returns:
+            A copy of the user's class with its state-dict keys, buffers, ``requires_grad`` flags and
+            present training mode, which shares nothing with this object. Sums are made in float64
+            and cast once; :attr:`fold_report` then holds the rounding errors.
+        """
+        adapters = {adapter.site.name: adapter for adapter in self.plan}
+        errors: dict[str, float] = {}
+
+        def merge(name: str, parameter: nn.Parameter) -> nn.Parameter:
+            flag = self._gradient_flags[name]
+            if name not in adapters:
+                return clone_parameter(parameter, requires_grad=flag)
+            merged = merge_weight(parameter, adapters[name], self.adapters.parameters_of(adapters[name]))
+            errors[name] = merged.rounding_error
+            return replace_parameter(parameter, merged.weight, requires_grad=flag)
+
+        folded = copy_module(self.module, merge)
+        self.fold_report = FoldReport(rounding_error=errors)
+        return folded
+
+    def report(self) -> AdapterReport:
+        """What was adapted and what was not, with reasons; ``print`` it or read its fields."""
+        return describe_adapters(self)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the adapters and fully trained parameters; see :func:`adapter_compiler.checkpoint.save_adapters`."""
+        from adapter_compiler.checkpoint import save_adapters
+
+        return save_adapters(self, directory)
+
+    def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """``.to()``, ``.cuda()``, ``.double()``…: graphs hold devices and dtypes, so they are captured anew."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._variants.clear()
+        return self

@@ -1,0 +1,6 @@
+"""Rank budget: which triplets live, decided while the user's own loop trains."""
+
+from adapter_compiler.budget.runtime import RankBudget
+from adapter_compiler.budget.schedule import BudgetSchedule
+
+__all__ = ["BudgetSchedule", "RankBudget"]

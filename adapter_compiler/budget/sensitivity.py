@@ -1,0 +1,51 @@
+"""Smoothed sensitivity, its uncertainty, and the score of a triplet (arXiv 2303.10512, eqs. 8 to 11)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+#: The parameters of one site, λ [r], P [d1, r] and Q [r, d2], or values of the same shapes.
+Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class SensitivityTracker:
+    """Ī and U of every adapter parameter.
+
+    Attributes:
+        mean: Ī, one tensor a parameter, in the order λ, P, Q of each site.
+        uncertainty: U, in the same order.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor], beta1: float, beta2: float) -> None:
+        """Start with Ī = U = 0."""
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.mean = [torch.zeros_like(p, requires_grad=False) for p in parameters]
+        self.uncertainty = [torch.zeros_like(p, requires_grad=False) for p in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: Sequence[torch.Tensor], grad_scale: torch.Tensor | None = None) -> None:
+        """One step of I = |w · ∂L/∂w|, Ī ← β1 Ī + (1 - β1) I, U ← β2 U + (1 - β2)|I - Ī| (with the new Ī).
+
+        A parameter without gradient has I = 0. ``grad_scale`` divides gradients that are still scaled.
+        """
+        sensitivity = [torch.zeros_like(p) if p.grad is None else (p * p.grad.to(p.dtype)).abs_() for p in parameters]
+        if grad_scale is not None:
+            torch._foreach_div_(sensitivity, float(grad_scale))
+        torch._foreach_mul_(self.mean, self.beta1)
+        torch._foreach_add_(self.mean, sensitivity, alpha=1 - self.beta1)
+        torch._foreach_sub_(sensitivity, self.mean)
+        torch._foreach_abs_(sensitivity)
+        torch._foreach_mul_(self.uncertainty, self.beta2)
+        torch._foreach_add_(self.uncertainty, sensitivity, alpha=1 - self.beta2)
+
+    @torch.no_grad()
+    def triplet_scores(self) -> list[torch.Tensor]:
+        """S of each triplet, one tensor [r] a site: s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij), s = Ī·U."""
+        scores = torch._foreach_mul(self.mean, self.uncertainty)
+        return [
+            lam + P.mean(dim=0) + Q.mean(dim=1)
+            for lam, P, Q in zip(scores[0::3], scores[1::3], scores[2::3], strict=True)
+        ]

@@ -1,0 +1,121 @@
+"""Save and load trained adapters: one safetensors file, described by JSON in its header.
+
+The file holds the adapters, the fully trained parameters and the model's persistent buffers (running
+statistics move while adapters train). It is written beside and renamed, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from adapter_compiler.adapted import AdaptedModel
+from adapter_compiler.errors import CheckpointError
+from adapter_compiler.files import written_beside
+
+#: Name of the file in the folder given to :func:`save_adapters`.
+FILE_NAME = "adapters.safetensors"
+
+_HEADER_KEY = "adapter_compiler"
+_FORMAT_VERSION = 1
+
+
+def save_adapters(adapted: AdaptedModel, directory: str | Path) -> Path:
+    """Write ``directory/adapters.safetensors``, replacing an earlier one only when complete.
+
+    Returns:
+        The file's path.
+    """
+    path = Path(directory) / FILE_NAME
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in _find_saved_tensors(adapted).items()}
+    header = {_HEADER_KEY: json.dumps(_describe(adapted)), "format": "pt"}
+    with written_beside(path) as draft:
+        save_file(tensors, draft, metadata=header)
+    return path
+
+
+def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
+    """Read what :meth:`AdaptedModel.save` wrote into ``adapted``. Nothing changes if it does not fit.
+
+    Args:
+        adapted: the same model, compiled with the same rank, alpha and sites.
+        directory: the folder that was given to ``save``.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or belongs to other sites, shapes or scales.
+    """
+    path = Path(directory) / FILE_NAME
+    header, tensors = _read(path)
+    _assert_same_adapters(path, header, _describe(adapted))
+    targets = _find_saved_tensors(adapted)
+    if missing := sorted(targets.keys() ^ tensors.keys()):
+        raise CheckpointError(f"{path}: tensor {missing[0]} is on one side only; compile with the same trainable=")
+    for name, target in targets.items():
+        if target.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, this model expects {tuple(target.shape)}"
+            )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+
+
+def _find_saved_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
+    state = adapted.module.state_dict(keep_vars=True)
+    parameters = {f"module.{name}": p for name, p in adapted.module.named_parameters() if p.requires_grad}
+    buffers = {f"module.{name}": b for name, b in adapted.module.named_buffers() if name in state}
+    return {
+        **{f"adapters.{name}": p for name, p in adapted.adapters.named_parameters()},
+        **parameters,
+        **buffers,
+    }
+
+
+def _describe(adapted: AdaptedModel) -> dict[str, Any]:
+    sites = {
+        adapter.site.name: {
+            "form": adapter.form.name,
+            "rank": adapter.rank,
+            "scale": adapter.scale,
+            "shape": list(adapter.site.shape),
+            "transposed": adapter.site.transposed,
+        }
+        for adapter in adapted.plan
+    }
+    return {"version": _FORMAT_VERSION, "sites": sites}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; expected a folder that AdaptedModel.save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}") from error
+    if _HEADER_KEY not in metadata:
+        raise CheckpointError(f"{path} was not written by adapter-compiler (no {_HEADER_KEY!r} in its header)")
+    header = json.loads(metadata[_HEADER_KEY])
+    if header["version"] != _FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {header['version']}, expected {_FORMAT_VERSION}")
+    return header, tensors
+
+
+def _assert_same_adapters(path: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    if odd := sorted(saved["sites"].keys() ^ mine["sites"].keys()):
+        side = "the file" if odd[0] in saved["sites"] else "this model"
+        raise CheckpointError(f"{path}: {len(odd)} sites differ, for example {odd[0]} is in {side} only")
+    for name, expected in mine["sites"].items():
+        for key, value in expected.items():
+            if saved["sites"][name][key] != value:
+                raise CheckpointError(
+                    f"{path}: site {name} was saved with {key}={saved['sites'][name][key]}, this model has "
+                    f"{key}={value}; compile the same model with the same rank and alpha"
+                )

@@ -1,0 +1,93 @@
+"""What a user decides about adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from adapter_compiler.errors import ConfigError
+from adapter_compiler.options import accept_aliases, assert_integer, assert_number
+from passes.sites import ALL_LINEAR, AdapterSite, SiteSelection
+
+
+@accept_aliases(
+    r="rank",
+    init_r="rank",
+    lora_alpha="alpha",
+    orth_reg_weight="gamma",
+    target_modules="sites",
+    exclude_modules="exclude",
+    modules_to_save="trainable",
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Which weights are adapted, and how. PEFT's names for the options are accepted too.
+
+    Attributes:
+        rank: triplets each site starts with (AdaLoRA's initial rank); a weight with a smaller
+            dimension gets as many as fit.
+        alpha: ΔW = alpha / rank · P diag(λ) Q. The scale stays as it is when ranks shrink.
+        gamma: weight γ of the orthogonality regulariser ‖PᵀP − I‖² + ‖QQᵀ − I‖² (paper, eq. 4).
+        sites: ``"all-linear"``, or a glob or globs over weight names. Naming a weight that is not
+            used by matrix products only (an embedding, a convolution) adapts it too.
+        exclude: globs of weights that are left alone.
+        trainable: globs of other parameters trained fully, such as a new head.
+        init_std: standard deviation of P and Q at the start.
+        dtype: dtype of the adapters; by default the weight's, but float32 for half-precision weights.
+        inplace: adapt the given model itself instead of a copy that shares its weights' storage.
+        max_variants: how many captured graphs (by call signature and mode) are kept.
+
+    Raises:
+        ConfigError: a value cannot work, or an option is unknown.
+    """
+
+    rank: int = 12
+    alpha: float = 16.0
+    gamma: float = 0.1
+    sites: str | tuple[str, ...] = ALL_LINEAR
+    exclude: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+    init_std: float = 0.02
+    dtype: torch.dtype | None = None
+    inplace: bool = False
+    max_variants: int = 16
+
+    def __post_init__(self) -> None:
+        assert_integer(self, "rank", least=1)
+        assert_integer(self, "max_variants", least=1)
+        assert_number(self, "alpha", above=0)
+        assert_number(self, "gamma", least=0)
+        assert_number(self, "init_std", above=0)
+        if self.dtype is not None and not getattr(self.dtype, "is_floating_point", False):
+            raise ConfigError(f"AdapterConfig(dtype={self.dtype!r}): expected a floating-point torch.dtype or None")
+        for name in ("exclude", "trainable"):
+            object.__setattr__(self, name, _as_globs(self, name))
+        if not isinstance(self.sites, str):
+            object.__setattr__(self, "sites", _as_globs(self, "sites"))
+        if not self.sites:
+            raise ConfigError(f"AdapterConfig(sites={self.sites!r}) selects nothing; expected 'all-linear' or globs")
+
+    @property
+    def scale(self) -> float:
+        """S in ΔW = s · P diag(λ) Q."""
+        return self.alpha / self.rank
+
+    @property
+    def selection(self) -> SiteSelection:
+        """The options that choose sites."""
+        return SiteSelection(sites=self.sites, exclude=self.exclude, trainable=self.trainable)
+
+    def dtype_for(self, site: AdapterSite) -> torch.dtype:
+        """The dtype of the adapter at ``site``."""
+        if self.dtype is not None:
+            return self.dtype
+        return torch.float32 if site.dtype.itemsize < torch.float32.itemsize else site.dtype
+
+
+def _as_globs(config: AdapterConfig, name: str) -> tuple[str, ...]:
+    value = getattr(config, name)
+    globs = (value,) if isinstance(value, str) else value
+    if not isinstance(globs, (tuple, list, set, frozenset)) or not all(isinstance(g, str) and g for g in globs):
+        raise ConfigError(f"AdapterConfig({name}={value!r}): expected a glob or a sequence of globs")
+    return tuple(sorted(globs) if isinstance(globs, (set, frozenset)) else globs)

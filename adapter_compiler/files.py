@@ -1,0 +1,38 @@
+"""Write files whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def written_beside(path: str | Path) -> Iterator[Path]:
+    """Yield a path in a new folder beside ``path``; when the block succeeds, what was written there replaces it.
+
+    Every file that the block leaves in that folder moves next to ``path`` (an ONNX file may bring its
+    external data), the one named like ``path`` last. If the block raises, the folder is removed and
+    ``path`` is as it was.
+
+    Raises:
+        FileNotFoundError: the block wrote no file named like ``path``.
+        OSError: the folder of ``path`` cannot be made or written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        draft = Path(folder) / path.name
+        yield draft
+        if not draft.exists():
+            raise FileNotFoundError(f"nothing was written for {path}")
+        for written in sorted(Path(folder).iterdir(), key=lambda file: file == draft):
+            _flush_to_disk(written)
+            os.replace(written, path.parent / written.name)
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,78 @@
+"""Names for a model's inputs and outputs, and further inputs to verify an export on."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from passes.calls import ModuleCall, split_call
+from passes.capture import DimensionBound
+
+
+def bind_to_names(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> ModuleCall:
+    """The call with positional arguments under the names of ``module.forward``, where they have one."""
+    parameters = inspect.signature(module.forward).parameters
+    positional = [n for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(positional):
+        return split_call(args, kwargs)
+    named = {**dict(zip(positional, args, strict=False)), **kwargs}
+    in_order = [name for name in parameters if name in named]
+    return split_call((), {name: named[name] for name in dict.fromkeys([*in_order, *named])})
+
+
+def spell_names(paths: Sequence[str]) -> list[str]:
+    """Unique ONNX value names: ``past[0]['key']`` becomes ``past.0.key``."""
+    names: list[str] = []
+    for path in paths:
+        name = re.sub(r"[^0-9A-Za-z_]+", ".", path).strip(".") or "value"
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
+
+
+def name_leaves(result: Any, default: str = "output") -> list[tuple[str, Any]]:
+    """``(name, leaf)`` for each leaf of a result; a bare tensor is called ``default``."""
+    found = pytree.tree_flatten_with_path(result)[0]
+    names = spell_names([_join(path, default) for path, _ in found])
+    return [(name, leaf) for name, (_, leaf) in zip(names, found, strict=True)]
+
+
+def _join(path: tuple[Any, ...], default: str) -> str:
+    text = pytree.keystr(path)
+    return text if re.search(r"[A-Za-z_]", text) else default + text
+
+
+def double_batch_of_one(call: ModuleCall) -> ModuleCall | None:
+    """The call with each row given twice, if every tensor has a first dimension of one; else ``None``.
+
+    A size of one cannot be exported as dynamic, because export decides on broadcasting by it.
+    """
+    tensors = [t for t in call.tensors if t.dim() > 0]
+    if not tensors or any(t.shape[0] != 1 for t in tensors):
+        return None
+    return split_call(*call.rebuild([t if t.dim() == 0 else t.repeat_interleave(2, 0) for t in call.tensors]))
+
+
+def resize_call(call: ModuleCall, bounds: Sequence[Sequence[DimensionBound]], symbol: str, size: int) -> ModuleCall:
+    """The call with every dimension called ``symbol`` brought to ``size`` by repeating or dropping entries."""
+    tensors = []
+    for tensor, dimensions in zip(call.tensors, bounds, strict=True):
+        for dim, bound in enumerate(dimensions):
+            if bound.symbol == symbol:
+                tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
+        tensors.append(tensor)
+    return split_call(*call.rebuild(tensors))
+
+
+def find_symbols(call: ModuleCall, bounds: Sequence[Sequence[DimensionBound]]) -> dict[str, int]:
+    """Symbolic dimensions, the batch's first, and their sizes in ``call``."""
+    first = [(b[0].symbol, t.shape[0]) for t, b in zip(call.tensors, bounds, strict=True) if b]
+    rest = [(d.symbol, n) for t, b in zip(call.tensors, bounds, strict=True) for d, n in zip(b, t.shape, strict=True)]
+    return {symbol: size for symbol, size in first + rest if symbol is not None}

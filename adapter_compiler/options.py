@@ -1,0 +1,82 @@
+"""Helpers for validated option classes: names other tools use, suggestions, and number checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from adapter_compiler.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def accept_aliases(**aliases: str) -> Callable[[type[T]], type[T]]:
+    """Let a keyword-only dataclass take other names for its fields, as ``init_r=12`` for ``rank=12``.
+
+    Unknown names raise :class:`ConfigError` with the nearest known one.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        generated = cls.__init__
+        fields = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+
+        @functools.wraps(generated)
+        def initialise(self: T, **options: Any) -> None:
+            generated(self, **_resolve(cls.__name__, options, fields, aliases))
+
+        cls.__init__ = initialise  # type: ignore[method-assign,assignment]
+        return cls
+
+    return decorate
+
+
+def _resolve(owner: str, options: Mapping[str, Any], fields: list[str], aliases: Mapping[str, str]) -> dict[str, Any]:
+    resolved: dict[str, Any] = {}
+    for given, value in options.items():
+        name = aliases.get(given, given)
+        if name not in fields:
+            near = difflib.get_close_matches(given, [*fields, *aliases], n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"{owner} has no option {given!r}; {hint}there are: {', '.join(fields)}")
+        if name in resolved:
+            raise ConfigError(f"{owner} got {name!r} twice (once as {given!r}); give one of them")
+        resolved[name] = value
+    return resolved
+
+
+def assert_integer(owner: object, name: str, *, least: int) -> None:
+    """Raise :class:`ConfigError` unless ``owner.name`` is an int (not a bool) of at least ``least``."""
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{type(owner).__name__}({name}={value!r}): expected an integer of at least {least}")
+
+
+def assert_number(
+    owner: object,
+    name: str,
+    *,
+    least: float = -math.inf,
+    below: float = math.inf,
+    above: float = -math.inf,
+) -> None:
+    """Raise :class:`ConfigError` unless ``owner.name`` is finite, ``>= least``, ``> above`` and ``< below``."""
+    value = getattr(owner, name)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < least or value <= above or value >= below:
+        wanted = [f">= {least:g}"] if least > -math.inf else []
+        wanted += [f"> {above:g}"] if above > -math.inf else []
+        wanted += [f"< {below:g}"] if below < math.inf else []
+        raise ConfigError(
+            f"{type(owner).__name__}({name}={value!r}): expected a finite number {' and '.join(wanted)}".rstrip()
+        )
+
+
+def assert_choice(owner: object, name: str, choices: tuple[str, ...]) -> None:
+    """Raise :class:`ConfigError` unless ``owner.name`` is one of ``choices``."""
+    value = getattr(owner, name)
+    if value not in choices:
+        raise ConfigError(f"{type(owner).__name__}({name}={value!r}): expected one of {', '.join(map(repr, choices))}")

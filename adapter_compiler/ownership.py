@@ -1,0 +1,64 @@
+"""Copies of a user's model that share, clone or replace its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from adapter_compiler.errors import AdapterCompilerError
+
+
+def copy_module(module: nn.Module, make_parameter: Callable[[str, nn.Parameter], nn.Parameter]) -> nn.Module:
+    """A copy of ``module`` with its class, attributes, hooks and modes, and its own buffers.
+
+    Args:
+        module: what to copy; it is not changed.
+        make_parameter: gives the copy's parameter for each one, by its first qualified name.
+
+    Raises:
+        AdapterCompilerError: an attribute cannot be copied, or a lazy parameter has no shape yet.
+    """
+    memo: dict[int, Any] = {}
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise AdapterCompilerError(
+                f"parameter {name} is lazy and has no shape yet; call the model once on an example"
+            )
+        memo[id(parameter)] = make_parameter(name, parameter)
+    # deepcopy keeps what the memo holds alive only by id, so the originals must outlive the call: they do.
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise AdapterCompilerError(
+            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}); remove the attribute that "
+            "cannot, give the class a __deepcopy__, or adapt the model itself with AdapterConfig(inplace=True)"
+        ) from error
+
+
+def share_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    """A frozen Parameter over the same storage."""
+    shared = nn.Parameter(parameter.detach(), requires_grad=False)
+    shared.__dict__.update(parameter.__dict__)
+    return shared
+
+
+def clone_parameter(parameter: nn.Parameter, *, requires_grad: bool) -> nn.Parameter:
+    """A Parameter with its own storage and the same values."""
+    return replace_parameter(parameter, parameter.detach().clone(), requires_grad=requires_grad)
+
+
+def replace_parameter(parameter: nn.Parameter, values: torch.Tensor, *, requires_grad: bool) -> nn.Parameter:
+    """A Parameter with these values and the attributes of ``parameter``."""
+    fresh = nn.Parameter(values, requires_grad=requires_grad and values.is_floating_point())
+    fresh.__dict__.update(parameter.__dict__)
+    return fresh
+
+
+def read_gradient_flags(module: nn.Module) -> Mapping[str, bool]:
+    """``requires_grad`` of each parameter by its first qualified name."""
+    return {name: parameter.requires_grad for name, parameter in module.named_parameters()}

@@ -1,0 +1,115 @@
+"""What was adapted, what was not and why, as data and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from adapter_compiler.adapted import AdaptedModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteRow:
+    """One adapted weight; ``live`` counts the triplets whose λ is not zero."""
+
+    name: str
+    shape: tuple[int, ...]
+    op: str
+    form: str
+    rank: int
+    live: int
+    parameters: int
+    in_graphs: int
+    rounding_error: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterReport:
+    """What :meth:`AdaptedModel.report` returns; ``str()`` gives a table.
+
+    Attributes:
+        sites: one row an adapted weight.
+        rejected: why each other weight of two or more dimensions carries no adapter.
+        unused: sites that no captured graph uses (empty before the first call).
+        variants: the captured graphs, as text.
+        trainable_parameters: number of trained values.
+        total_parameters: number of the model's own values.
+    """
+
+    sites: tuple[SiteRow, ...]
+    rejected: Mapping[str, str]
+    unused: tuple[str, ...]
+    variants: tuple[str, ...]
+    trainable_parameters: int
+    total_parameters: int
+
+    @property
+    def trainable_share(self) -> float:
+        """Trained values over the model's own."""
+        return self.trainable_parameters / max(1, self.total_parameters)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data for JSON."""
+        return {**dataclasses.asdict(self), "trainable_share": self.trainable_share}
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=160, record=True)
+        console.print(self)
+        return console.export_text()
+
+    def __rich_console__(self, console: Console, options: Any) -> Any:
+        table = Table(title=f"{len(self.sites)} adapted weights", title_justify="left")
+        for heading in ("weight", "shape", "used by", "form"):
+            table.add_column(heading)
+        for heading in ("rank", "live λ", "parameters", "graphs", "rounding error"):
+            table.add_column(heading, justify="right")
+        for row in self.sites:
+            error = "" if row.rounding_error is None else f"{row.rounding_error:.1e}"
+            cells = (row.rank, row.live, f"{row.parameters:,}", row.in_graphs, error)
+            shape = "×".join(map(str, row.shape))
+            table.add_row(row.name, shape, row.op, row.form, *map(str, cells))
+        yield table
+        yield from (f"no adapter: {name}: {reason}" for name, reason in self.rejected.items())
+        yield from (f"no graph uses: {name}" for name in self.unused)
+        yield from (f"graph: {variant}" for variant in self.variants)
+        yield (
+            f"trains {self.trainable_parameters:,} values, {self.trainable_share:.2%} "
+            f"of the model's {self.total_parameters:,}"
+        )
+
+
+def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
+    """The report of an adapted model as it stands."""
+    errors = adapted.fold_report.rounding_error if adapted.fold_report else {}
+    variants = list(adapted.variants)
+    rows = []
+    for adapter in adapted.plan:
+        parameters = adapted.adapters.parameters_of(adapter)
+        rows.append(
+            SiteRow(
+                name=adapter.site.name,
+                shape=adapter.site.shape,
+                op=adapter.site.op,
+                form=adapter.form.name,
+                rank=adapter.rank,
+                live=int(torch.count_nonzero(parameters["lam"].detach())) if not parameters["lam"].is_meta else 0,
+                parameters=sum(p.numel() for p in parameters.values()),
+                in_graphs=sum(adapter.site.name in variant.sites for variant in variants),
+                rounding_error=errors.get(adapter.site.name),
+            )
+        )
+    return AdapterReport(
+        sites=tuple(rows),
+        rejected=dict(adapted.rejected),
+        unused=tuple(row.name for row in rows if variants and not row.in_graphs),
+        variants=tuple(f"{'train' if v.training else 'eval'}({', '.join(v.inputs)})" for v in variants),
+        trainable_parameters=sum(p.numel() for p in adapted.trainable_parameters()),
+        total_parameters=sum(p.numel() for p in adapted.module.parameters()),
+    )
