@@ -76,7 +76,7 @@ class AdaptedModel(nn.Module):
         self.fold_report: FoldReport | None = None
         self.training = module.training
         self._gradient_flags = gradient_flags
-        self._variants = VariantCache(module, store, plan, config.max_variants)
+        self._variants = VariantCache(module, store, plan, config.max_variants, fused=config.fused)
         self._enabled = True
 
     @property

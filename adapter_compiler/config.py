@@ -35,6 +35,7 @@ class AdapterConfig:
         trainable: globs of other parameters trained fully, such as a new head.
         init_std: standard deviation of P and Q at the start.
         dtype: dtype of the adapters; by default the weight's, but float32 for half-precision weights.
+        fused: run each adapter and its base layer as one function; the numbers differ by rounding only.
         inplace: adapt the given model itself instead of a copy that shares its weights' storage.
         max_variants: how many captured graphs (by call signature and mode) are kept.
 
@@ -50,6 +51,7 @@ class AdapterConfig:
     trainable: tuple[str, ...] = ()
     init_std: float = 0.02
     dtype: torch.dtype | None = None
+    fused: bool = True
     inplace: bool = False
     max_variants: int = 16
 

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from adapter_compiler.store import AdapterStore
-from passes.base import PassManager
+from passes.base import GraphPass, PassManager, clone_graph_module
 from passes.calls import ModuleCall, sort_keywords, split_call
 from passes.capture import CapturedGraph, capture_call
+from passes.fuse_adapters import FuseAdaptersPass
 from passes.insert_adapters import STORE_PREFIX, InsertAdaptersPass, find_adapted_sites
 from passes.plan import AdapterPlan
 from passes.verify import VerifyAdaptersPass
@@ -35,13 +37,15 @@ class Variant:
     """One adapted graph.
 
     Attributes:
-        captured: the graph, adapters inserted.
+        captured: the graph as captured, without adapters.
+        adapted: the same graph with adapters; what calls run.
         training: whether the model was in training mode.
         inputs: the call's tensors, as in ``x: float32[4, 16]``.
         sites: names of the sites in the graph.
     """
 
     captured: CapturedGraph
+    adapted: GraphModule
     training: bool
     inputs: tuple[str, ...]
     sites: frozenset[str]
@@ -50,8 +54,9 @@ class Variant:
 class VariantCache:
     """The adapted graphs of one module, most recently used last."""
 
-    def __init__(self, module: nn.Module, store: AdapterStore, plan: AdapterPlan, limit: int) -> None:
-        """An empty cache that keeps up to ``limit`` graphs."""
+    def __init__(self, module: nn.Module, store: AdapterStore, plan: AdapterPlan, limit: int, *, fused: bool) -> None:
+        """An empty cache that keeps up to ``limit`` graphs, with fused adapters or as inserted."""
+        self._fused = fused
         self._module = module
         self._store = store
         self._plan = plan
@@ -66,11 +71,12 @@ class VariantCache:
             copy.deepcopy(self._store, memo),
             copy.deepcopy(self._plan, memo),
             self._limit,
+            fused=self._fused,
         )
 
-    def __reduce__(self) -> tuple[type[VariantCache], tuple[Any, ...]]:
+    def __getstate__(self) -> dict[str, Any]:
         """Graphs are not pickled either."""
-        return VariantCache, (self._module, self._store, self._plan, self._limit)
+        return {**self.__dict__, "_variants": OrderedDict()}
 
     def __len__(self) -> int:
         return len(self._variants)
@@ -90,7 +96,7 @@ class VariantCache:
         """
         call = split_call(args, sort_keywords(kwargs))
         variant = self.find(call) or self.add(call, capture_call(self._module, call))
-        leaves = variant.captured.graph_module(*call.tensors)
+        leaves = variant.adapted(*call.tensors)
         return pytree.tree_unflatten(leaves, variant.captured.output_spec)
 
     def find(self, call: ModuleCall) -> Variant | None:
@@ -103,15 +109,14 @@ class VariantCache:
         return None
 
     def add(self, call: ModuleCall, captured: CapturedGraph) -> Variant:
-        """Insert the adapters into a fresh capture of ``call`` and keep it."""
-        setattr(captured.graph_module, STORE_PREFIX.rstrip("."), self._store)
-        insert = InsertAdaptersPass(plan=self._plan, aliases=find_parameter_aliases(self._module))
-        PassManager(passes=(insert, VerifyAdaptersPass(plan=self._plan)))(captured.graph_module)
+        """Insert the adapters into a copy of a fresh capture of ``call`` and keep both."""
+        adapted = self._adapt(captured)
         variant = Variant(
             captured=captured,
+            adapted=adapted,
             training=self._module.training,
             inputs=tuple(_describe(name, t) for name, t in zip(call.names, call.tensors, strict=True)),
-            sites=frozenset(find_adapted_sites(captured.graph_module)),
+            sites=frozenset(find_adapted_sites(adapted)),
         )
         self._captures += 1
         self._variants[(self._key(call), self._captures)] = variant
@@ -125,6 +130,23 @@ class VariantCache:
                 ", ".join(dropped.inputs),
             )
         return variant
+
+    def rebuild(self, plan: AdapterPlan) -> None:
+        """Insert the adapters of another plan into every kept graph, without capturing anew."""
+        self._plan = plan
+        for key, variant in self._variants.items():
+            adapted = self._adapt(variant.captured)
+            sites = frozenset(find_adapted_sites(adapted))
+            self._variants[key] = dataclasses.replace(variant, adapted=adapted, sites=sites)
+
+    def _adapt(self, captured: CapturedGraph) -> GraphModule:
+        graph_module = clone_graph_module(captured.graph_module)
+        setattr(graph_module, STORE_PREFIX.rstrip("."), self._store)
+        insert = InsertAdaptersPass(plan=self._plan, aliases=find_parameter_aliases(self._module))
+        passes: list[GraphPass] = [insert, VerifyAdaptersPass(plan=self._plan)]
+        if self._fused:
+            passes.append(FuseAdaptersPass())
+        return PassManager(passes=passes)(graph_module).graph_module
 
     def _key(self, call: ModuleCall) -> Hashable:
         modes = tuple(module.training for module in self._module.modules())

@@ -8,6 +8,7 @@ observer, so that a compilation can be watched, logged or printed without the pa
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -118,6 +119,15 @@ class PassManager(GraphPass):
 def find_graph_modules(graph_module: GraphModule) -> list[GraphModule]:
     """The graph module itself and the bodies of the regions inside it."""
     return [body for body in graph_module.modules() if isinstance(body, GraphModule)]
+
+
+def clone_graph_module(graph_module: GraphModule) -> GraphModule:
+    """A graph module whose graphs may be edited without changing the original; parameters are shared."""
+    clone = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    for name, child in graph_module.named_children():
+        if isinstance(child, GraphModule):
+            setattr(clone, name, clone_graph_module(child))
+    return clone
 
 
 def _check(one: GraphPass, condition: str, graph_module: GraphModule, error_type: type[PassError]) -> None:

@@ -11,7 +11,7 @@ module the graph was captured from keeps its own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import torch
 from torch import nn
@@ -70,13 +70,15 @@ class FoldAdaptersPass(GraphPass):
     def call(self, graph_module: GraphModule) -> PassResult:
         """Merge the weights, then take the nodes out."""
         present = find_adapted_sites(graph_module)
-        for adapter in (adapter for adapter in self.plan if adapter.site.name in present):
+        folded = [adapter for adapter in self.plan if adapter.site.name in present]
+        for adapter in folded:
             _replace_weight(graph_module, adapter)
+        sites = {adapter.site.name for adapter in folded}
         for body in find_graph_modules(graph_module):
-            _remove_adapter_nodes(body)
-        if hasattr(graph_module, STORE_PREFIX.rstrip(".")):
+            _remove_adapter_nodes(body, sites)
+        if present == sites and hasattr(graph_module, STORE_PREFIX.rstrip(".")):
             delattr(graph_module, STORE_PREFIX.rstrip("."))
-        return PassResult(graph_module=graph_module, modified=bool(present))
+        return PassResult(graph_module=graph_module, modified=bool(folded))
 
     def ensures(self, graph_module: GraphModule) -> None:
         """Every graph lints and no adapter is left."""
@@ -102,16 +104,16 @@ def _parameter(graph_module: GraphModule, adapter: PlannedAdapter, name: str) ->
     return graph_module.get_parameter(f"{STORE_PREFIX}{adapter.site.name}.{name}")
 
 
-def _remove_adapter_nodes(graph_module: GraphModule) -> None:
-    tagged = [node for node in graph_module.graph.nodes if "adapter_site" in node.meta]
+def _remove_adapter_nodes(graph_module: GraphModule, sites: Set[str]) -> None:
+    tagged = [node for node in graph_module.graph.nodes if _is_tagged(node, sites)]
     for node in tagged:
         if "adapter_replaces" in node.meta:
             node.replace_all_uses_with(node.args[0])
     for region in {user for node in tagged for user in node.users if "adapter_site" not in user.meta}:
-        region.args = tuple(arg for arg in region.args if not _is_tagged(arg))
+        region.args = tuple(arg for arg in region.args if not _is_tagged(arg, sites))
     for node in reversed(tagged):
         graph_module.graph.erase_node(node)
 
 
-def _is_tagged(value: object) -> bool:
-    return isinstance(value, Node) and "adapter_site" in value.meta
+def _is_tagged(value: object, sites: Set[str]) -> bool:
+    return isinstance(value, Node) and value.meta.get("adapter_site") in sites

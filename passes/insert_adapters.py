@@ -132,12 +132,12 @@ def _insert_on_weight(source: Node, adapter: PlannedAdapter, parameters: Mapping
 
 
 def _substitute(emitter: NodeEmitter, node: Node, update: Node) -> None:
-    """Let ``node + update`` stand wherever ``node`` stood."""
+    """Let ``node + update`` stand wherever ``node`` stood, in other adapters too."""
     total = emitter.emit(aten.add.Tensor, node, update)
     total.meta["adapter_replaces"] = node.name
     if "val" in node.meta:
         total.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(total, delete_user_cb=lambda user: "adapter_site" not in user.meta)
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user not in emitter.emitted)
 
 
 def _bring_into(regions: Sequence[Node], value: Node, adapter: PlannedAdapter) -> Node:

@@ -64,8 +64,8 @@ class WeightUse:
         op: its name, such as ``linear``, ``matmul`` or ``embedding``.
         source: the node that stands for the whole weight in the outermost graph.
         regions: the region calls that lead from the outermost graph to ``node``, outermost first.
-        activation: the node ``x`` where the operator is ``x @ W`` or ``x @ W.T`` on the whole
-            weight, so that an adapter can run on activations; ``None`` otherwise.
+        operand: the position of ``x`` among the operator's arguments where it is ``x @ W`` or
+            ``x @ W.T`` on the whole weight, so that an adapter can run on activations; else ``None``.
         transposed: whether it computes ``x @ W`` (weight stored [in, out]) and not ``x @ W.T``.
         is_linear: whether the operator is a matrix product with the weight or a part of it.
         has_gradient: whether gradients flow here; false inside ``no_grad``.
@@ -76,11 +76,17 @@ class WeightUse:
     op: str
     source: Node
     regions: tuple[Node, ...] = ()
-    activation: Node | None = None
+    operand: int | None = None
     transposed: bool = False
     is_linear: bool = False
     has_gradient: bool = True
     reaches_output: bool = True
+
+    @property
+    def activation(self) -> Node | None:
+        """The node ``x`` as the graph stands now: an adapter inserted upstream may have taken its place."""
+        x = None if self.operand is None else self.node.args[self.operand]
+        return x if isinstance(x, Node) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +153,17 @@ def _follow(user: Node, path: _Path) -> _Path | None:
 
 
 def _swaps_two_dimensions(user: Node) -> bool:
-    source: Any = user.args[0]
-    if source.meta["val"].dim() != 2 if "val" in source.meta else True:
+    if not _is_matrix(user.args[0]):
         return False
     if user.target is aten.transpose.int:
         return user.args[1] % 2 != user.args[2] % 2  # type: ignore[operator]
     return user.target is aten.permute.default and [d % 2 for d in user.args[1]] == [1, 0]  # type: ignore[union-attr,operator]
+
+
+def _is_matrix(value: Any) -> bool:
+    """Whether ``value`` is known to be a tensor of two dimensions; a chunked weight is a list."""
+    example = value.meta.get("val") if isinstance(value, Node) else None
+    return isinstance(example, torch.Tensor) and example.dim() == 2
 
 
 def _find_body(owner: GraphModule, user: Node) -> GraphModule | None:
@@ -200,14 +211,14 @@ def _enter(body: GraphModule, region: Node, path: _Path, reaching: dict[Graph, s
 
 def _describe(user: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> WeightUse:
     op = operator_name(user)
-    activation, stored_in_out = _match_product(user, path.value)
+    operand, stored_in_out = _match_product(user, path.value)
     chain = (*path.regions, user)
     return WeightUse(
         node=user,
         op=op,
         source=path.source,
         regions=path.regions,
-        activation=activation if path.whole else None,
+        operand=operand if path.whole else None,
         transposed=stored_in_out != path.transposed,
         is_linear=op in ("linear", "matmul", "mm", "addmm", "mv"),
         has_gradient=path.has_gradient,
@@ -222,20 +233,20 @@ def operator_name(node: Node) -> str:
     return node.op if node.op == "output" else str(getattr(node.target, "__name__", node.target))
 
 
-def _match_product(user: Node, weight: Node) -> tuple[Node | None, bool]:
-    """``(x, weight is stored [in, out])`` if ``user`` multiplies activations ``x`` by the whole 2-D weight."""
+def _match_product(user: Node, weight: Node) -> tuple[int | None, bool]:
+    """``(position of x, weight is stored [in, out])`` if ``user`` multiplies ``x`` by the whole 2-D weight."""
     arguments = user.args
     if user.target is aten.linear.default and arguments[1] is weight:
-        x, stored_in_out = arguments[0], False
+        operand, stored_in_out = 0, False
     elif user.target in (aten.matmul.default, aten.mm.default) and arguments[1] is weight:
-        x, stored_in_out = arguments[0], True
+        operand, stored_in_out = 0, True
     elif user.target is aten.addmm.default and arguments[2] is weight and user.kwargs.get("alpha", 1) == 1:
-        x, stored_in_out = arguments[1], True
+        operand, stored_in_out = 1, True
     else:
         return None, False
-    is_matrix = "val" in weight.meta and weight.meta["val"].dim() == 2
     once = sum(argument is weight for argument in arguments) == 1
-    return (x, stored_in_out) if isinstance(x, Node) and is_matrix and once else (None, False)
+    is_product = isinstance(arguments[operand], Node) and _is_matrix(weight) and once
+    return (operand, stored_in_out) if is_product else (None, False)
 
 
 def _reaches_output(node: Node, reaching: dict[Graph, set[Node]]) -> bool:

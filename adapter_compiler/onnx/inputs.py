@@ -60,19 +60,38 @@ def double_batch_of_one(call: ModuleCall) -> ModuleCall | None:
     return split_call(*call.rebuild([t if t.dim() == 0 else t.repeat_interleave(2, 0) for t in call.tensors]))
 
 
-def resize_call(call: ModuleCall, bounds: Sequence[Sequence[DimensionBound]], symbol: str, size: int) -> ModuleCall:
-    """The call with every dimension called ``symbol`` brought to ``size`` by repeating or dropping entries."""
+def find_open_dimensions(call: ModuleCall, bounds: Sequence[Sequence[DimensionBound]]) -> list[tuple[int, int]]:
+    """``(dimension, size)`` of what the export left open, the batch first.
+
+    Two tensors whose same dimension has the same size are taken to mean the same thing (a label for each
+    row), even where the model's code alone does not tie them together.
+    """
+    found = [
+        (dimension, tensor.shape[dimension])
+        for tensor, dimensions in zip(call.tensors, bounds, strict=True)
+        for dimension, bound in enumerate(dimensions)
+        if bound.symbol is not None
+    ]
+    return sorted(dict.fromkeys(found), key=lambda pair: pair[0])
+
+
+def resize_call(
+    call: ModuleCall, bounds: Sequence[Sequence[DimensionBound]], dimension: int, size: int, other: int
+) -> ModuleCall:
+    """The call with this dimension of this size, and all tied to it, brought to ``other`` entries.
+
+    Entries are repeated or dropped, so that values stay within the example's.
+    """
+    tied = {
+        b[dimension].symbol
+        for b, t in zip(bounds, call.tensors, strict=True)
+        if t.dim() > dimension and t.shape[dimension] == size
+    } - {None}
     tensors = []
     for tensor, dimensions in zip(call.tensors, bounds, strict=True):
-        for dim, bound in enumerate(dimensions):
-            if bound.symbol == symbol:
-                tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
+        for position, bound in enumerate(dimensions):
+            if bound.symbol in tied:
+                index = torch.arange(other, device=tensor.device) % tensor.shape[position]
+                tensor = tensor.index_select(position, index)
         tensors.append(tensor)
     return split_call(*call.rebuild(tensors))
-
-
-def find_symbols(call: ModuleCall, bounds: Sequence[Sequence[DimensionBound]]) -> dict[str, int]:
-    """Symbolic dimensions, the batch's first, and their sizes in ``call``."""
-    first = [(b[0].symbol, t.shape[0]) for t, b in zip(call.tensors, bounds, strict=True) if b]
-    rest = [(d.symbol, n) for t, b in zip(call.tensors, bounds, strict=True) for d, n in zip(b, t.shape, strict=True)]
-    return {symbol: size for symbol, size in first + rest if symbol is not None}

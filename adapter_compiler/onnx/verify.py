@@ -29,7 +29,7 @@ class OutputError:
     """How far one output is from PyTorch's on one input.
 
     Attributes:
-        case: the input: ``example``, ``batch 5``, ``length 9``.
+        case: the input: ``example``, ``batch 5``, ``dimension 1 of size 9``.
         output: the output's name.
         max_abs: largest absolute difference.
         max_rel: the same over the largest absolute value that PyTorch gives.
@@ -53,6 +53,7 @@ class ExportReport:
         dynamic_axes: the dimensions left open, by input.
         opset: the ONNX operator set.
         errors: one entry for each output of each input the file was verified on.
+        not_verified: inputs the file could not be compared on, because the model itself refuses them.
         fold: rounding errors of the fold, if adapters were folded.
     """
 
@@ -63,6 +64,7 @@ class ExportReport:
     dynamic_axes: Mapping[str, tuple[int, ...]]
     opset: int
     errors: tuple[OutputError, ...]
+    not_verified: tuple[str, ...]
     fold: FoldReport | None
 
     @property

@@ -18,10 +18,12 @@ class NodeEmitter:
     Attributes:
         after: the node behind which the next one goes; moves along.
         site: the tag.
+        emitted: the nodes so far, first to last.
     """
 
     after: Node
     site: str
+    emitted: list[Node] = dataclasses.field(default_factory=list)
 
     def emit(self, target: Any, *args: Any) -> Node:
         """Insert ``target(*args)`` and return its node."""
@@ -30,6 +32,7 @@ class NodeEmitter:
             node = graph.call_function(target, args)
         node.meta["adapter_site"] = self.site
         self.after = node
+        self.emitted.append(node)
         return node
 
 

@@ -1,0 +1,176 @@
+"""Same mathematics as the inserted nodes, fewer kernels and less saved memory.
+
+    linear(x, W, b) + svd(x)                          →  fused_linears(x, …)[0]
+    the same for several weights that read one x      →  fused_linears(x, …)[0], [1], …
+    any other product y with W, + svd(x)              →  fused_update(y, x, …)
+
+Refused, and left as inserted: adapters in weight form, the reverse direction of a weight that is used
+both ways, forms other than SVD, and grouping across an in-place operation that may change x.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.base import GraphPass, PassResult, find_graph_modules
+from passes.dataflow import is_in_place
+from passes.fused_ops import fused_linears, fused_update
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class _Insertion:
+    """The nodes of one adapter as :class:`~passes.forms.svd.SvdForm` emits them on activations."""
+
+    total: Node
+    output: Node
+    x: Node
+    P: Node
+    lam: Node
+    Q: Node
+    scale: float
+
+    @property
+    def is_linear(self) -> bool:
+        return self.output.target is aten.linear.default and self.output.args[0] is self.x
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FuseAdaptersPass(GraphPass):
+    """Fuse base layers with their adapters.
+
+    Contract: the outputs and gradients are those of the unfused graph within rounding; fused nodes keep
+    ``meta["adapter_site"]``; :class:`~passes.fold_adapters.FoldAdaptersPass` is not run on a fused graph.
+
+    Attributes:
+        group_siblings: let linears that read the same x share one down-projection.
+    """
+
+    group_siblings: bool = True
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        """Fuse in the graph and in the regions inside it."""
+        modified = False
+        for body in find_graph_modules(graph_module):
+            insertions = list(_find_insertions(body))
+            linears = [one for one in insertions if one.is_linear]
+            for group in _group(linears) if self.group_siblings else [[one] for one in linears]:
+                _fuse_linears(group)
+            for one in insertions:
+                if not one.is_linear:
+                    _fuse_update(one)
+            _erase_unread_adapter_nodes(body)
+            modified = modified or bool(insertions)
+        return PassResult(graph_module=graph_module, modified=modified)
+
+
+def _find_insertions(body: GraphModule) -> Iterator[_Insertion]:
+    for node in body.graph.nodes:
+        if "adapter_replaces" in node.meta and node.target is aten.add.Tensor:
+            found = _match(node)
+            if found is not None:
+                yield found
+
+
+def _match(total: Node) -> _Insertion | None:
+    """Recognise y + linear(linear(x, Q) * (lam * s), P), with casts of x and of the sum."""
+    output, update = total.args
+    if _is_call(update, aten.type_as.default):
+        update = update.args[0]  # type: ignore[union-attr]
+    if not _is_call(update, aten.linear.default):
+        return None
+    hidden, P = update.args[:2]  # type: ignore[union-attr]
+    if not _is_call(hidden, aten.mul.Tensor):
+        return None
+    down, scaled = hidden.args  # type: ignore[union-attr]
+    if not _is_call(down, aten.linear.default) or not _is_call(scaled, aten.mul.Tensor):
+        return None
+    x, Q = down.args[:2]  # type: ignore[union-attr]
+    lam, scale = scaled.args  # type: ignore[union-attr]
+    if _is_call(x, aten.to.dtype) and "adapter_site" in x.meta:  # type: ignore[union-attr]
+        x = x.args[0]  # type: ignore[union-attr]
+    return _Insertion(total, output, x, P, lam, Q, scale)  # type: ignore[arg-type]
+
+
+def _is_call(value: object, target: object) -> bool:
+    return isinstance(value, Node) and value.target is target
+
+
+def _group(insertions: list[_Insertion]) -> list[list[_Insertion]]:
+    """Insertions that read the same x and may be computed where the first of them is."""
+    groups: list[list[_Insertion]] = []
+    open_groups: dict[Node, list[_Insertion]] = {}
+    for one in insertions:
+        group = open_groups.get(one.x)
+        if group is not None and _may_join(group[0], one):
+            group.append(one)
+        else:
+            open_groups[one.x] = [one]
+            groups.append(open_groups[one.x])
+    return groups
+
+
+def _may_join(first: _Insertion, one: _Insertion) -> bool:
+    """Whether ``one`` can move up to ``first``: its operands exist there and nothing is written in between."""
+    operands = [node for node in (*one.output.all_input_nodes, one.P, one.lam, one.Q) if node is not one.x]
+    if any(not node < first.output for node in operands):
+        return False
+    if one.P.meta.get("val") != first.P.meta.get("val"):
+        return False
+    node = first.output
+    while node is not one.output:
+        node = node.next
+        if is_in_place(node):
+            return False
+    return True
+
+
+def _fuse_linears(group: list[_Insertion]) -> None:
+    first = group[0].output
+    operands: list[Node | None] = []
+    for one in group:
+        weight, bias = one.output.args[1], one.output.args[2] if len(one.output.args) > 2 else None
+        operands += [weight, bias, one.P, one.lam, one.Q]  # type: ignore[list-item]
+    graph = first.graph
+    with graph.inserting_before(first):
+        fused = graph.call_function(fused_linears, (first.args[0], tuple(one.scale for one in group), *operands))
+        outputs = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(group))]
+    fused.meta["adapter_site"] = ", ".join(str(one.total.meta["adapter_site"]) for one in group)
+    for one, output in zip(group, outputs, strict=True):
+        _stand_in(one, output)
+        one.output.graph.erase_node(one.output) if not one.output.users else None
+
+
+def _fuse_update(one: _Insertion) -> None:
+    graph = one.total.graph
+    with graph.inserting_before(one.total):
+        fused = graph.call_function(fused_update, (one.output, one.x, one.P, one.lam, one.Q, one.scale))
+    _stand_in(one, fused)
+
+
+def _stand_in(one: _Insertion, node: Node) -> None:
+    node.meta.update(one.total.meta)
+    one.total.replace_all_uses_with(node)
+    for dead in _find_dead_chain(one.total):
+        dead.graph.erase_node(dead)
+
+
+def _find_dead_chain(node: Node) -> Iterator[Node]:
+    """The node and those of its inputs that only it read, last first."""
+    inputs = [source for source in node.all_input_nodes if source.op == "call_function"]
+    yield node
+    for source in inputs:
+        if not source.users and "adapter_site" in source.meta:
+            yield from _find_dead_chain(source)
+
+
+def _erase_unread_adapter_nodes(body: GraphModule) -> None:
+    for node in reversed(list(body.graph.nodes)):
+        if "adapter_site" in node.meta and node.op == "call_function" and not node.users:
+            body.graph.erase_node(node)
