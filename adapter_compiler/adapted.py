@@ -152,5 +152,16 @@ class AdaptedModel(nn.Module):
     def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """``.to()``, ``.cuda()``, ``.double()``…: graphs hold devices and dtypes, so they are captured anew."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._variants.clear()
+        self.plan = _follow_dtypes(self.plan, self.module, self.adapters)
+        self._variants.clear(self.plan)
         return self
+
+
+def _follow_dtypes(plan: AdapterPlan, module: nn.Module, store: AdapterStore) -> AdapterPlan:
+    """The plan with the dtypes that the weights and the adapters have now."""
+    adapters = []
+    for adapter in plan:
+        site = dataclasses.replace(adapter.site, dtype=module.get_parameter(adapter.site.name).dtype)
+        dtype = next(iter(store.parameters_of(adapter).values())).dtype
+        adapters.append(dataclasses.replace(adapter, site=site, dtype=dtype))
+    return AdapterPlan(adapters=tuple(adapters))

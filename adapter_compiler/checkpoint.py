@@ -102,10 +102,20 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}") from error
     if _HEADER_KEY not in metadata:
         raise CheckpointError(f"{path} was not written by adapter-compiler (no {_HEADER_KEY!r} in its header)")
-    header = json.loads(metadata[_HEADER_KEY])
-    if header["version"] != _FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {header['version']}, expected {_FORMAT_VERSION}")
-    return header, tensors
+    return _parse_header(path, metadata[_HEADER_KEY]), tensors
+
+
+def _parse_header(path: Path, text: str) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: its header is not JSON ({error}); save the adapters again") from error
+    version = header.get("version") if isinstance(header, dict) else None
+    if version != _FORMAT_VERSION:
+        raise CheckpointError(f"{path}: its header has format version {version!r}, expected {_FORMAT_VERSION}")
+    if not isinstance(header.get("sites"), dict):
+        raise CheckpointError(f"{path}: its header names no sites; save the adapters again")
+    return header
 
 
 def _assert_same_adapters(path: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
@@ -114,8 +124,9 @@ def _assert_same_adapters(path: Path, saved: Mapping[str, Any], mine: Mapping[st
         raise CheckpointError(f"{path}: {len(odd)} sites differ, for example {odd[0]} is in {side} only")
     for name, expected in mine["sites"].items():
         for key, value in expected.items():
-            if saved["sites"][name][key] != value:
+            found = saved["sites"][name].get(key)
+            if found != value:
                 raise CheckpointError(
-                    f"{path}: site {name} was saved with {key}={saved['sites'][name][key]}, this model has "
+                    f"{path}: site {name} was saved with {key}={found}, this model has "
                     f"{key}={value}; compile the same model with the same rank and alpha"
                 )

@@ -84,8 +84,9 @@ class VariantCache:
     def __iter__(self) -> Iterator[Variant]:
         return iter(self._variants.values())
 
-    def clear(self) -> None:
-        """Forget every graph, because weights moved to another device or dtype."""
+    def clear(self, plan: AdapterPlan) -> None:
+        """Forget every graph, because weights moved to another device or dtype; ``plan`` has the new ones."""
+        self._plan = plan
         self._variants.clear()
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -30,11 +30,20 @@ class _Insertion:
 
     total: Node
     output: Node
-    x: Node
+    down: Node
     P: Node
     lam: Node
     Q: Node
     scale: float
+
+    @property
+    def x(self) -> Node:
+        """What the adapter reads, as the graph stands now: fusing upstream puts another node there."""
+        x = self.down.args[0]
+        if _is_call(x, aten.to.dtype) and "adapter_site" in x.meta:  # type: ignore[union-attr]
+            x = x.args[0]  # type: ignore[union-attr]
+        assert isinstance(x, Node)
+        return x
 
     @property
     def is_linear(self) -> bool:
@@ -60,11 +69,11 @@ class FuseAdaptersPass(GraphPass):
         for body in find_graph_modules(graph_module):
             insertions = list(_find_insertions(body))
             linears = [one for one in insertions if one.is_linear]
+            others = [one for one in insertions if not one.is_linear]
             for group in _group(linears) if self.group_siblings else [[one] for one in linears]:
                 _fuse_linears(group)
-            for one in insertions:
-                if not one.is_linear:
-                    _fuse_update(one)
+            for one in others:
+                _fuse_update(one)
             _erase_unread_adapter_nodes(body)
             modified = modified or bool(insertions)
         return PassResult(graph_module=graph_module, modified=modified)
@@ -91,11 +100,8 @@ def _match(total: Node) -> _Insertion | None:
     down, scaled = hidden.args  # type: ignore[union-attr]
     if not _is_call(down, aten.linear.default) or not _is_call(scaled, aten.mul.Tensor):
         return None
-    x, Q = down.args[:2]  # type: ignore[union-attr]
     lam, scale = scaled.args  # type: ignore[union-attr]
-    if _is_call(x, aten.to.dtype) and "adapter_site" in x.meta:  # type: ignore[union-attr]
-        x = x.args[0]  # type: ignore[union-attr]
-    return _Insertion(total, output, x, P, lam, Q, scale)  # type: ignore[arg-type]
+    return _Insertion(total, output, down, P, lam, down.args[1], scale)  # type: ignore[arg-type]
 
 
 def _is_call(value: object, target: object) -> bool:

@@ -134,9 +134,14 @@ def _compare(case: str, name: str, found: torch.Tensor, want: torch.Tensor) -> O
         return OutputError(case=case, output=name, max_abs=0.0, max_rel=0.0)
     found, exact = found.to(torch.float64), want.to(torch.float64)
     finite = exact.isfinite()
+    if not bool(finite.any()):
+        raise VerificationError(
+            f"output {name} on {case}: PyTorch gives inf or nan only, so nothing can be compared; expected finite "
+            "values; give an example for which the model computes them"
+        )
     same_elsewhere = torch.equal(found[~finite].nan_to_num(), exact[~finite].nan_to_num())
-    difference = float((found - exact)[finite].abs().max()) if bool(finite.any()) else 0.0
-    largest = float(exact[finite].abs().max()) if bool(finite.any()) else 0.0
+    difference = float((found - exact)[finite].abs().max())
+    largest = float(exact[finite].abs().max())
     rtol, atol = TOLERANCES[want.dtype]
     if not same_elsewhere or not difference <= atol + rtol * largest:
         raise VerificationError(

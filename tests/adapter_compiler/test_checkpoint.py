@@ -1,0 +1,196 @@
+"""Saved adapters come back bit for bit, or not at all and with the reason."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import adapter_compiler as ac
+from adapter_compiler.checkpoint import FILE_NAME
+from adapter_compiler.errors import CheckpointError
+
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.raw = nn.Parameter(torch.randn(6, 6))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(self.body(x)).relu() @ self.raw)
+        return y
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def compile_net(net: nn.Module, **options: Any) -> ac.AdaptedModel:
+    config = ac.AdapterConfig(**{"rank": 2, "alpha": 2, "trainable": "head", **options})
+    return ac.compile_with_adapters(net, (X,), config=config)
+
+
+def train(adapted: ac.AdaptedModel) -> None:
+    adapted.train()
+    optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=0.01)
+    for _ in range(3):
+        adapted(X).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture
+def trained(net: Net) -> ac.AdaptedModel:
+    adapted = compile_net(net)
+    train(adapted)
+    return adapted
+
+
+def test_roundtrip_with_head_and_running_statistics(net: Net, trained: ac.AdaptedModel, tmp_path: Path) -> None:
+    path = trained.save(tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / FILE_NAME
+    other = compile_net(net)
+    assert not torch.equal(other.eval()(X), trained.eval()(X))
+    ac.load_adapters(other, path.parent)
+    torch.testing.assert_close(other.state_dict(), trained.state_dict(), rtol=0, atol=0)
+    assert torch.equal(other(X), trained(X))
+    torch.testing.assert_close(other.fold().state_dict(), trained.fold().state_dict(), rtol=0, atol=0)
+
+
+def test_the_file_holds_what_trained_and_nothing_frozen(trained: ac.AdaptedModel, tmp_path: Path) -> None:
+    with safe_open(trained.save(tmp_path), framework="pt") as file:
+        names = set(file.keys())
+        header = json.loads(file.metadata()["adapter_compiler"])
+    assert names == {
+        *(f"adapters.{site}.{p}" for site in ("raw", "body.weight") for p in ("P", "lam", "Q")),
+        *("module.head.weight", "module.head.bias"),
+        *("module.norm.running_mean", "module.norm.running_var", "module.norm.num_batches_tracked"),
+    }
+    assert header["sites"]["raw"] == {"form": "svd", "rank": 2, "scale": 1.0, "shape": [6, 6], "transposed": True}
+
+
+def test_a_failure_while_writing_keeps_the_old_file(
+    trained: ac.AdaptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = trained.save(tmp_path)
+    before = path.read_bytes()
+
+    def fail(tensors: dict[str, Tensor], draft: Path, **options: object) -> None:
+        Path(draft).write_bytes(b"half of it")
+        raise OSError("disk full")
+
+    train(trained)
+    monkeypatch.setattr("adapter_compiler.checkpoint.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        trained.save(tmp_path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def scramble(path: Path) -> None:
+    path.write_bytes(b"\xff" * 100)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def strip_header(path: Path) -> None:
+    save_file({"w": torch.zeros(1)}, path)
+
+
+def rewrite_header(text: str) -> Callable[[Path], None]:
+    def rewrite(path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        save_file(tensors, path, metadata={"adapter_compiler": text})
+
+    return rewrite
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "cannot be read as a safetensors file"),
+        (scramble, "cannot be read as a safetensors file"),
+        (empty, "cannot be read as a safetensors file"),
+        (strip_header, "was not written by adapter-compiler"),
+        (rewrite_header('{"version": 99, "sites": {}}'), "header has format version 99, expected 1"),
+        (rewrite_header("not json"), "header is not JSON"),
+        (rewrite_header('{"version": 1}'), "header names no sites"),
+        (rewrite_header("[]"), "format version None, expected 1"),
+        (Path.unlink, "does not exist; expected a folder that AdaptedModel.save wrote"),
+    ],
+    ids=["truncated", "scrambled", "empty", "foreign", "version", "no json", "no sites", "no object", "missing"],
+)
+def test_damaged_files_are_refused_and_change_nothing(
+    trained: ac.AdaptedModel, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(trained.save(tmp_path))
+    before = copy.deepcopy(trained.state_dict())
+    with pytest.raises(CheckpointError, match=message) as caught:
+        ac.load_adapters(trained, tmp_path)
+    assert FILE_NAME in str(caught.value)
+    torch.testing.assert_close(trained.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 3, "alpha": 3}, "was saved with rank=2, this model has rank=3"),
+        ({"alpha": 4}, "was saved with scale=1.0, this model has scale=2.0"),
+        ({"sites": ("raw",)}, r"1 sites differ, for example body\.weight is in the file only"),
+        ({"trainable": ("head.bias",), "exclude": ("head",)}, r"tensor module\.head\.weight is on one side only"),
+        ({"trainable": ()}, r"head\.weight is in this model only"),
+    ],
+    ids=["rank", "alpha", "sites", "trainable", "head"],
+)
+def test_files_of_another_set_up_are_refused(
+    net: Net, trained: ac.AdaptedModel, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    trained.save(tmp_path)
+    other = compile_net(net, **options)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(CheckpointError, match=message):
+        ac.load_adapters(other, tmp_path)
+    torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_model_of_another_width_is_refused(trained: ac.AdaptedModel, tmp_path: Path) -> None:
+    class Wider(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+
+    trained.save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"head\.(weight|bias) has shape .*2.*, this model expects .*3"):
+        ac.load_adapters(compile_net(Wider()), tmp_path)
+
+
+def test_saving_replaces_an_earlier_file(net: Net, trained: ac.AdaptedModel, tmp_path: Path) -> None:
+    trained.save(tmp_path)
+    train(trained)
+    trained.save(tmp_path)
+    other = compile_net(net)
+    ac.load_adapters(other, tmp_path)
+    torch.testing.assert_close(other.state_dict(), trained.state_dict(), rtol=0, atol=0)
+    assert [file.name for file in tmp_path.iterdir()] == [FILE_NAME]

@@ -1,0 +1,137 @@
+"""Capture: what the graph shares with the module, what it accepts, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from passes.base import CaptureError
+from passes.calls import split_call
+from passes.capture import capture_call
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.drop(self.norm(self.linear(x)))
+        return y
+
+
+def test_weights_are_the_modules_own_objects() -> None:
+    module = Net()
+    graph_module = capture_call(module, split_call((torch.randn(3, 4),), {})).graph_module
+    for name, parameter in module.named_parameters():
+        assert graph_module.get_parameter(f"module.{name}") is parameter
+    for name, buffer in module.named_buffers():
+        assert graph_module.get_buffer(f"module.{name}") is buffer
+
+
+def test_capture_leaves_buffers_modes_and_random_state() -> None:
+    module = Net()
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    state = torch.get_rng_state()
+    captured = capture_call(module, split_call((torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),), {}))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.named_buffers())
+    assert module.training
+    assert captured.largest_error <= 1e-5
+
+
+def test_batch_stays_open_and_ones_do_not() -> None:
+    captured = capture_call(nn.Linear(4, 2), split_call((torch.randn(3, 4),), {}))
+    assert captured.dynamic == "all"
+    assert captured.accepts((torch.randn(9, 4),))
+    assert not captured.accepts((torch.randn(9, 5),))
+    assert not captured.accepts((torch.randn(1, 4),))
+
+
+def test_dimensions_that_must_agree_are_guarded() -> None:
+    class Adds(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    captured = capture_call(Adds(), split_call((torch.randn(3, 4), torch.randn(3, 4)), {}))
+    assert captured.accepts((torch.randn(5, 6), torch.randn(5, 6)))
+    assert not captured.accepts((torch.randn(5, 6), torch.randn(4, 6)))
+
+
+def test_branches_on_sizes_are_guarded() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.shape[1] > 8 else x * 3
+
+    short = capture_call(Branches(), split_call((torch.randn(3, 5),), {}))
+    assert short.accepts((torch.randn(3, 8),))
+    assert not short.accepts((torch.randn(3, 9),))
+
+
+def test_data_dependent_control_flow_is_refused_with_the_reason() -> None:
+    class Decides(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.sum() > 0 else x
+
+    with pytest.raises(CaptureError) as caught:
+        capture_call(Decides(), split_call((torch.randn(3, 4),), {}))
+    message = str(caught.value)
+    assert "Decides does not capture as one graph" in message
+    assert "does not depend on tensor values" in message
+    assert "data-dependent" in message
+
+
+class Counts(nn.Module):
+    """Adds how often it was called, by state outside the module that no graph can hold."""
+
+    def __init__(self, result: str, calls: list[int]) -> None:
+        super().__init__()
+        self.result = result
+        self.count = calls.append
+        self.read = calls.__len__
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, int]:
+        self.count(1)
+        if self.result == "tensor":
+            return x + self.read()
+        if self.result == "number":
+            return x * 2, self.read()
+        self.get_buffer("total").add_(self.read())
+        return x * 2
+
+
+@pytest.mark.parametrize(
+    ("result", "where"),
+    [("tensor", "output 0"), ("number", "output 1"), ("buffer", "buffer total")],
+)
+def test_a_graph_that_departs_from_eager_is_refused(result: str, where: str) -> None:
+    module = Counts(result, [])
+    with pytest.raises(CaptureError, match=rf"Counts: {where} of the captured graph .* eager"):
+        capture_call(module, split_call((torch.randn(3, 4),), {}))
+    assert float(module.get_buffer("total")) == 0
+
+
+def test_the_models_own_error_is_the_reason() -> None:
+    with pytest.raises(CaptureError, match=r"Linear does not capture as one graph: .*"):
+        capture_call(nn.Linear(4, 2), split_call((torch.randn(3, 5),), {}))
+
+
+def test_an_ambient_autocast_region_is_not_frozen_into_the_graph() -> None:
+    module, x = nn.Linear(4, 2), torch.randn(3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        captured = capture_call(module, split_call((x,), {}))
+        assert captured.graph_module(x)[0].dtype == torch.bfloat16
+    assert captured.graph_module(x)[0].dtype == torch.float32
+
+
+def test_nan_outputs_that_agree_are_no_departure() -> None:
+    class Undefined(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 0.0) / (x * 0.0)
+
+    captured = capture_call(Undefined(), split_call((torch.randn(3, 4),), {}))
+    assert captured.largest_error == 0.0
