@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -14,9 +15,10 @@ from torch import nn
 
 from adapter_compiler.config import AdapterConfig
 from adapter_compiler.ownership import clone_parameter, copy_module, replace_parameter
+from adapter_compiler.regions import Region, RegionTree
 from adapter_compiler.report.adapters import AdapterReport, describe_adapters
 from adapter_compiler.store import AdapterStore
-from adapter_compiler.variants import VariantCache
+from adapter_compiler.variants import Variant
 from passes.fold_adapters import merge_weight
 from passes.plan import AdapterPlan
 from passes.sites import AdapterSite, SiteSearch
@@ -46,7 +48,8 @@ class AdaptedModel(nn.Module):
     """A module whose chosen weights carry adapters. Made by ``compile_with_adapters``.
 
     Calls run captured graphs: one for each call signature, training mode and set of fixed shapes,
-    captured when first needed. The weights are the user's own storage and frozen.
+    captured when first needed. What does not capture runs as Python around smaller graphs. The weights
+    are the user's own storage and frozen.
 
     Attributes:
         module: the user's module (a copy that shares the weights' storage, unless ``inplace``).
@@ -66,6 +69,7 @@ class AdaptedModel(nn.Module):
         config: AdapterConfig,
         search: SiteSearch,
         gradient_flags: Mapping[str, bool],
+        regions: RegionTree,
     ) -> None:
         super().__init__()
         self.module = module
@@ -76,7 +80,7 @@ class AdaptedModel(nn.Module):
         self.fold_report: FoldReport | None = None
         self.training = module.training
         self._gradient_flags = gradient_flags
-        self._variants = VariantCache(module, store, plan, config.max_variants, fused=config.fused)
+        self._regions = regions
         self._enabled = True
 
     @property
@@ -85,23 +89,36 @@ class AdaptedModel(nn.Module):
         return tuple(adapter.site for adapter in self.plan)
 
     @property
-    def variants(self) -> VariantCache:
-        """The captured graphs."""
-        return self._variants
+    def regions(self) -> tuple[Region, ...]:
+        """The parts of the model that run as graphs, or as Python around smaller parts; the whole model first."""
+        return tuple(self._regions.regions.values())
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The captured graphs of all regions."""
+        return tuple(variant for region in self.regions for variant in region.variants)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the user's module returns for these arguments, with the adapters.
-
-        Raises:
-            CaptureError: this call does not capture as one graph.
-        """
+        """What the user's module returns for these arguments, with the adapters."""
         if not self._enabled:
+            self._regions.deactivate()
             return self.module(*args, **kwargs)
-        is_first = not len(self._variants)
-        result = self._variants.run(args, kwargs)
+        is_first = not self._regions.regions
+        result = self._regions.call(args, kwargs)
         if is_first and (unused := self.report().unused):
             logger.warning("no adapter trains at %s: the captured call does not use the weight", ", ".join(unused))
         return result
+
+    def rebuild(self, plan: AdapterPlan, store: AdapterStore | None = None) -> None:
+        """Give every captured graph the adapters of another plan, without capturing anew.
+
+        Args:
+            plan: adapters of the same sites or of some of them, with any ranks.
+            store: their parameters; by default those there are.
+        """
+        self.plan = plan
+        self.adapters = self.adapters if store is None else store
+        self._regions.adopt(plan, self.adapters)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The adapters' parameters, then those that ``AdapterConfig(trainable=...)`` names."""
@@ -135,6 +152,7 @@ class AdaptedModel(nn.Module):
             errors[name] = merged.rounding_error
             return replace_parameter(parameter, merged.weight, requires_grad=flag)
 
+        self._regions.deactivate()
         folded = copy_module(self.module, merge)
         self.fold_report = FoldReport(rounding_error=errors)
         return folded
@@ -152,9 +170,22 @@ class AdaptedModel(nn.Module):
     def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """``.to()``, ``.cuda()``, ``.double()``…: graphs hold devices and dtypes, so they are captured anew."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.plan = _follow_dtypes(self.plan, self.module, self.adapters)
-        self._variants.clear(self.plan)
+        self._regions.clear()
+        self.rebuild(_follow_dtypes(self.plan, self.module, self.adapters))
         return self
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        """A model of its own with the same adapters; its graphs are captured when it is called."""
+        self._regions.deactivate()
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The model as the user wrote it, the adapters and the options, without graphs."""
+        self._regions.deactivate()
+        return self.__dict__
 
 
 def _follow_dtypes(plan: AdapterPlan, module: nn.Module, store: AdapterStore) -> AdapterPlan:

@@ -11,12 +11,12 @@ from torch import nn
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.config import AdapterConfig
-from adapter_compiler.errors import ConfigError, SiteError
+from adapter_compiler.errors import AdapterCompilerError, CaptureError, ConfigError, SiteError
 from adapter_compiler.initialisers import initialise_gaussian
 from adapter_compiler.ownership import clone_parameter, copy_module, read_gradient_flags, share_parameter
+from adapter_compiler.regions import RegionTree, find_boundaries
 from adapter_compiler.store import AdapterStore
-from passes.calls import sort_keywords, split_call
-from passes.capture import capture_call
+from passes.calls import sort_keywords
 from passes.forms import SvdForm
 from passes.plan import AdapterPlan, PlannedAdapter
 from passes.sites import (
@@ -27,7 +27,7 @@ from passes.sites import (
     find_module_sites,
     find_sites,
 )
-from passes.weight_uses import find_parameter_aliases
+from passes.weight_uses import WeightUse, find_parameter_aliases
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ def compile_with_adapters(
     """Insert SVD adapters (AdaLoRA) into a model.
 
     With an example, the model is captured now, in its present training mode, and sites are found by
-    what the graph does with each weight. Without one, sites are the weights of linear layers and
+    what the graph does with each weight; where it does not capture whole, the largest parts that do
+    become graphs, and the Python between them stays. Without one, sites are the weights of linear layers and
     their kin, so that ``trainable_parameters()`` is complete at once, and the first call captures.
 
     Args:
@@ -56,7 +57,7 @@ def compile_with_adapters(
         A module that is called like ``model``, in which only adapters and ``config.trainable`` train.
 
     Raises:
-        CaptureError: the example does not capture as one graph.
+        CaptureError: the model itself fails on the example.
         SiteError: nothing can be adapted, or a glob matches nothing.
         ConfigError: the arguments are not of the expected kinds.
     """
@@ -73,13 +74,25 @@ def compile_with_adapters(
     own = model if config.inplace else copy_module(model, own_parameter)
     for name, parameter in own.named_parameters():
         parameter.requires_grad_(name in trainable and parameter.is_floating_point())
+    regions = RegionTree(own, config.context(), find_boundaries(own, config.regions))
     if example is None:
-        return _assemble(own, find_module_sites(own, config.selection), config, flags)
-    call = split_call(*example)
-    captured = capture_call(own, call)
-    adapted = _assemble(own, find_sites(captured.graph_module, own, config.selection), config, flags)
-    adapted.variants.add(call, captured)
-    return adapted
+        search = find_module_sites(own, config.selection)
+    else:
+        search = find_sites(_discover(regions, *example), own, config.selection)
+    return _assemble(own, search, config, flags, regions)
+
+
+def _discover(regions: RegionTree, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[WeightUse]]:
+    try:
+        return regions.discover(args, kwargs)
+    except AdapterCompilerError:
+        raise
+    except Exception as error:
+        model = type(regions.module).__name__
+        raise CaptureError(
+            f"{model} itself fails on the example: {type(error).__name__}: {error}; expected arguments that "
+            f"{model}.forward accepts in its present mode"
+        ) from error
 
 
 def plan_adapters(sites: Iterable[AdapterSite], config: AdapterConfig) -> AdapterPlan:
@@ -98,7 +111,9 @@ def plan_adapters(sites: Iterable[AdapterSite], config: AdapterConfig) -> Adapte
     )
 
 
-def _assemble(own: nn.Module, search: SiteSearch, config: AdapterConfig, flags: Mapping[str, bool]) -> AdaptedModel:
+def _assemble(
+    own: nn.Module, search: SiteSearch, config: AdapterConfig, flags: Mapping[str, bool], regions: RegionTree
+) -> AdaptedModel:
     if not search.sites:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(search.rejected.items())[:8])
         reasons = reasons or "it has no weights of two or more dimensions"
@@ -108,7 +123,10 @@ def _assemble(own: nn.Module, search: SiteSearch, config: AdapterConfig, flags: 
     for adapter in plan:
         initialise_gaussian(store.parameters_of(adapter), config.init_std)
     logger.info("%d sites in %s, %d weights without adapter", len(plan), type(own).__name__, len(search.rejected))
-    return AdaptedModel(own, plan=plan, store=store, config=config, search=search, gradient_flags=flags)
+    regions.adopt(plan, store)
+    return AdaptedModel(
+        own, plan=plan, store=store, config=config, search=search, gradient_flags=flags, regions=regions
+    )
 
 
 def _find_trainable(model: nn.Module, config: AdapterConfig) -> frozenset[str]:

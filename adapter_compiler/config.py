@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
+from torch import nn
 
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.options import accept_aliases, assert_integer, assert_number
+from adapter_compiler.variants import AdapterContext
 from passes.sites import ALL_LINEAR, AdapterSite, SiteSelection
 
 
@@ -37,7 +40,10 @@ class AdapterConfig:
         dtype: dtype of the adapters; by default the weight's, but float32 for half-precision weights.
         fused: run each adapter and its base layer as one function; the numbers differ by rounding only.
         inplace: adapt the given model itself instead of a copy that shares its weights' storage.
-        max_variants: how many captured graphs (by call signature and mode) are kept.
+        max_variants: how many captured graphs (by call signature and mode) each region keeps.
+        regions: submodules that are captured by themselves, as classes or globs over names; by default
+            the whole model is one graph where it can be. Equal ones are captured once.
+        checkpoint: compute the activations inside each region again in backward instead of keeping them.
 
     Raises:
         ConfigError: a value cannot work, or an option is unknown.
@@ -54,6 +60,8 @@ class AdapterConfig:
     fused: bool = True
     inplace: bool = False
     max_variants: int = 16
+    regions: tuple[str | type[nn.Module], ...] = ()
+    checkpoint: bool = False
 
     def __post_init__(self) -> None:
         assert_integer(self, "rank", least=1)
@@ -65,6 +73,7 @@ class AdapterConfig:
             raise ConfigError(f"AdapterConfig(dtype={self.dtype!r}): expected a floating-point torch.dtype or None")
         for name in ("exclude", "trainable"):
             object.__setattr__(self, name, _as_globs(self, name))
+        object.__setattr__(self, "regions", _as_regions(self.regions))
         if not isinstance(self.sites, str):
             object.__setattr__(self, "sites", _as_globs(self, "sites"))
         if not self.sites:
@@ -80,6 +89,10 @@ class AdapterConfig:
         """The options that choose sites."""
         return SiteSelection(sites=self.sites, exclude=self.exclude, trainable=self.trainable)
 
+    def context(self) -> AdapterContext:
+        """The options that every graph of a model needs, before there are adapters."""
+        return AdapterContext(limit=self.max_variants, fused=self.fused, checkpointed=self.checkpoint)
+
     def dtype_for(self, site: AdapterSite) -> torch.dtype:
         """The dtype of the adapter at ``site``."""
         if self.dtype is not None:
@@ -93,3 +106,13 @@ def _as_globs(config: AdapterConfig, name: str) -> tuple[str, ...]:
     if not isinstance(globs, (tuple, list, set, frozenset)) or not all(isinstance(g, str) and g for g in globs):
         raise ConfigError(f"AdapterConfig({name}={value!r}): expected a glob or a sequence of globs")
     return tuple(sorted(globs) if isinstance(globs, (set, frozenset)) else globs)
+
+
+def _as_regions(value: Any) -> tuple[str | type[nn.Module], ...]:
+    entries = (value,) if isinstance(value, (str, type)) else tuple(value)
+    for entry in entries:
+        if not (isinstance(entry, str) and entry) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+            raise ConfigError(
+                f"AdapterConfig(regions={value!r}): expected globs over names or classes of torch.nn.Module"
+            )
+    return entries

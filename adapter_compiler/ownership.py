@@ -32,7 +32,8 @@ def copy_module(module: nn.Module, make_parameter: Callable[[str, nn.Parameter],
         memo[id(parameter)] = make_parameter(name, parameter)
     # deepcopy keeps what the memo holds alive only by id, so the originals must outlive the call: they do.
     try:
-        return copy.deepcopy(module, memo)
+        with torch.no_grad():  # so that what TorchScript copies by itself stays a leaf
+            return copy.deepcopy(module, memo)
     except Exception as error:
         raise AdapterCompilerError(
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}); remove the attribute that "

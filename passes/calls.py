@@ -58,6 +58,11 @@ class ModuleCall:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return tuple(args), dict(kwargs)
 
+    def detached(self) -> ModuleCall:
+        """The same call with tensors cut from the graph that computed them."""
+        tensors = tuple(t.detach().requires_grad_(t.requires_grad) for t in self.tensors)
+        return dataclasses.replace(self, tensors=tensors)
+
     @property
     def names(self) -> tuple[str, ...]:
         """For each tensor the argument it came from, as in ``args[0]`` or ``mask``."""

@@ -7,16 +7,17 @@ copied. Dimensions are left symbolic as far as the model allows: all of them, el
 of each tensor, else none.
 
 Every capture is run once against the module on the same example under the same random state;
-outputs and buffers must agree. What export cannot express it refuses, and so does this function.
+outputs, buffers and gradients must agree. What export cannot express it refuses, and so does this function.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,21 +29,13 @@ from torch.utils import _pytree as pytree
 
 from passes.base import CaptureError
 from passes.calls import ModuleCall, flatten_result
+from passes.module_state import HOOK_KINDS, canonical_kernels, is_torch_hook, restored_state
+from passes.self_check import Observation, assert_same, observe_eager, observe_run
 
 logger = logging.getLogger(__name__)
 
 #: Where the captured module's parameters and buffers stand in a captured graph.
 MODULE_PREFIX = "module."
-
-#: Largest accepted departure of a captured graph from eager: (relative, absolute) by dtype.
-TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
-    torch.float64: (1e-9, 1e-10),
-    torch.complex128: (1e-9, 1e-10),
-    torch.float32: (1e-4, 1e-5),
-    torch.complex64: (1e-4, 1e-5),
-    torch.float16: (1e-2, 1e-3),
-    torch.bfloat16: (2e-2, 1e-2),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,14 +131,48 @@ def export_call(module: nn.Module, call: ModuleCall) -> ExportedCall:
 
 
 def capture_call(module: nn.Module, call: ModuleCall) -> CapturedGraph:
-    """Capture ``module`` for ``call`` in its present training mode and check the result against eager.
+    """Capture ``module.forward`` for ``call`` in its present training mode and check the result against eager.
+
+    Hooks of ``module`` itself are not part of the graph: whoever calls the graph runs them.
 
     Raises:
-        CaptureError: the module does not capture as one graph, or the graph departs from eager.
+        CaptureError: the module does not capture as one graph, a submodule has hooks whose Python
+            would be lost, or the graph departs from eager.
     """
+    _refuse_inner_hooks(module)
+    expected = observe_eager(module, call)
     captured = _to_captured_graph(export_call(module, call))
-    error_seen = _compare_with_eager(module, call, captured)
-    return dataclasses.replace(captured, largest_error=error_seen)
+    return check_against_eager(module, call, captured, expected)
+
+
+def check_against_eager(
+    module: nn.Module, call: ModuleCall, captured: CapturedGraph, expected: Observation | None = None
+) -> CapturedGraph:
+    """The graph with its largest departure from eager in outputs, buffers and gradients.
+
+    Args:
+        module: what the graph stands for.
+        call: the arguments of both runs; they start from the same random state.
+        captured: the graph.
+        expected: what eager gives, if it is known.
+
+    Raises:
+        CaptureError: the departure is beyond the tolerance of the dtype, or a graph cannot keep what the module keeps.
+    """
+    expected = observe_eager(module, call) if expected is None else expected
+    found = observe_run(module, call, lambda: list(captured.graph_module(*call.tensors)))
+    return dataclasses.replace(captured, largest_error=assert_same(type(module).__name__, found, expected))
+
+
+def _refuse_inner_hooks(module: nn.Module) -> None:
+    for name, child in module.named_modules():
+        hooks = [hook for kind in HOOK_KINDS for hook in getattr(child, kind, {}).values()]
+        foreign = [hook for hook in hooks if not is_torch_hook(hook)]
+        if child is not module and foreign:
+            hook = getattr(foreign[0], "__name__", foreign[0])
+            raise CaptureError(
+                f"submodule {name} of {type(module).__name__} has a hook ({hook}), whose Python a graph would lose"
+            )
 
 
 class _SeenOutput:
@@ -155,7 +182,7 @@ class _SeenOutput:
 
 
 class _FlatCall(nn.Module):
-    """Calls a module with a flat list of tensors and returns a flat tuple; what export sees."""
+    """Calls a module's ``forward`` with a flat list of tensors and returns a flat tuple; what export sees."""
 
     def __init__(self, module: nn.Module, call: ModuleCall) -> None:
         super().__init__()
@@ -166,7 +193,7 @@ class _FlatCall(nn.Module):
 
     def forward(self, tensors: list[torch.Tensor]) -> tuple[Any, ...]:
         args, kwargs = self.call.rebuild(tensors)
-        leaves, self.seen.spec = flatten_result(self.module(*args, **kwargs))
+        leaves, self.seen.spec = flatten_result(self.module.forward(*args, **kwargs))
         return tuple(leaves)
 
 
@@ -175,31 +202,16 @@ def _export(wrapper: _FlatCall, call: ModuleCall, dynamic: str) -> ExportedProgr
         {i: Dim.AUTO if dynamic == "all" or (dynamic == "first" and i == 0) else Dim.STATIC for i in range(t.dim())}
         for t in call.tensors
     ]
-    with canonical_kernels(), _restored_state(wrapper.module), warnings.catch_warnings(), torch.enable_grad():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(canonical_kernels())
+        stack.enter_context(restored_state(wrapper.module))
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        # What export prints of a graph that it gives up on says less than the error that it raises.
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(torch.enable_grad())
         return torch.export.export(wrapper, (list(call.tensors),), dynamic_shapes=(dims,), strict=False)
-
-
-@contextlib.contextmanager
-def canonical_kernels() -> Iterator[None]:
-    """Switch off what makes a module compute by other kernels than its own code says.
-
-    The fused inference path of ``nn.TransformerEncoder`` gives other numbers under a padding mask,
-    and an ambient autocast region would be frozen into the graph instead of surrounding it.
-    """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with contextlib.ExitStack() as stack:
-            for device_type in _autocast_devices():
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-def _autocast_devices() -> list[str]:
-    return [name for name in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(name)]
 
 
 def _to_captured_graph(call: ExportedCall) -> CapturedGraph:
@@ -244,71 +256,6 @@ def _bound(size: int | torch.SymInt, ranges: Any) -> DimensionBound:
     least = 2 if limits is None else max(2, int(limits.lower))
     finite = limits is not None and limits.upper.is_finite
     return DimensionBound(symbol=str(expression), least=least, greatest=float(limits.upper) if finite else float("inf"))
-
-
-@contextlib.contextmanager
-def _restored_state(module: nn.Module) -> Iterator[None]:
-    """Undo what running a module leaves behind: random states and buffers."""
-    devices = {t.device for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    try:
-        with torch.random.fork_rng(devices=[device.index for device in devices]):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                if not buffer.is_meta:
-                    buffer.copy_(saved)
-
-
-def _compare_with_eager(module: nn.Module, call: ModuleCall, captured: CapturedGraph) -> float:
-    """Largest departure in outputs and buffers of graph against eager; raises beyond the tolerance."""
-    args, kwargs = call.rebuild(call.tensors)
-
-    def eager() -> list[Any]:
-        return flatten_result(module(*args, **kwargs))[0]
-
-    def graph() -> list[Any]:
-        return list(captured.graph_module(*call.tensors))
-
-    expected = _observe(module, eager)
-    found = _observe(module, graph)
-    largest = 0.0
-    for name, want in expected.items():
-        largest = max(largest, _departure(type(module).__name__, name, found[name], want))
-    return largest
-
-
-def _observe(module: nn.Module, run: Callable[[], list[Any]]) -> dict[str, Any]:
-    """Outputs of ``run`` and the buffers after it, by name; everything is put back."""
-    with canonical_kernels(), _restored_state(module), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        seen: dict[str, Any] = {f"output {i}": _detached(leaf) for i, leaf in enumerate(run())}
-        seen |= {f"buffer {name}": buffer.detach().clone() for name, buffer in module.named_buffers()}
-    return seen
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _departure(owner: str, name: str, found: Any, want: Any) -> float:
-    if not isinstance(want, torch.Tensor):
-        if found != want:
-            raise CaptureError(f"{owner}: {name} of the captured graph is {found!r}, eager gives {want!r}")
-        return 0.0
-    if want.is_meta:
-        return 0.0
-    rtol, atol = TOLERANCES.get(want.dtype, (0.0, 0.0))
-    same_kind = found.shape == want.shape and found.dtype == want.dtype
-    if same_kind and torch.allclose(found, want, rtol=rtol, atol=atol, equal_nan=True):
-        difference = (found - want).abs().nan_to_num() if want.dtype.is_floating_point else None
-        return float(difference.max()) if difference is not None and difference.numel() else 0.0
-    detail = f"by up to {float((found - want).abs().max()):.3g}" if same_kind and want.numel() else ""
-    raise CaptureError(
-        f"{owner}: {name} of the captured graph ({found.dtype}, {tuple(found.shape)}) departs from eager "
-        f"({want.dtype}, {tuple(want.shape)}) {detail} beyond rtol {rtol:g}, atol {atol:g} under the same random state"
-    )
 
 
 def _first_lines(error: Exception) -> str:

@@ -48,9 +48,7 @@ def merge_weight(weight: torch.Tensor, adapter: PlannedAdapter, parameters: Mapp
     """
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     with torch.no_grad():
-        delta = adapter.form.delta({k: v.detach().to(wide) for k, v in parameters.items()}, adapter.scale)
-        delta = (delta.t() if adapter.site.transposed else delta).reshape(adapter.site.shape)
-        exact = weight.detach().to(wide) + delta
+        exact = weight.detach().to(wide) + adapter.delta({k: v.detach().to(wide) for k, v in parameters.items()})
         merged = exact.to(weight.dtype)
         error = float((merged.to(wide) - exact).abs().max()) if merged.numel() else 0.0
     return MergedWeight(site=adapter.site.name, weight=merged, rounding_error=error)

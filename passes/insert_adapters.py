@@ -22,7 +22,7 @@ from passes.base import GraphPass, PassResult, PreconditionError, find_graph_mod
 from passes.capture import MODULE_PREFIX
 from passes.forms.base import NodeEmitter
 from passes.plan import AdapterPlan, PlannedAdapter
-from passes.weight_uses import WeightUse, find_body_reference, find_weight_uses
+from passes.weight_uses import GraphUse, find_body_reference, find_weight_uses
 
 aten = torch.ops.aten
 
@@ -50,9 +50,11 @@ class InsertAdaptersPass(GraphPass):
         """The graph lints and holds the plan's weights and parameters in the planned shapes."""
         super().requires(graph_module)
         used = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+        targets: dict[str, list[str]] = {}
+        for name, first in self.aliases.items():
+            targets.setdefault(first, []).append(MODULE_PREFIX + name)
         for adapter in self.plan:
-            names = (adapter.site.name, *adapter.site.aliases)
-            for target in (MODULE_PREFIX + name for name in names if MODULE_PREFIX + name in used):
+            for target in (target for target in targets.get(adapter.site.name, []) if target in used):
                 _assert_shape(graph_module, target, adapter.site.shape, adapter)
                 for name, shape in adapter.parameter_shapes.items():
                     _assert_shape(graph_module, _parameter_target(adapter, name), shape, adapter)
@@ -82,7 +84,7 @@ def find_adapted_sites(graph_module: GraphModule) -> set[str]:
     return {str(tag) for tag in tags if tag is not None}
 
 
-def _insert(graph_module: GraphModule, adapter: PlannedAdapter, uses: Sequence[WeightUse]) -> None:
+def _insert(graph_module: GraphModule, adapter: PlannedAdapter, uses: Sequence[GraphUse]) -> None:
     parameters = _fetch_parameters(graph_module, adapter)
     if all(use.activation is not None for use in uses):
         for use in uses:
@@ -105,7 +107,7 @@ def _fetch_parameters(graph_module: GraphModule, adapter: PlannedAdapter) -> dic
     return fetched
 
 
-def _insert_on_activations(use: WeightUse, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> None:
+def _insert_on_activations(use: GraphUse, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> None:
     inner = {name: _bring_into(use.regions, node, adapter) for name, node in parameters.items()}
     output, x = use.node, use.activation
     assert x is not None

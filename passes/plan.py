@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -41,6 +41,11 @@ class PlannedAdapter:
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the adapter's parameters by name."""
         return self.form.parameter_shapes(self.site.out_features, self.site.in_features, self.rank)
+
+    def delta(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """ΔW in the shape and layout of the weight, in the dtype of the parameters."""
+        delta = self.form.delta(parameters, self.scale)
+        return (delta.t() if self.site.transposed else delta).reshape(self.site.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
 from passes.base import SiteError
-from passes.weight_uses import WeightUse, find_parameter_aliases, find_weight_uses
+from passes.weight_uses import GraphUse, WeightUse, find_parameter_aliases
 
 #: The selection that takes every weight whose every use is a matrix product.
 ALL_LINEAR = "all-linear"
@@ -46,13 +45,19 @@ class AdapterSite:
 
     @property
     def out_features(self) -> int:
-        """d1, the rows of ΔW."""
-        return self.shape[1] if self.transposed else self.shape[0]
+        """d1, the rows of ΔW; the leading dimensions of stacked matrices count as one."""
+        return self._matrix_shape[1 if self.transposed else 0]
 
     @property
     def in_features(self) -> int:
         """d2, the columns of ΔW; the trailing dimensions of a convolution kernel count as one."""
-        return self.shape[0] if self.transposed else math.prod(self.shape[1:])
+        return self._matrix_shape[0 if self.transposed else 1]
+
+    @property
+    def _matrix_shape(self) -> tuple[int, int]:
+        if "conv" in self.op:
+            return self.shape[0], math.prod(self.shape[1:])
+        return math.prod(self.shape[:-1]), self.shape[-1]
 
     @property
     def largest_rank(self) -> int:
@@ -116,19 +121,18 @@ def find_matching_glob(names: Iterable[str], globs: Sequence[str]) -> str | None
     return None
 
 
-def find_sites(graph_module: GraphModule, module: nn.Module, selection: SiteSelection) -> SiteSearch:
-    """Sites of a captured graph.
+def find_sites(uses: Mapping[str, Sequence[WeightUse]], module: nn.Module, selection: SiteSelection) -> SiteSearch:
+    """Sites by what was seen of each weight.
 
     Args:
-        graph_module: a graph captured from ``module``.
+        uses: every use of each weight in every captured graph and in the Python between them, by
+            the weight's first qualified name.
         module: the module whose parameters name the sites.
         selection: which weights are wanted.
 
     Raises:
         SiteError: a glob of the selection matches no weight.
     """
-    aliases = find_parameter_aliases(module)
-    uses = find_weight_uses(graph_module, aliases)
 
     def judge(name: str, weight: nn.Parameter) -> AdapterSite | str:
         return _judge_uses(name, weight, uses.get(name, []), only_linear=selection.sites == ALL_LINEAR)
@@ -188,9 +192,7 @@ def _judge_uses(name: str, weight: nn.Parameter, uses: Sequence[WeightUse], *, o
     other = next((use.op for use in uses if not use.is_linear), None)
     if other is not None and only_linear:
         return f"used by {other}, not only by matrix products (name it in sites to adapt it)"
-    if weight.dim() > 2 and "conv" not in (other or ""):
-        return f"{weight.dim()}-dimensional weight used by {other or uses[0].op}; expected two dimensions"
-    products = [use for use in uses if use.activation is not None]
+    products = [use for use in uses if isinstance(use, GraphUse) and use.activation is not None]
     return AdapterSite(
         name=name,
         shape=tuple(weight.shape),

@@ -57,30 +57,39 @@ _SINGLE_BODY_REGIONS = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "tag
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightUse:
-    """One operator that computes with a weight.
+    """One operation that computes with a weight, in a graph or in the Python between graphs.
 
     Attributes:
-        node: the operator.
         op: its name, such as ``linear``, ``matmul`` or ``embedding``.
-        source: the node that stands for the whole weight in the outermost graph.
-        regions: the region calls that lead from the outermost graph to ``node``, outermost first.
-        operand: the position of ``x`` among the operator's arguments where it is ``x @ W`` or
-            ``x @ W.T`` on the whole weight, so that an adapter can run on activations; else ``None``.
         transposed: whether it computes ``x @ W`` (weight stored [in, out]) and not ``x @ W.T``.
         is_linear: whether the operator is a matrix product with the weight or a part of it.
         has_gradient: whether gradients flow here; false inside ``no_grad``.
         reaches_output: whether an output depends on it.
     """
 
-    node: Node
     op: str
-    source: Node
-    regions: tuple[Node, ...] = ()
-    operand: int | None = None
     transposed: bool = False
     is_linear: bool = False
     has_gradient: bool = True
     reaches_output: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphUse(WeightUse):
+    """A use of a weight in a captured graph.
+
+    Attributes:
+        node: the operator.
+        source: the node that stands for the whole weight in the outermost graph.
+        regions: the region calls that lead from the outermost graph to ``node``, outermost first.
+        operand: the position of ``x`` among the operator's arguments where it is ``x @ W`` or
+            ``x @ W.T`` on the whole weight, so that an adapter can run on activations; else ``None``.
+    """
+
+    node: Node
+    source: Node
+    regions: tuple[Node, ...] = ()
+    operand: int | None = None
 
     @property
     def activation(self) -> Node | None:
@@ -108,9 +117,9 @@ def find_parameter_aliases(module: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(parameter), name) for name, parameter in named}
 
 
-def find_weight_uses(graph_module: GraphModule, aliases: Mapping[str, str]) -> dict[str, list[WeightUse]]:
+def find_weight_uses(graph_module: GraphModule, aliases: Mapping[str, str]) -> dict[str, list[GraphUse]]:
     """Uses of every parameter of two or more dimensions, by its first qualified name, in graph order."""
-    uses: dict[str, list[WeightUse]] = {}
+    uses: dict[str, list[GraphUse]] = {}
     reaching: dict[Graph, set[Node]] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         name = aliases.get(str(node.target).removeprefix(MODULE_PREFIX))
@@ -123,7 +132,7 @@ def find_weight_uses(graph_module: GraphModule, aliases: Mapping[str, str]) -> d
     return uses
 
 
-def _walk(owner: GraphModule, path: _Path, reaching: dict[Graph, set[Node]]) -> Iterator[WeightUse]:
+def _walk(owner: GraphModule, path: _Path, reaching: dict[Graph, set[Node]]) -> Iterator[GraphUse]:
     for user in path.value.users:
         if user.meta.get("adapter_site") is not None:
             continue
@@ -194,7 +203,7 @@ def _lookup(owner: nn.Module, path: str) -> object:
     return value
 
 
-def _enter(body: GraphModule, region: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> Iterator[WeightUse]:
+def _enter(body: GraphModule, region: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> Iterator[GraphUse]:
     start = region.args.index(find_body_reference(region)) + 1
     placeholders = body.graph.find_nodes(op="placeholder")
     stops_gradient = getattr(region.target, "_name", None) == "wrap_with_set_grad_enabled" and region.args[0] is False
@@ -209,11 +218,11 @@ def _enter(body: GraphModule, region: Node, path: _Path, reaching: dict[Graph, s
             yield from _walk(body, onward, reaching)
 
 
-def _describe(user: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> WeightUse:
+def _describe(user: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> GraphUse:
     op = operator_name(user)
     operand, stored_in_out = _match_product(user, path.value)
     chain = (*path.regions, user)
-    return WeightUse(
+    return GraphUse(
         node=user,
         op=op,
         source=path.source,

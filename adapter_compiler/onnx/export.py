@@ -28,7 +28,8 @@ from adapter_compiler.onnx.inputs import (
 from adapter_compiler.onnx.verify import ExportReport, OutputError, compare_outputs, open_session
 from adapter_compiler.ownership import copy_module, share_parameter
 from passes.calls import ModuleCall
-from passes.capture import MODULE_PREFIX, ExportedCall, canonical_kernels, export_call
+from passes.capture import MODULE_PREFIX, ExportedCall, export_call
+from passes.module_state import canonical_kernels
 
 logger = logging.getLogger(__name__)
 

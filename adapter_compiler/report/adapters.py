@@ -31,6 +31,16 @@ class SiteRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RegionRow:
+    """One part of the model: its graphs, as text, and why some calls run as Python around smaller parts."""
+
+    name: str
+    module: str
+    graphs: tuple[str, ...]
+    refused: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterReport:
     """What :meth:`AdaptedModel.report` returns; ``str()`` gives a table.
 
@@ -38,7 +48,7 @@ class AdapterReport:
         sites: one row an adapted weight.
         rejected: why each other weight of two or more dimensions carries no adapter.
         unused: sites that no captured graph uses (empty before the first call).
-        variants: the captured graphs, as text.
+        regions: the parts of the model that run as graphs or as Python, the whole model first.
         trainable_parameters: number of trained values.
         total_parameters: number of the model's own values.
     """
@@ -46,7 +56,7 @@ class AdapterReport:
     sites: tuple[SiteRow, ...]
     rejected: Mapping[str, str]
     unused: tuple[str, ...]
-    variants: tuple[str, ...]
+    regions: tuple[RegionRow, ...]
     trainable_parameters: int
     total_parameters: int
 
@@ -78,7 +88,10 @@ class AdapterReport:
         yield table
         yield from (f"no adapter: {name}: {reason}" for name, reason in self.rejected.items())
         yield from (f"no graph uses: {name}" for name in self.unused)
-        yield from (f"graph: {variant}" for variant in self.variants)
+        for region in self.regions:
+            where = f"{region.name or 'the model'} ({region.module})"
+            yield from (f"graph: {where}: {graph}" for graph in region.graphs)
+            yield from (f"python: {where}: {reason}" for reason in region.refused)
         yield (
             f"trains {self.trainable_parameters:,} values, {self.trainable_share:.2%} "
             f"of the model's {self.total_parameters:,}"
@@ -88,7 +101,8 @@ class AdapterReport:
 def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
     """The report of an adapted model as it stands."""
     errors = adapted.fold_report.rounding_error if adapted.fold_report else {}
-    variants = list(adapted.variants)
+    regions, variants = adapted.regions, adapted.variants
+    in_python = {name for region in regions if region.refused for name in region.aliases.values()}
     rows = []
     for adapter in adapted.plan:
         parameters = adapted.adapters.parameters_of(adapter)
@@ -108,8 +122,16 @@ def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
     return AdapterReport(
         sites=tuple(rows),
         rejected=dict(adapted.rejected),
-        unused=tuple(row.name for row in rows if variants and not row.in_graphs),
-        variants=tuple(f"{'train' if v.training else 'eval'}({', '.join(v.inputs)})" for v in variants),
+        unused=tuple(row.name for row in rows if regions and not row.in_graphs and row.name not in in_python),
+        regions=tuple(
+            RegionRow(
+                name=region.path,
+                module=type(region.module).__name__,
+                graphs=tuple(f"{'train' if v.training else 'eval'}({', '.join(v.inputs)})" for v in region.variants),
+                refused=tuple(region.refused.values()),
+            )
+            for region in regions
+        ),
         trainable_parameters=sum(p.numel() for p in adapted.trainable_parameters()),
         total_parameters=sum(p.numel() for p in adapted.module.parameters()),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import adapter_compiler as ac
-from adapter_compiler.errors import CaptureError
 
 
 class Net(nn.Module):
@@ -174,80 +172,7 @@ def test_no_grad_and_autocast_around_a_call_are_respected(adapted: ac.AdaptedMod
         assert adapted(x)["y"].dtype == adapted.fold()(x)["y"].dtype == torch.bfloat16
 
 
-class Decides(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.inner(x)
-        return y * 2 if y.sum() > 0 else y
-
-
-@dataclasses.dataclass
-class Batch:
-    x: Tensor
-
-
-class TakesBatch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, batch: Batch) -> Tensor:
-        y: Tensor = self.inner(batch.x)
-        return y
-
-
-class GivesBatch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Batch:
-        return Batch(self.inner(x))
-
-
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize(
-    ("model", "argument", "reason"),
-    [
-        (Decides, X, "does not depend on tensor values"),
-        (TakesBatch, Batch(X), r"argument args\[0\] is a .*Batch"),
-        (GivesBatch, X, "result itself is a .*Batch"),
-    ],
-)
-@pytest.mark.parametrize("with_example", [True, False])
-def test_what_does_not_capture_is_refused_with_the_reason(
-    model: type[nn.Module], argument: Any, reason: str, with_example: bool
-) -> None:
-    if with_example:
-        with pytest.raises(CaptureError, match=reason):
-            ac.compile_with_adapters(model(), (argument,))
-        return
-    adapted = ac.compile_with_adapters(model())
-    with pytest.raises(CaptureError, match=reason):
-        adapted(argument)
-    assert len(adapted.variants) == 0
-
-
-def test_a_graph_that_departs_from_eager_is_refused() -> None:
-    calls: list[int] = []
-
-    class Counts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            calls.append(1)
-            y: Tensor = self.inner(x) + len(calls)
-            return y
-
-    with pytest.raises(CaptureError, match=r"Counts: output 0 of the captured graph .* departs from eager .* by up to"):
-        ac.compile_with_adapters(Counts(), (X,))
 
 
 def test_results_keep_their_containers() -> None:

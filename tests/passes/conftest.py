@@ -20,7 +20,7 @@ from passes.forms import SvdForm
 from passes.insert_adapters import InsertAdaptersPass
 from passes.plan import AdapterPlan, PlannedAdapter
 from passes.sites import SiteSearch, SiteSelection, find_sites
-from passes.weight_uses import find_parameter_aliases
+from passes.weight_uses import find_parameter_aliases, find_weight_uses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,8 @@ def _prepare(
     dtype: torch.dtype | None = None,
 ) -> Workbench:
     captured = capture_call(module, split_call(args, {}))
-    search = find_sites(captured.graph_module, module, selection or SiteSelection())
+    uses = find_weight_uses(captured.graph_module, find_parameter_aliases(module))
+    search = find_sites(uses, module, selection or SiteSelection())
     plan = AdapterPlan(
         adapters=tuple(
             PlannedAdapter(

@@ -115,8 +115,8 @@ def test_a_graph_that_departs_from_eager_is_refused(result: str, where: str) -> 
     assert float(module.get_buffer("total")) == 0
 
 
-def test_the_models_own_error_is_the_reason() -> None:
-    with pytest.raises(CaptureError, match=r"Linear does not capture as one graph: .*"):
+def test_the_models_own_error_is_raised_as_it_is() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         capture_call(nn.Linear(4, 2), split_call((torch.randn(3, 5),), {}))
 
 

@@ -1,0 +1,165 @@
+"""What a module keeps between calls besides weights: random states, buffers and plain attributes.
+
+A graph repeats tensor operations and updates of buffers. It does not repeat a draw from Python's or
+numpy's generator, nor an assignment to an attribute; those are found here, by watching one real run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+#: The dictionaries in which an nn.Module keeps hooks that run at a call.
+HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_CONTAINERS = (list, dict, set, deque)
+#: Attributes that torch itself manages: registries are followed elsewhere, the rest are caches of the weights.
+_MANAGED = {"_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs", "forward", *HOOK_KINDS}
+
+
+@contextlib.contextmanager
+def restored_state(module: nn.Module) -> Iterator[None]:
+    """Undo what running a module leaves behind: random states, buffers and attributes."""
+    registries = [(child._buffers, dict(child._buffers)) for child in module.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers() if not buffer.is_meta]
+    attributes = _Attributes(module)
+    with _restored_generators(module):
+        try:
+            yield
+        finally:
+            attributes.restore()
+            for registry, named in registries:
+                if registry.keys() != named.keys() or any(registry[key] is not named[key] for key in named):
+                    registry.clear()
+                    registry.update(named)
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+
+
+@contextlib.contextmanager
+def find_state_changes(module: nn.Module, found: list[str]) -> Iterator[None]:
+    """Append to ``found`` what the run inside the block changed beyond buffers and torch's generators, in words."""
+    attributes = _Attributes(module)
+    before = _read_foreign_generators()
+    yield
+    found += [f"changes its attribute {name}" for name in attributes.find_changed()]
+    after = _read_foreign_generators()
+    found += [f"draws from the generator of {name}" for name, state in before.items() if state != after[name]]
+
+
+@contextlib.contextmanager
+def _restored_generators(module: nn.Module) -> Iterator[None]:
+    devices = {t.device for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"}
+    python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    legacy = None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device.index for device in devices]):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(legacy)
+
+
+def _read_foreign_generators() -> dict[str, Any]:
+    states: dict[str, Any] = {"Python's random module": random.getstate()}
+    if (numpy := sys.modules.get("numpy")) is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        states["numpy"] = (kind, keys.tobytes(), *rest)
+    return states
+
+
+class _Attributes:
+    """The plain attributes of a module and its submodules as they were, one level into containers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        watched = [(n, m) for n, m in module.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._owners = [(name, child, self._read(child)) for name, child in watched]
+
+    @staticmethod
+    def _read(child: nn.Module) -> dict[str, tuple[Any, Any]]:
+        return {
+            key: (value, value.copy() if isinstance(value, _CONTAINERS) else None)
+            for key, value in _watched_items(child)
+        }
+
+    def find_changed(self) -> Iterator[str]:
+        """Qualified names of attributes that were added, removed or given another value."""
+        for owner, child, before in self._owners:
+            now = dict(_watched_items(child))
+            for key in before.keys() | now.keys():
+                if key not in now or key not in before or not _is_same(*before[key], now[key]):
+                    yield f"{owner}.{key}" if owner else key
+
+    def restore(self) -> None:
+        """Give every attribute its value back, and every container its contents."""
+        for _, child, before in self._owners:
+            for key in [key for key, _ in _watched_items(child) if key not in before]:
+                del child.__dict__[key]
+            for key, (value, contents) in before.items():
+                child.__dict__[key] = value
+                if isinstance(value, _CONTAINERS) and not _has_same_contents(value, contents):
+                    _refill(value, contents)
+
+
+def _watched_items(child: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Plain attributes, without those that a hook of torch.nn.utils computes from weights at each call."""
+    computed = {getattr(hook, "name", None) for hook in child._forward_pre_hooks.values() if is_torch_hook(hook)}
+    return ((key, value) for key, value in child.__dict__.items() if key not in _MANAGED and key not in computed)
+
+
+def is_torch_hook(hook: Any) -> bool:
+    """Whether a hook belongs to torch's own weight_norm, spectral_norm or the like, which only compute."""
+    return str(getattr(hook, "__module__", type(hook).__module__)).startswith("torch.nn.utils.")
+
+
+def _is_same(value: Any, contents: Any, now: Any) -> bool:
+    if value is not now:
+        return isinstance(value, (bool, int, float, str, bytes)) and type(value) is type(now) and value == now
+    return contents is None or _has_same_contents(now, contents)
+
+
+def _has_same_contents(value: Any, contents: Any) -> bool:
+    if len(value) != len(contents):
+        return False
+    pairs = [(value, contents)] if isinstance(value, set) else zip(value, contents, strict=True)
+    if isinstance(value, dict):
+        pairs = zip(value.items(), contents.items(), strict=True)
+        return all(k is j and v is w for (k, v), (j, w) in pairs)
+    return all(one == other if isinstance(value, set) else one is other for one, other in pairs)
+
+
+def _refill(value: Any, contents: Any) -> None:
+    value.clear()
+    value.update(contents) if isinstance(value, (dict, set)) else value.extend(contents)
+
+
+@contextlib.contextmanager
+def canonical_kernels() -> Iterator[None]:
+    """Switch off what makes a module compute by other kernels than its own code says.
+
+    The fused inference path of ``nn.TransformerEncoder`` gives other numbers under a padding mask,
+    and an ambient autocast region would be frozen into the graph instead of surrounding it.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with contextlib.ExitStack() as stack:
+            for device_type in _autocast_devices():
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _autocast_devices() -> list[str]:
+    return [name for name in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(name)]

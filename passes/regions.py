@@ -1,0 +1,113 @@
+"""Let a module's own Python run with other code at its submodules and other values at its weights.
+
+When a module does not capture as one graph, its Python runs as it is. While it is *rewired*, every call
+of a submodule goes to a dispatcher, which may answer with a captured graph, and every look-up of an
+adapted weight gives its effective value. A lone linear layer is the smallest thing that can be a graph.
+
+Calls are rewired by an attribute ``forward`` of the instance, look-ups by a subclass with a property, as
+``torch.nn.utils.parametrize`` does it; parameters, buffers and submodules stay registered as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+#: ``dispatch(module, args, kwargs)`` answers a call of a submodule's ``forward``.
+Dispatch = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+#: ``look_up(name)`` gives the effective value of the weight with this qualified name.
+LookUp = Callable[[str], torch.Tensor]
+
+
+class Rewiring:
+    """A module's submodules and weights, redirected or as they were.
+
+    Attributes:
+        module: the root; its own ``forward`` is never redirected.
+        is_active: whether calls and look-ups are redirected at present.
+        fast_path: what torch's setting for the fused encoder, which reads weights past modules, was.
+    """
+
+    def __init__(self, module: nn.Module, dispatch: Dispatch) -> None:
+        self.module = module
+        self.is_active = False
+        self._dispatch = dispatch
+        self._forwards: dict[nn.Module, Any] = {}
+        self._classes: dict[nn.Module, type] = {}
+
+    def activate(self, weights: Mapping[str, str], look_up: LookUp) -> None:
+        """Redirect; nothing happens if it is active.
+
+        Args:
+            weights: qualified names of the parameters to redirect → the name to look up.
+            look_up: gives their effective values.
+        """
+        if self.is_active:
+            return
+        self.is_active = True
+        for child in find_callable_submodules(self.module):
+            self._forwards[child] = child.__dict__.get("forward")
+            child.__dict__["forward"] = functools.partial(_call, self._dispatch, child)
+        owners: dict[nn.Module, dict[str, str]] = {}
+        for name, looked_up in weights.items():
+            path, _, leaf = name.rpartition(".")
+            owners.setdefault(self.module.get_submodule(path), {})[leaf] = looked_up
+        for owner, leaves in owners.items():
+            if not isinstance(owner, torch.jit.ScriptModule):
+                self._classes[owner] = type(owner)
+                owner.__class__ = _make_subclass(type(owner), leaves, look_up)
+
+    def deactivate(self) -> None:
+        """Put everything back as it was."""
+        for child, forward in self._forwards.items():
+            del child.__dict__["forward"]
+            if forward is not None:
+                child.__dict__["forward"] = forward
+        for owner, cls in self._classes.items():
+            owner.__class__ = cls
+            if isinstance(owner, nn.RNNBase):
+                owner._init_flat_weights()
+        self._forwards.clear()
+        self._classes.clear()
+        self.is_active = False
+
+    def original_forward(self, module: nn.Module) -> Callable[..., Any]:
+        """The ``forward`` that ``module`` has without us."""
+        own = self._forwards.get(module) if module in self._forwards else module.__dict__.get("forward")
+        forward: Callable[..., Any] = type(module).forward.__get__(module) if own is None else own
+        return forward
+
+
+def find_callable_submodules(module: nn.Module) -> Iterator[nn.Module]:
+    """Submodules with a ``forward`` of their own in Python; containers and TorchScript have none."""
+    for child in module.modules():
+        if child is module or isinstance(child, torch.jit.ScriptModule):
+            continue
+        if type(child).forward is not nn.Module.forward or "forward" in child.__dict__:
+            yield child
+
+
+def find_scripted_parameters(module: nn.Module) -> set[str]:
+    """Names of the parameters inside TorchScript modules, whose code cannot be given other values."""
+    scripted = [name for name, child in module.named_modules() if isinstance(child, torch.jit.ScriptModule)]
+    names = (name for name, _ in module.named_parameters(remove_duplicate=False))
+    return {name for name in names if any(name.startswith(f"{prefix}." if prefix else "") for prefix in scripted)}
+
+
+def _call(dispatch: Dispatch, child: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return dispatch(child, args, kwargs)
+
+
+def _make_subclass(cls: type, leaves: Mapping[str, str], look_up: LookUp) -> type:
+    def make_property(leaf: str, name: str) -> property:
+        def read(owner: nn.Module) -> Any:
+            return None if owner._parameters[leaf] is None else look_up(name)
+
+        return property(read)
+
+    members: dict[str, Any] = {leaf: make_property(leaf, name) for leaf, name in leaves.items()}
+    return type(cls.__name__, (cls,), {**members, "__module__": cls.__module__, "__qualname__": cls.__qualname__})

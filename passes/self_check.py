@@ -1,0 +1,159 @@
+"""Run a module and its captured graph on the same example under the same random state, and compare.
+
+Outputs, buffers and gradients must agree. Gradients are compared because a graph can be right forward and
+wrong backward: export does not keep the backward of a custom ``autograd.Function``, nor that a reentrant
+checkpoint, which runs without gradients, computes again with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes.base import CaptureError
+from passes.calls import ModuleCall, flatten_result
+from passes.module_state import canonical_kernels, find_state_changes, restored_state
+
+#: Largest accepted departure of a captured graph from eager: (relative, absolute) by dtype.
+TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e-9, 1e-10),
+    torch.complex128: (1e-9, 1e-10),
+    torch.float32: (1e-4, 1e-5),
+    torch.complex64: (1e-4, 1e-5),
+    torch.float16: (1e-2, 1e-3),
+    torch.bfloat16: (2e-2, 1e-2),
+}
+#: Gradients sum over many values, and mixed dtypes meet in them: accepted is this share of the largest.
+_GRADIENT_TOLERANCE = 0.02
+#: Parameters of up to this many values have their gradients compared, and the smallest one in any case.
+_LARGEST_PROBE = 2**14
+
+Observation = Mapping[str, Any]
+
+
+def observe_eager(module: nn.Module, call: ModuleCall) -> Observation:
+    """What the module's own code gives for a call.
+
+    Raises:
+        CaptureError: it keeps something between calls which a graph cannot keep.
+    """
+    args, kwargs = call.rebuild(call.tensors)
+    changes: list[str] = []
+
+    def run() -> list[Any]:
+        with find_state_changes(module, changes):
+            return flatten_result(module.forward(*args, **kwargs))[0]
+
+    seen = observe_run(module, call, run)
+    if changes:
+        raise CaptureError(f"{type(module).__name__} {changes[0]}, which a graph would not do again")
+    return seen
+
+
+def observe_run(module: nn.Module, call: ModuleCall, run: Callable[[], list[Any]]) -> Observation:
+    """Outputs of ``run``, the buffers after it and gradients, by name; everything is put back."""
+    with canonical_kernels(), restored_state(module), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _probed(_find_probes(module), call) as probes:
+            leaves = run()
+            seen: dict[str, Any] = {f"output {i}": _detached(leaf) for i, leaf in enumerate(leaves)}
+            seen |= {f"buffer {name}": buffer.detach().clone() for name, buffer in module.named_buffers()}
+            seen |= _read_gradients(leaves, probes)
+    return seen
+
+
+def assert_same(owner: str, found: Observation, expected: Observation) -> float:
+    """Largest departure of outputs and buffers.
+
+    Raises:
+        CaptureError: something departs beyond the tolerance of its dtype.
+    """
+    largest = 0.0
+    for name, want in expected.items():
+        if not name.startswith("gradient"):
+            largest = max(largest, _measure(owner, name, found[name], want))
+        elif found.get(name) is not want:
+            _assert_same_gradient(owner, name, found.get(name), want)
+    return largest
+
+
+def _find_probes(module: nn.Module) -> dict[str, nn.Parameter]:
+    floats = [(n, p) for n, p in module.named_parameters() if p.is_floating_point() and p.is_leaf and not p.is_meta]
+    small = {name: p for name, p in floats if p.numel() <= _LARGEST_PROBE}
+    smallest = min(floats, key=lambda pair: pair[1].numel(), default=None)
+    return small if smallest is None else {smallest[0]: smallest[1], **small}
+
+
+@contextlib.contextmanager
+def _probed(probes: dict[str, nn.Parameter], call: ModuleCall) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside, the probes get gradients; afterwards every leaf has the flag and the gradient that it had."""
+    leaves = [t for t in (*probes.values(), *call.tensors) if t.is_leaf]
+    before = [(leaf, leaf.requires_grad, leaf.grad) for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    for parameter in probes.values():
+        parameter.requires_grad_(True)
+    try:
+        yield probes
+    finally:
+        for leaf, flag, gradient in before:
+            leaf.grad = gradient
+            leaf.requires_grad_(flag)
+
+
+def _read_gradients(leaves: list[Any], probes: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """Gradients of a fixed mixture of all outputs; nothing where the module's own code has no backward."""
+    terms = [_mix(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if not terms:
+        return {f"gradient {name}": None for name in probes}
+    try:
+        # backward, not grad: reentrant checkpoints accept no other.
+        torch.stack([term.double() if term.device.type != "mps" else term.float() for term in terms]).sum().backward()
+    except RuntimeError:
+        return {}
+    return {f"gradient {name}": None if p.grad is None else p.grad.to_dense() for name, p in probes.items()}
+
+
+def _mix(leaf: torch.Tensor) -> torch.Tensor:
+    values = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+    weights = torch.arange(values.numel(), device=values.device, dtype=torch.float32).add(1).cos()
+    return (values.float() * weights.view(values.shape)).nan_to_num(posinf=0.0, neginf=0.0).mean()
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _assert_same_gradient(owner: str, name: str, found: torch.Tensor | None, want: torch.Tensor | None) -> None:
+    zero = torch.zeros(())
+    mine, theirs = (zero if g is None else g.float().nan_to_num() for g in (found, want))
+    largest, difference = float(theirs.abs().max()), float((mine - theirs).abs().max())
+    if difference > 1e-5 + _GRADIENT_TOLERANCE * largest:
+        raise CaptureError(
+            f"{owner}: {name} through the captured graph departs from eager by {difference:.3g} of {largest:.3g}; "
+            "a custom autograd.Function or a reentrant checkpoint does not capture"
+        )
+
+
+def _measure(owner: str, name: str, found: Any, want: Any) -> float:
+    if not isinstance(want, torch.Tensor):
+        if found != want:
+            raise CaptureError(f"{owner}: {name} of the captured graph is {found!r}, eager gives {want!r}")
+        return 0.0
+    if want.is_meta:
+        return 0.0
+    rtol, atol = TOLERANCES.get(want.dtype, (0.0, 0.0))
+    same_kind = found.shape == want.shape and found.dtype == want.dtype
+    if same_kind and torch.allclose(found, want, rtol=rtol, atol=atol, equal_nan=True):
+        difference = (found - want).abs().nan_to_num() if want.dtype.is_floating_point else None
+        return float(difference.max()) if difference is not None and difference.numel() else 0.0
+    detail = f"by up to {float((found - want).abs().max()):.3g}" if same_kind and want.numel() else ""
+    raise CaptureError(
+        f"{owner}: {name} of the captured graph ({found.dtype}, {tuple(found.shape)}) departs from eager "
+        f"({want.dtype}, {tuple(want.shape)}) {detail} beyond rtol {rtol:g}, atol {atol:g} under the same random state"
+    )

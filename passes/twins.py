@@ -1,0 +1,122 @@
+"""Use the graph of one block for another block that is built the same way.
+
+Two modules are twins if their classes, attributes, shapes and dtypes agree all the way down, except for
+values of parameters and buffers and for numbers that only say where the block stands (``layer_idx``).
+The graph is then given the other module's tensors, and checked against eager like any capture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes.base import CaptureError, clone_graph_module
+from passes.calls import ModuleCall
+from passes.capture import MODULE_PREFIX, CapturedGraph, check_against_eager
+from passes.module_state import HOOK_KINDS
+
+logger = logging.getLogger(__name__)
+
+_POSITION = re.compile(r"_?(layer|block|stage|depth)?_?(idx|index|id|number|num|i)$")
+_REGISTRIES = {"_parameters", "_buffers", "_modules", "training"}
+
+
+def find_twin_graph(
+    module: nn.Module, call: ModuleCall, captured: Iterable[tuple[nn.Module, CapturedGraph]]
+) -> CapturedGraph | None:
+    """The first graph of a twin of ``module`` that is right for ``call``, over the tensors of ``module``."""
+    for other, graph in captured:
+        if not is_twin(module, other):
+            continue
+        try:
+            return check_against_eager(module, call, retarget_graph(graph, module))
+        except CaptureError as error:
+            logger.debug("the graph of a twin is not right: %s", error)
+    return None
+
+
+def is_twin(one: nn.Module, other: nn.Module) -> bool:
+    """Whether both compute the same function of their inputs and of their parameters and buffers."""
+    mine, theirs = dict(one.named_modules()), dict(other.named_modules())
+    if mine.keys() != theirs.keys():
+        return False
+    return all(_is_alike(module, theirs[name]) for name, module in mine.items())
+
+
+def retarget_graph(captured: CapturedGraph, module: nn.Module) -> CapturedGraph:
+    """The graph with the parameters and buffers of ``module`` in place of its own.
+
+    Raises:
+        CaptureError: the graph holds a tensor that is neither; it may be another one in ``module``.
+    """
+    graph_module = clone_graph_module(captured.graph_module)
+    tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        target = str(node.target)
+        name = target.removeprefix(MODULE_PREFIX)
+        owner, _, leaf = target.rpartition(".")
+        value = getattr(graph_module.get_submodule(owner), leaf)
+        if not isinstance(value, torch.Tensor):
+            continue
+        if name not in tensors:
+            raise CaptureError(f"the graph holds a constant {target}")
+        holder = graph_module.get_submodule(owner)
+        registry: dict[str, Any] = holder._parameters if leaf in holder._parameters else holder._buffers
+        registry[leaf] = tensors[name]
+    return dataclasses.replace(captured, graph_module=graph_module)
+
+
+def _is_alike(one: nn.Module, other: nn.Module) -> bool:
+    if type(one) is not type(other) or one.training != other.training:
+        return False
+    for kind in ("_parameters", "_buffers"):
+        mine, theirs = getattr(one, kind), getattr(other, kind)
+        if mine.keys() != theirs.keys() or not all(_is_same_kind(mine[k], theirs[k]) for k in mine):
+            return False
+    keys = one.__dict__.keys() | other.__dict__.keys()
+    return all(_has_same_attribute(one, other, key) for key in keys - _REGISTRIES)
+
+
+def _is_same_kind(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return (one.shape, one.dtype, one.device, one.requires_grad) == (
+        other.shape,
+        other.dtype,
+        other.device,
+        other.requires_grad,
+    )
+
+
+def _has_same_attribute(one: nn.Module, other: nn.Module, key: str) -> bool:
+    if key not in one.__dict__ or key not in other.__dict__:
+        return False
+    mine, theirs = one.__dict__[key], other.__dict__[key]
+    if key in HOOK_KINDS:
+        return len(mine) == len(theirs) == 0
+    if type(mine) is int and type(theirs) is int and _POSITION.search(key):
+        return True
+    return _is_equal(mine, theirs)
+
+
+def _is_equal(mine: Any, theirs: Any) -> bool:
+    if mine is theirs:
+        return True
+    if type(mine) is not type(theirs) or isinstance(mine, (types.FunctionType, types.MethodType)):
+        return False
+    if isinstance(mine, torch.Tensor):
+        return mine.shape == theirs.shape and mine.dtype == theirs.dtype and bool(torch.equal(mine, theirs))
+    if isinstance(mine, (list, tuple)):
+        return len(mine) == len(theirs) and all(_is_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    if isinstance(mine, dict):
+        return mine.keys() == theirs.keys() and all(_is_equal(mine[k], theirs[k]) for k in mine)
+    return (
+        isinstance(mine, (bool, int, float, str, bytes, torch.dtype, torch.device, set, frozenset)) and mine == theirs
+    )

@@ -1,0 +1,384 @@
+"""What does not capture whole runs as Python around smaller graphs, never without its adapters."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import adapter_compiler as ac
+from adapter_compiler.errors import CaptureError, SiteError
+from passes.calls import ModuleCall
+from passes.capture import CapturedGraph, capture_call
+
+WIDTH = 4
+X = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+class Decides(nn.Module):
+    """The values of the input decide which layer runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.left(x) if x.sum() > 0 else self.right(x)
+        return y
+
+
+@dataclasses.dataclass
+class Batch:
+    x: Tensor
+
+
+class TakesBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, batch: Batch) -> Tensor:
+        y: Tensor = self.inner(batch.x)
+        return y
+
+
+class GivesBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Batch:
+        return Batch(self.inner(x))
+
+
+class Counts(nn.Module):
+    """Keeps a number between calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.inner(x) * self.calls
+        return y
+
+
+class DrawsFromPython(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x) * random.random()
+        return y
+
+
+class ReachesIn(nn.Module):
+    """Uses raw parameters, and the weight of a layer that it also calls, in Python that does not capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.raw = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = float(x.detach().abs().max().item())
+        return F.linear(self.layer(x), self.layer.weight) @ self.raw.t() * scale
+
+
+class Recomputes(nn.Module):
+    """Python that does not capture, under activation checkpointing."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.layer, self.raw = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            return torch.tanh(self.layer(x)) @ self.raw
+
+        x = x * float(x.detach().abs().max().item())
+        y: Tensor = checkpoint(run, x.requires_grad_(), use_reentrant=self.use_reentrant)
+        return y
+
+
+def adapt(model: nn.Module, *args: Any, **options: Any) -> ac.AdaptedModel:
+    torch.manual_seed(0)
+    adapted = ac.compile_with_adapters(model, args, config=ac.AdapterConfig(**{"rank": 2, "alpha": 2, **options}))
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.normal_(0.0, 0.5)
+    return adapted
+
+
+def effective_weights(adapted: ac.AdaptedModel, model: nn.Module) -> dict[str, Tensor]:
+    weights = {}
+    for adapter in adapted.plan:
+        delta = adapter.delta(adapted.adapters.parameters_of(adapter))
+        weights[adapter.site.name] = model.get_parameter(adapter.site.name).detach() + delta
+    return weights
+
+
+class Oracle(nn.Module):
+    """A model's own code, and gradients with respect to some tensors, made while its weights are replaced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, args: tuple[Any, ...], wanted: list[nn.Parameter]) -> tuple[Tensor, list[Tensor | None]]:
+        return differentiate(self.model, args, wanted)
+
+
+def differentiate(
+    module: nn.Module, args: tuple[Any, ...], wanted: list[nn.Parameter]
+) -> tuple[Tensor, list[Tensor | None]]:
+    random.seed(3)
+    torch.manual_seed(3)
+    for parameter in wanted:
+        parameter.grad = None
+    y = module(*args)
+    y = y.x if isinstance(y, Batch) else y
+    y.square().sum().backward()
+    return y.detach(), [parameter.grad for parameter in wanted]
+
+
+def assert_right(adapted: ac.AdaptedModel, model: nn.Module, *args: Any) -> None:
+    """Outputs and gradients are those of the model's own code with effective weights."""
+    oracle = Oracle(copy.deepcopy(model).requires_grad_(False))
+    wanted = list(adapted.adapters.parameters())
+    weights = {f"model.{name}": weight for name, weight in effective_weights(adapted, model).items()}
+    expected, gradients = torch.func.functional_call(oracle, weights, (args, wanted))
+    y, found = differentiate(adapted, args, wanted)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(found, gradients, strict=True):
+        assert (mine is None or not mine.any()) if theirs is None else mine is not None
+        if theirs is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+CASES: list[tuple[Callable[[], nn.Module], Any, str]] = [
+    (Decides, X, "depend on tensor values"),
+    (TakesBatch, Batch(X), "argument args[0] is a "),
+    (GivesBatch, X, "result itself is a "),
+    (Counts, X, "changes its attribute calls"),
+    (DrawsFromPython, X, "draws from the generator of Python's random module"),
+    (ReachesIn, X, "depend on tensor values"),
+    (lambda: Recomputes(False), X, "depend on tensor values"),
+    (lambda: Recomputes(True), X, "depend on tensor values"),
+]
+
+
+@pytest.mark.parametrize(("make", "argument", "reason"), CASES)
+@pytest.mark.parametrize("with_example", [True, False])
+def test_what_does_not_capture_runs_as_python_with_its_adapters(
+    make: Callable[[], nn.Module], argument: Any, reason: str, with_example: bool
+) -> None:
+    torch.manual_seed(1)
+    model = make()
+    adapted = adapt(model, argument) if with_example else adapt(model)
+    assert_right(adapted, model, argument)
+    assert reason in " ".join(adapted.report().regions[0].refused)
+    assert reason in " ".join(str(adapted.report()).split())
+
+
+def test_a_branch_that_the_example_did_not_take_is_adapted_without_an_example() -> None:
+    model = Decides()
+    adapted = adapt(model)
+    for x in (X.abs(), -X.abs()):
+        assert_right(adapted, model, x)
+    assert {site.name for site in adapted.sites} == {"left.weight", "right.weight"}
+    assert [region.path for region in adapted.regions if len(region.variants)] == ["left", "right"]
+
+
+def test_a_branch_that_the_example_did_not_take_is_reported() -> None:
+    adapted = adapt(Decides(), X.abs())
+    assert [site.name for site in adapted.sites] == ["left.weight"]
+    assert "does not use it" in adapted.rejected["right.weight"]
+
+
+def test_state_that_the_compilation_left_behind_is_none() -> None:
+    model = Counts()
+    adapted = adapt(model, X)
+    assert model.calls == 0
+    assert adapted.module.calls == 0
+    adapted(X)
+    adapted(X)
+    assert model.calls == 0
+    assert adapted.module.calls == 2
+
+
+def test_folding_copying_and_pickling_give_the_users_classes() -> None:
+    adapted = adapt(ReachesIn(), X)
+    y = adapted(X)
+    folded, copied = adapted.fold(), copy.deepcopy(adapted)
+    assert type(folded) is ReachesIn
+    assert type(folded.layer) is nn.Linear
+    assert "forward" not in folded.layer.__dict__
+    torch.testing.assert_close(folded(X), y)
+    torch.testing.assert_close(copied(X), y)
+    adapted(X)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(adapted))(X), y)
+
+
+def test_disabled_adapters_run_the_users_code() -> None:
+    model = ReachesIn()
+    adapted = adapt(model, X)
+    y = adapted(X)
+    with adapted.disable_adapters():
+        torch.testing.assert_close(adapted(X), model(X))
+    torch.testing.assert_close(adapted(X), y)
+
+
+def test_hooks_inside_keep_running() -> None:
+    seen: list[str] = []
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+    model[2].register_forward_hook(lambda module, args, y: seen.append("inner"))
+    model.register_forward_hook(lambda module, args, y: seen.append("outer"))
+    adapted = adapt(model, X)
+    seen.clear()
+    assert_right(adapted, model, X)
+    assert seen == ["inner", "outer"] * 2
+    assert "has a hook" in str(adapted.report())
+
+
+class Block(nn.Module):
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.layer_idx = index
+        self.up, self.down = nn.Linear(WIDTH, 6), nn.Linear(6, WIDTH)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.drop(self.down(torch.relu(self.up(x))))
+        return y
+
+
+class Stack(nn.Module):
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(i) for i in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("regions", [(Block,), ("blocks.*",), Block])
+def test_named_regions_are_graphs_of_their_own(regions: Any) -> None:
+    model = Stack()
+    adapted = adapt(model, X, regions=regions)
+    assert [region.path for region in adapted.regions if len(region.variants)] == [f"blocks.{i}" for i in range(4)]
+    assert_right(adapted, model, X)
+    assert_right(adapted.eval(), model.eval(), X)
+    assert len(adapted.variants) == 8
+
+
+def test_equal_blocks_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[nn.Module] = []
+
+    def count(module: nn.Module, call: ModuleCall) -> CapturedGraph:
+        captured.append(module)
+        return capture_call(module, call)
+
+    monkeypatch.setattr("adapter_compiler.regions.capture_call", count)
+    model = Stack(6)
+    adapted = adapt(model, X, regions=Block)
+    assert len(captured) == 1
+    assert_right(adapted, model, X)
+
+
+def test_blocks_that_differ_are_captured_apart() -> None:
+    model = Stack(3)
+    model.blocks[1].drop.p = 0.5  # type: ignore[union-attr]
+    adapted = adapt(model, X, regions=Block)
+    assert_right(adapted, model, X)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_regions_compute_their_activations_again_when_asked(whole: bool) -> None:
+    model = Stack()
+    adapted = adapt(model, X, regions=() if whole else Block, checkpoint=True)
+    assert_right(adapted, model, X)
+
+
+def test_a_region_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(SiteError, match=r"regions='blok\*' matches no submodule of Stack; .* Block"):
+        ac.compile_with_adapters(Stack(), (X,), config=ac.AdapterConfig(regions=("blok*",)))
+
+
+def test_an_example_that_the_model_refuses_is_named() -> None:
+    with pytest.raises(CaptureError, match="Stack itself fails on the example: RuntimeError: mat1"):
+        ac.compile_with_adapters(Stack(), (torch.randn(3, WIDTH + 1),))
+
+
+def test_python_numbers_without_end_fall_back_to_python() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, by: float) -> Tensor:
+            y: Tensor = self.inner(x) * by
+            return y
+
+    model = Scaled()
+    adapted = adapt(model, max_variants=1)
+    for step in range(7):
+        assert_right(adapted, model, X, 0.5 + step)
+    assert "more than 4 call signatures" in adapted.report().regions[0].refused[-1]
+    assert [region.path for region in adapted.regions] == ["", "inner"]
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounds forward and passes gradients on backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Quantised(nn.Module):
+    """Right forward under export, wrong backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(StraightThrough.apply(self.first(x) * 8))  # type: ignore[no-untyped-call]
+        return y
+
+
+class Reenters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.last, self.first(x), use_reentrant=True)
+        return y
+
+
+@pytest.mark.parametrize("model", [Quantised(), Reenters()], ids=["autograd function", "reentrant checkpoint"])
+def test_a_graph_that_is_wrong_backward_is_not_used(model: nn.Module) -> None:
+    adapted = adapt(model, X)
+    assert "gradient" in adapted.report().regions[0].refused[0]
+    assert_right(adapted, model, X)
