@@ -107,10 +107,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 def _parse_header(path: Path, text: str) -> dict[str, Any]:
     try:
-        header = json.loads(text)
+        parsed = json.loads(text)
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: its header is not JSON ({error}); save the adapters again") from error
-    version = header.get("version") if isinstance(header, dict) else None
+    header: dict[str, Any] = parsed if isinstance(parsed, dict) else {}
+    version = header.get("version")
     if version != _FORMAT_VERSION:
         raise CheckpointError(f"{path}: its header has format version {version!r}, expected {_FORMAT_VERSION}")
     if not isinstance(header.get("sites"), dict):

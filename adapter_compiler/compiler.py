@@ -131,11 +131,11 @@ def _assemble(
 
 def _find_trainable(model: nn.Module, config: AdapterConfig) -> frozenset[str]:
     """First qualified names of the parameters that ``config.trainable`` names."""
-    aliases = find_parameter_aliases(model)
-    for pattern in config.trainable:
+    aliases, trainable = find_parameter_aliases(model), config.selection.trainable
+    for pattern in trainable:
         if find_matching_glob(aliases, (pattern,)) is None:
             raise SiteError(f"trainable={pattern!r} matches no parameter; there are: {abbreviate(list(aliases))}")
-    return frozenset(first for name, first in aliases.items() if find_matching_glob([name], config.trainable))
+    return frozenset(first for name, first in aliases.items() if find_matching_glob([name], trainable))
 
 
 def _check_arguments(

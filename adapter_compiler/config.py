@@ -34,8 +34,8 @@ class AdapterConfig:
         gamma: weight γ of the orthogonality regulariser ‖PᵀP − I‖² + ‖QQᵀ − I‖² (paper, eq. 4).
         sites: ``"all-linear"``, or a glob or globs over weight names. Naming a weight that is not
             used by matrix products only (an embedding, a convolution) adapts it too.
-        exclude: globs of weights that are left alone.
-        trainable: globs of other parameters trained fully, such as a new head.
+        exclude: a glob or globs of weights that are left alone.
+        trainable: a glob or globs of other parameters trained fully, such as a new head.
         init_std: standard deviation of P and Q at the start.
         dtype: dtype of the adapters; by default the weight's, but float32 for half-precision weights.
         fused: run each adapter and its base layer as one function; the numbers differ by rounding only.
@@ -53,8 +53,8 @@ class AdapterConfig:
     alpha: float = 16.0
     gamma: float = 0.1
     sites: str | tuple[str, ...] = ALL_LINEAR
-    exclude: tuple[str, ...] = ()
-    trainable: tuple[str, ...] = ()
+    exclude: str | tuple[str, ...] = ()
+    trainable: str | tuple[str, ...] = ()
     init_std: float = 0.02
     dtype: torch.dtype | None = None
     fused: bool = True
@@ -87,7 +87,9 @@ class AdapterConfig:
     @property
     def selection(self) -> SiteSelection:
         """The options that choose sites."""
-        return SiteSelection(sites=self.sites, exclude=self.exclude, trainable=self.trainable)
+        return SiteSelection(
+            sites=self.sites, exclude=_as_globs(self, "exclude"), trainable=_as_globs(self, "trainable")
+        )
 
     def context(self) -> AdapterContext:
         """The options that every graph of a model needs, before there are adapters."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import torch
 from torch.fx import GraphModule, Node
@@ -40,8 +41,8 @@ class _Insertion:
     def x(self) -> Node:
         """What the adapter reads, as the graph stands now: fusing upstream puts another node there."""
         x = self.down.args[0]
-        if _is_call(x, aten.to.dtype) and "adapter_site" in x.meta:  # type: ignore[union-attr]
-            x = x.args[0]  # type: ignore[union-attr]
+        if _is_call(x, aten.to.dtype) and "adapter_site" in x.meta:
+            x = x.args[0]
         assert isinstance(x, Node)
         return x
 
@@ -91,20 +92,20 @@ def _match(total: Node) -> _Insertion | None:
     """Recognise y + linear(linear(x, Q) * (lam * s), P), with casts of x and of the sum."""
     output, update = total.args
     if _is_call(update, aten.type_as.default):
-        update = update.args[0]  # type: ignore[union-attr]
+        update = update.args[0]
     if not _is_call(update, aten.linear.default):
         return None
-    hidden, P = update.args[:2]  # type: ignore[union-attr]
+    hidden, P = update.args[:2]
     if not _is_call(hidden, aten.mul.Tensor):
         return None
-    down, scaled = hidden.args  # type: ignore[union-attr]
+    down, scaled = hidden.args
     if not _is_call(down, aten.linear.default) or not _is_call(scaled, aten.mul.Tensor):
         return None
-    lam, scale = scaled.args  # type: ignore[union-attr]
+    lam, scale = scaled.args
     return _Insertion(total, output, down, P, lam, down.args[1], scale)  # type: ignore[arg-type]
 
 
-def _is_call(value: object, target: object) -> bool:
+def _is_call(value: object, target: object) -> TypeGuard[Node]:
     return isinstance(value, Node) and value.target is target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,8 @@ def allocate_best(scores: Sequence[torch.Tensor], budget: int) -> list[torch.Ten
         budget: how many triplets may live; the number of triplets at most.
     """
     device = scores[0].device
-    everything = torch.cat([score.to(device=device, dtype=torch.float64) for score in scores])
+    dtype = functools.reduce(torch.promote_types, [score.dtype for score in scores])
+    everything = torch.cat([score.to(device=device, dtype=dtype) for score in scores])
     order = torch.sort(everything, descending=True, stable=True).indices
     mask = torch.zeros(everything.shape, dtype=torch.bool, device=device)
     mask[order[:budget]] = True

@@ -21,14 +21,14 @@ def orthogonality_gap(factor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def add_regulariser_gradient(
-    triplets: Sequence[Triplets], gamma: float, semantics: str, grad_scale: torch.Tensor | None = None
+    triplets: Sequence[Triplets], gamma: float, semantics: str, grad_scale: float = 1.0
 ) -> None:
     """Add the regulariser's gradient to that of each P and Q; parameters without gradient are left alone.
 
     ``"paper"``: γ Σ ‖·‖²_F, so 4γ P(PᵀP − I) and 4γ (QQᵀ − I)Q. ``"peft"``: γ times the mean over all P and
-    Q of ‖·‖_F, so γ/n · 2P(PᵀP − I)/‖PᵀP − I‖_F. ``grad_scale`` multiplies where gradients are still scaled.
+    Q of ‖·‖_F, so γ/n · 2P(PᵀP − I)/‖PᵀP − I‖_F, and zero where the norm is. ``grad_scale`` multiplies where
+    gradients are still scaled.
     """
-    loss_scale = 1.0 if grad_scale is None else float(grad_scale)
     count = 2 * len(triplets)
     for _, P, Q in triplets:
         for parameter, factor, is_transposed in ((P, P, False), (Q, Q.T, True)):
@@ -36,10 +36,10 @@ def add_regulariser_gradient(
                 continue
             gap = orthogonality_gap(factor)
             if semantics == "paper":
-                gradient = factor @ gap * (4 * gamma * loss_scale)
+                gradient = factor @ gap * (4 * gamma * grad_scale)
             else:
-                norm = gap.norm().clamp_min(torch.finfo(gap.dtype).tiny)
-                gradient = factor @ gap * (2 * gamma * loss_scale / count / norm)
+                direction = gap / gap.norm().clamp_min(torch.finfo(gap.dtype).tiny)
+                gradient = factor @ direction * (2 * gamma * grad_scale / count)
             parameter.grad.add_(gradient.T if is_transposed else gradient)
 
 

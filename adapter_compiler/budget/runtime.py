@@ -55,8 +55,9 @@ class RankBudget:
         """Hook the budget to ``optimizer``.
 
         Raises:
-            BudgetError: the optimizer does not hold the adapters, or the target exceeds their rank.
+            BudgetError: the optimizer does not hold the adapters, or the target exceeds their rank or leaves none.
         """
+        _assert_kinds(adapted, optimizer, schedule)
         self.schedule = schedule
         self.step = 0
         self.history: list[MaskingRecord] = []
@@ -69,6 +70,7 @@ class RankBudget:
         self._initial = sum(len(lam) for lam, _, _ in self._triplets)
         self._target = schedule.target_triplets(len(self._names), self._initial)
         self._masks = [torch.ones_like(lam, dtype=torch.bool) for lam, _, _ in self._triplets]
+        self._skips_step = False
         self._sensitivity = SensitivityTracker(self._parameters, schedule.beta1, schedule.beta2)
         _assert_fits(adapted, optimizer, schedule)
         self._handles = [
@@ -84,7 +86,7 @@ class RankBudget:
     @property
     def live_triplets(self) -> int:
         """Triplets that the last masking kept. Between maskings a masked λ may regrow and is not counted."""
-        return int(sum(int(mask.sum()) for mask in self._masks))
+        return sum(self.ranks().values())
 
     @property
     def is_frozen(self) -> bool:
@@ -93,7 +95,9 @@ class RankBudget:
 
     def ranks(self) -> dict[str, int]:
         """Live triplets by site."""
-        return {name: int(mask.sum()) for name, mask in zip(self._names, self._masks, strict=True)}
+        device = self._masks[0].device
+        counts = torch.stack([mask.sum().to(device) for mask in self._masks]).tolist()
+        return dict(zip(self._names, counts, strict=True))
 
     def detach(self) -> None:
         """Take the hooks off the optimizer; the adapters stay as they are."""
@@ -144,10 +148,14 @@ class RankBudget:
                 f"{type(optimizer).__name__}.step got a closure, so the gradients of this step are not known "
                 "before it; call loss.backward() first and step() without arguments"
             )
-        if _is_skipped(optimizer):
+        # A GradScaler tells a fused optimizer, which unscales inside its step, the scale and whether to skip.
+        found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        self._skips_step = found_inf is not None and bool(found_inf)
+        if self._skips_step:
             return
-        grad_scale = getattr(optimizer, "grad_scale", None)
-        self._assert_finite_gradients()
+        if found_inf is None or scale is None:
+            self._assert_finite_gradients()
+        grad_scale = 1.0 if scale is None else float(scale)
         if self._gamma > 0:
             add_regulariser_gradient(self._triplets, self._gamma, self.schedule.semantics, grad_scale)
         if self.schedule.semantics == "paper" and not self.is_frozen:
@@ -155,7 +163,7 @@ class RankBudget:
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if _is_skipped(optimizer):
+        if self._skips_step:
             return
         self.step += 1
         number = self._last_step_number
@@ -179,10 +187,12 @@ class RankBudget:
         logger.debug("step %d: %d triplets live", number, budget)
 
     def _assert_finite_gradients(self) -> None:
+        """One read-back from the device a step: an inf must be known before anything is changed."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if not gradients:
             return
-        largest = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, float("inf"))]).max()
+        norms = torch._foreach_norm(gradients, float("inf"))
+        largest = torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).max()
         if bool(torch.isfinite(largest)):
             return
         for name, triplet in zip(self._names, self._triplets, strict=True):
@@ -195,10 +205,17 @@ class RankBudget:
                     )
 
 
-def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a GradScaler told a fused optimizer, which unscales inside its step, to skip this one."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf)
+def _assert_kinds(adapted: object, optimizer: object, schedule: object) -> None:
+    expected: list[tuple[str, object, type, str]] = [
+        ("adapted", adapted, AdaptedModel, "what compile_with_adapters returned"),
+        ("optimizer", optimizer, torch.optim.Optimizer, "one over adapted.trainable_parameters()"),
+        ("schedule", schedule, BudgetSchedule, "BudgetSchedule(target_rank=..., total_steps=...)"),
+    ]
+    for name, value, kind, hint in expected:
+        if not isinstance(value, kind):
+            raise BudgetError(
+                f"RankBudget({name}=...) is a {type(value).__name__}, expected {kind.__name__}; give {hint}"
+            )
 
 
 def _assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedule: BudgetSchedule) -> None:
@@ -213,6 +230,12 @@ def _assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedu
             f"the optimizer does not hold the adapters of {len(missing)} of {len(adapted.plan)} sites "
             f"(first: {missing[0]}); make it from adapted.trainable_parameters()"
         )
+    initial = sum(adapter.rank for adapter in adapted.plan)
+    if schedule.target_triplets(len(adapted.plan), initial) < 1:
+        raise BudgetError(
+            f"BudgetSchedule(target_rank={schedule.target_rank:g}) times {len(adapted.plan)} sites leaves no triplet; "
+            f"expected at least {1 / len(adapted.plan):g}; raise it"
+        )
     largest = max(adapter.rank for adapter in adapted.plan)
     if schedule.target_rank > largest:
         raise BudgetError(
@@ -222,15 +245,31 @@ def _assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedu
 
 
 def _assert_state_fits(state: Mapping[str, Any], budget: RankBudget) -> None:
-    if state.get("version") != _STATE_VERSION:
-        raise CheckpointError(f"budget state has version {state.get('version')!r}, expected {_STATE_VERSION}")
-    expected = dataclasses.asdict(budget.schedule)
-    differing = {key for key in expected if state["schedule"].get(key) != expected[key]}
-    if differing:
-        found = {key: state["schedule"].get(key) for key in sorted(differing)}
-        raise CheckpointError(f"budget state was made with {found}, this budget has another schedule; use the same one")
-    ranks = {name: len(saved["mask"]) for name, saved in state["sites"].items()}
-    mine = {name: len(mask) for name, mask in zip(budget._names, budget._masks, strict=True)}
-    if ranks != mine:
-        odd = sorted(set(ranks.items()) ^ set(mine.items()))
-        raise CheckpointError(f"budget state belongs to other sites or ranks; first difference: {odd[0]}")
+    mine = budget.state_dict()
+    version = state.get("version")
+    if version != _STATE_VERSION:
+        raise CheckpointError(
+            f"budget state has version {version!r}, expected {_STATE_VERSION}; give what RankBudget.state_dict() gave"
+        )
+    if missing := sorted(mine.keys() - state.keys()):
+        raise CheckpointError(f"budget state has no {missing[0]!r}; give all that RankBudget.state_dict() gave")
+    for key, value in mine["schedule"].items():
+        if state["schedule"].get(key) != value:
+            raise CheckpointError(
+                f"budget state was made with {key}={state['schedule'].get(key)!r}, this budget has {key}={value!r}; "
+                "resume with the same BudgetSchedule"
+            )
+    if odd := sorted(mine["sites"].keys() ^ state["sites"].keys()):
+        side = "the state" if odd[0] in state["sites"] else "this model"
+        raise CheckpointError(f"budget state belongs to other sites: {odd[0]} is in {side} only; compile the same ones")
+    for name, own in mine["sites"].items():
+        found, expected = _shapes(state["sites"][name]), _shapes(own)
+        if found != expected:
+            raise CheckpointError(
+                f"budget state at site {name} has shapes {found}, this model has {expected}; compile with the same rank"
+            )
+
+
+def _shapes(site: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:
+    tensors = {"mask": [site["mask"]], "mean": site["mean"], "uncertainty": site["uncertainty"]}
+    return {name: [tuple(tensor.shape) for tensor in found] for name, found in tensors.items()}

@@ -110,7 +110,8 @@ def test_the_mode_of_one_submodule_counts(adapted: ac.AdaptedModel) -> None:
 
 def test_python_arguments_and_none_make_other_graphs(adapted: ac.AdaptedModel) -> None:
     x, mask = torch.randn(3, 5, 4), torch.ones(3, 5)
-    for count, kwargs in enumerate([{}, {"twice": True}, {"power": 2}, {"power": 3}, {"mask": mask}], start=1):
+    calls: list[dict[str, Any]] = [{}, {"twice": True}, {"power": 2}, {"power": 3}, {"mask": mask}]
+    for count, kwargs in enumerate(calls, start=1):
         assert_right(adapted, x, **kwargs)
         assert len(adapted.variants) == count
     assert_right(adapted, x, power=2)

@@ -88,8 +88,8 @@ def test_regions_are_folded_too(prepare: Prepare) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             with torch.no_grad():
-                y = self.l(x)
-            y: Tensor = self.l(x + y)
+                blind = self.l(x)
+            y: Tensor = self.l(x + blind)
             return y
 
     module, x = Region(), torch.randn(4, 3)

@@ -41,9 +41,9 @@ def add_bias(w: Weighted, y: Tensor) -> Tensor:
     return y + w.bias
 
 
-def addmm(w: Weighted, x: Tensor, weight: Tensor, **options: float) -> Tensor:
+def addmm(w: Weighted, x: Tensor, weight: Tensor, alpha: float = 1) -> Tensor:
     assert w.bias is not None
-    return torch.addmm(w.bias, x, weight, **options)
+    return torch.addmm(w.bias, x, weight, alpha=alpha)
 
 
 FETCH = """\
@@ -280,8 +280,8 @@ class NoGrad(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            y = self.l(x)
-        y: Tensor = self.l(x + y)
+            blind = self.l(x)
+        y: Tensor = self.l(x + blind)
         return y
 
 
@@ -292,7 +292,7 @@ class Autocast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = self.l(x)
+            y: Tensor = self.l(x)
         return y.float()
 
 

@@ -37,7 +37,8 @@ class Zoo(nn.Module):
         with torch.no_grad():
             x = x + self.blind(x)
         self.dead(x)
-        return (x @ self.raw).flatten(0, 1) @ self.stacked[0]
+        y: Tensor = (x @ self.raw).flatten(0, 1) @ self.stacked[0]
+        return y
 
 
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
