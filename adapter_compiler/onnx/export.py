@@ -29,6 +29,7 @@ from adapter_compiler.onnx.verify import ExportReport, OutputError, compare_outp
 from adapter_compiler.ownership import copy_module, share_parameter
 from passes.calls import ModuleCall
 from passes.capture import MODULE_PREFIX, ExportedCall, canonical_kernels, export_call
+from passes.lift_attention import LiftAttentionPass
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +150,7 @@ def _export(exporter: _NamedOutputs, call: ModuleCall) -> ExportedCall:
 
 def _write(exported: ExportedCall, draft: Path, inputs: list[str], outputs: list[str], opset: int | None) -> int:
     with _quiet_exporter(), torch.enable_grad():
+        LiftAttentionPass()(exported.program.graph_module)
         try:
             program = torch.onnx.export(
                 exported.program,

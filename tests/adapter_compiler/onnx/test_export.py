@@ -197,10 +197,11 @@ class Nested(nn.Module):
 
 
 def test_nested_inputs_are_flattened_and_constants_baked_in(tmp_path: Path) -> None:
-    model, batch = Nested().eval(), {"x": torch.randn(3, 4), "more": [torch.randn(3, 4)]}
+    model, x, more = Nested().eval(), torch.randn(3, 4), torch.randn(3, 4)
+    batch: dict[str, Any] = {"x": x, "more": [more]}
     report = ac.export_onnx(model, tmp_path / "model.onnx", (batch, 2.0))
     assert set(report.inputs) == {"batch.x", "batch.more.0"}
-    found = run_onnx(report.path, **{"batch.x": batch["x"], "batch.more.0": batch["more"][0]})  # type: ignore[dict-item,list-item]
+    found = run_onnx(report.path, **{"batch.x": x, "batch.more.0": more})
     assert_close(found["output"], model(batch, 2.0))
 
 
@@ -325,7 +326,8 @@ class Decides(nn.Module):
 
 class Untranslatable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.special.bessel_j0(x)
+        y: Tensor = torch.special.bessel_j0(x)
+        return y
 
 
 class Undefined(nn.Module):
