@@ -48,7 +48,7 @@ def _is_liftable(node: Node) -> bool:
 
 def _lift(node: Node) -> None:
     query, key, value = (node.args[i] for i in range(3))
-    mask, *others = [*node.args[3:], *[None] * (4 - len(node.args))]
+    mask, *others = node.args[3:] or (None,)
     missing = _RANK - query.meta["val"].dim()  # type: ignore[union-attr]
     with node.graph.inserting_before(node):
         if missing < 0:
