@@ -101,14 +101,20 @@ class ExportedCall:
     dynamic: str
 
 
-def export_call(module: nn.Module, call: ModuleCall) -> ExportedCall:
+#: Which dimensions may be left symbolic: all, the first one of each tensor, or none.
+DYNAMIC_CHOICES = ("all", "first", "none")
+
+
+def export_call(module: nn.Module, call: ModuleCall, choices: Sequence[str] = DYNAMIC_CHOICES) -> ExportedCall:
     """Export ``module`` for ``call`` in its present training mode, with as many symbolic dimensions as work.
+
+    ``choices`` are tried in order; the first that exports counts.
 
     Raises:
         CaptureError: the module does not export as one graph.
     """
     failures: list[str] = []
-    for dynamic in ("all", "first", "none"):
+    for dynamic in choices:
         wrapper = _FlatCall(module, call)
         try:
             program = _export(wrapper, call, dynamic)

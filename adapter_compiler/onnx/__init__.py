@@ -1,6 +1,7 @@
 """Export to ONNX, verified on onnxruntime."""
 
+from adapter_compiler.onnx.adapter_file import save_onnx_adapter
 from adapter_compiler.onnx.export import export_onnx
-from adapter_compiler.onnx.verify import ExportReport, OutputError
+from adapter_compiler.onnx.report import ExportAttempt, ExportReport, OutputError
 
-__all__ = ["ExportReport", "OutputError", "export_onnx"]
+__all__ = ["ExportAttempt", "ExportReport", "OutputError", "export_onnx", "save_onnx_adapter"]

@@ -1,37 +1,37 @@
-"""fold → torch.export → ONNX → onnx.checker → onnxruntime against PyTorch, or no file at all."""
+"""fold → export → ONNX → onnx.checker → onnxruntime against PyTorch, or no file at all."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnx_ir
 import torch
 from torch import nn
 
 from adapter_compiler.adapted import AdaptedModel
-from adapter_compiler.errors import CaptureError, ConfigError, ExportError
+from adapter_compiler.errors import ConfigError, ExportError, VerificationError
 from adapter_compiler.files import written_beside
-from adapter_compiler.onnx.inputs import (
-    bind_to_names,
-    double_batch_of_one,
-    find_open_dimensions,
-    name_leaves,
-    resize_call,
-    spell_names,
-)
-from adapter_compiler.onnx.verify import ExportReport, OutputError, compare_outputs, open_session
-from adapter_compiler.ownership import copy_module, share_parameter
+from adapter_compiler.onnx.bisect import find_first_departure
+from adapter_compiler.onnx.cases import DRAWS, find_cases
+from adapter_compiler.onnx.casting import open_with_casts
+from adapter_compiler.onnx.exportable import NamedOutputs, prepare_base, prepare_merged, to_cpu
+from adapter_compiler.onnx.inputs import bind_to_names, spell_names
+from adapter_compiler.onnx.metadata import describe_file, write_metadata
+from adapter_compiler.onnx.report import ExportAttempt, ExportReport, OutputError
+from adapter_compiler.onnx.runtime import add_runtime_adapters, verify_runtime_adapters
+from adapter_compiler.onnx.strategies import LADDER, Strategy, WrittenDraft, write_draft
+from adapter_compiler.onnx.verify import DepartureError, verify_cases
+from adapter_compiler.onnx.weights import map_weights
 from passes.calls import ModuleCall
-from passes.capture import MODULE_PREFIX, ExportedCall, export_call
 from passes.module_state import canonical_kernels
 
 logger = logging.getLogger(__name__)
+
+#: A traced file must show on more random inputs that nothing that matters was frozen.
+_DRAWS_FOR_TRACES = 8
 
 
 def export_onnx(
@@ -41,13 +41,15 @@ def export_onnx(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     opset: int | None = None,
+    adapters: str = "merged",
 ) -> ExportReport:
     """Export a model in eval mode to ONNX and verify the file.
 
-    Adapters are folded first. Inputs are named after ``forward``'s arguments, outputs after the keys
-    of what it returns. Dimensions are left open as far as the model allows. The file is compared
-    with PyTorch on the example, on another batch size, and at another size of every other open
-    dimension; it is written beside ``path`` and renamed only when all checks pass.
+    Inputs are named after ``forward``'s arguments, outputs after the keys of what it returns. Dimensions are
+    left open as far as the model allows. The file is compared with PyTorch on the example, on another batch
+    size, at another size of every other open dimension, and on random inputs in the example's ranges; it is
+    written beside ``path`` and renamed only when all checks pass. Where one way of exporting fails, the next
+    is tried (see :mod:`adapter_compiler.onnx.strategies`); the report lists them.
 
     Args:
         adapted_or_model: an adapted model, or any module; it is not changed.
@@ -55,6 +57,9 @@ def export_onnx(
         example_args: positional arguments of one call.
         example_kwargs: keyword arguments of one call.
         opset: the ONNX operator set; by default the exporter's.
+        adapters: ``"merged"`` folds them into the weights. ``"runtime"`` leaves an input for each of them, with
+            a default of rank 0, so that the file alone is the base model and
+            :func:`~adapter_compiler.onnx.adapter_file.save_onnx_adapter` writes what goes in.
 
     Returns:
         A report with ``path``, ``max_abs_error`` and the error of each output on each input.
@@ -63,164 +68,143 @@ def export_onnx(
         ExportError: the model does not export; no file is left.
         VerificationError: the file does not load or departs from PyTorch; no file is left.
     """
-    if not example_args and not example_kwargs:
-        raise ConfigError("export_onnx needs one call of the model: give example_args or example_kwargs")
-    model = _prepare(adapted_or_model)
-    args, kwargs = _to_cpu(example_args), _to_cpu(dict(example_kwargs or {}))
-    call = bind_to_names(model, args, kwargs)
-    exporter = _NamedOutputs(model)
+    exporter, call = _prepare(adapted_or_model, example_args, example_kwargs, adapters)
+    attempts: list[ExportAttempt] = []
+    first: ExportError | None = None
     with canonical_kernels(), torch.no_grad():
-        exported = _export(exporter, call)
-        inputs = spell_names(call.names)
-        outputs = [name for name, _ in exporter.named_outputs(call)]
-        with written_beside(path) as draft:
-            used_opset = _write(exported, draft, inputs, outputs, opset)
-            errors, refused = _verify(draft, exporter, call, exported, inputs)
+        names = _Names(
+            inputs=spell_names(call.names), outputs=[name for name, _ in _run_example(exporter, call, adapters)]
+        )
+        for strategy in LADDER:
+            try:
+                with written_beside(path) as draft:
+                    result = _attempt(strategy, adapted_or_model, exporter, call, draft, names, opset, adapters)
+            except ExportError as error:
+                logger.info("%s failed: %s", strategy.name, error)
+                attempts.append(ExportAttempt(strategy=strategy.name, reason=str(error)))
+                first = first or error
+                continue
+            attempts.append(ExportAttempt(strategy=strategy.name, reason=None))
+            return _report(adapted_or_model, Path(path), names, strategy, attempts, result, adapters)
+    assert first is not None
+    others = [f"{a.strategy}: {a.reason}" for a in attempts[1:] if a.reason != attempts[0].reason]
+    raise type(first)("; also tried: ".join([str(first), *others])) from first
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Names:
+    inputs: list[str]
+    outputs: list[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Result:
+    written: WrittenDraft
+    errors: list[OutputError]
+    refused: list[str]
+    casts: tuple[str, ...]
+
+
+def _prepare(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, adapters: str
+) -> tuple[NamedOutputs, ModuleCall]:
+    if not args and not kwargs:
+        raise ConfigError("export_onnx needs one call of the model: give example_args or example_kwargs")
+    if adapters not in ("merged", "runtime"):
+        raise ConfigError(f"export_onnx(adapters={adapters!r}): expected 'merged' or 'runtime'")
+    if adapters == "runtime" and not isinstance(model, AdaptedModel):
+        raise ConfigError(
+            f"export_onnx(adapters='runtime') got a {type(model).__name__}, expected an AdaptedModel; "
+            "compile_with_adapters makes one"
+        )
+    prepared = prepare_merged(model) if adapters == "merged" else prepare_base(model)
+    call = bind_to_names(prepared, to_cpu(args), to_cpu(dict(kwargs or {})))
+    return NamedOutputs(prepared), call
+
+
+def _run_example(exporter: NamedOutputs, call: ModuleCall, adapters: str) -> list[tuple[str, torch.Tensor]]:
+    """The example's outputs; without finite values no file could be verified, so nothing is exported."""
+    expected = exporter.named_outputs(call)
+    for name, tensor in expected:
+        if tensor.is_floating_point() and tensor.numel() and not bool(tensor.isfinite().any()):
+            raise VerificationError(
+                f"output {name} on example: PyTorch gives inf or nan only, so nothing can be compared; expected "
+                "finite values; give an example for which the model computes them"
+            )
+    return expected
+
+
+def _attempt(
+    strategy: Strategy,
+    model: nn.Module,
+    exporter: NamedOutputs,
+    call: ModuleCall,
+    draft: Path,
+    names: _Names,
+    opset: int | None,
+    adapters: str,
+) -> _Result:
+    written = write_draft(strategy, exporter, call, draft, names.inputs, names.outputs, opset=opset)
+    session, casts = open_with_casts(draft)
+    is_traced = written.program is None
+    cases = list(find_cases(call, written.bounds, draws=_DRAWS_FOR_TRACES if is_traced else DRAWS))
+    try:
+        errors, refused = verify_cases(session, cases, names.inputs, exporter.named_outputs)
+    except DepartureError as error:
+        culprit = _find_culprit(error, draft, written, names, {case.name: case.call for case in cases})
+        raise VerificationError(f"{error}{culprit}") from error
+    kind = adapters if isinstance(model, AdaptedModel) else "none"
+    description = describe_file(model, call, names.inputs, adapters=kind, strategy=strategy.name)
+    description["weights"] = map_weights(draft, exporter.module)
+    if adapters == "runtime":
+        assert isinstance(model, AdaptedModel)
+        description["sites"] = add_runtime_adapters(draft, model, description["weights"])
+        write_metadata(draft, description)
+        more, _ = verify_runtime_adapters(draft, model, cases, names.inputs)
+        return _Result(written=written, errors=[*errors, *more], refused=refused, casts=casts)
+    write_metadata(draft, description)
+    return _Result(written=written, errors=errors, refused=refused, casts=casts)
+
+
+def _find_culprit(
+    error: DepartureError, draft: Path, written: WrittenDraft, names: _Names, calls: Mapping[str, ModuleCall]
+) -> str:
+    """Text that names the first departing node, if that can be found."""
+    if written.program is None:
+        return ""
+    try:
+        found = find_first_departure(draft, written.program, names.inputs, calls[error.case].tensors)
+    except Exception as failure:  # the search must not hide the error it explains
+        logger.info("the first departing node was not found: %s", failure)
+        return ""
+    return f"; the first node that departs is {found}" if found else ""
+
+
+def _report(
+    model: nn.Module,
+    path: Path,
+    names: _Names,
+    strategy: Strategy,
+    attempts: list[ExportAttempt],
+    result: _Result,
+    adapters: str,
+) -> ExportReport:
+    is_adapted = isinstance(model, AdaptedModel)
     return ExportReport(
-        path=Path(path),
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
-        dynamic=exported.dynamic,
+        path=path,
+        inputs=tuple(names.inputs),
+        outputs=tuple(names.outputs),
+        dynamic=strategy.dynamic,
         dynamic_axes={
             name: tuple(i for i, bound in enumerate(bounds) if bound.symbol is not None)
-            for name, bounds in zip(inputs, exported.bounds, strict=True)
+            for name, bounds in zip(names.inputs, result.written.bounds, strict=True)
         },
-        opset=used_opset,
-        errors=tuple(errors),
-        not_verified=tuple(refused),
-        fold=adapted_or_model.fold_report if isinstance(adapted_or_model, AdaptedModel) else None,
+        opset=result.written.opset,
+        errors=tuple(result.errors),
+        not_verified=tuple(result.refused),
+        fold=model.fold_report if isinstance(model, AdaptedModel) and adapters == "merged" else None,
+        attempts=tuple(attempts),
+        frozen=result.written.frozen,
+        casts=result.casts,
+        adapters=adapters if is_adapted else "none",
     )
-
-
-class _NamedOutputs(nn.Module):
-    """Returns the tensors of a module's result as one flat tuple, each once."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.training = module.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(_distinct_tensors(self.module(*args, **kwargs)).values())
-
-    def named_outputs(self, call: ModuleCall) -> list[tuple[str, torch.Tensor]]:
-        args, kwargs = call.rebuild(call.tensors)
-        return list(_distinct_tensors(self.module(*args, **kwargs)).items())
-
-
-def _distinct_tensors(result: Any) -> dict[str, torch.Tensor]:
-    seen: dict[int, str] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    for name, leaf in name_leaves(result):
-        if isinstance(leaf, torch.Tensor) and seen.setdefault(id(leaf), name) == name:
-            tensors[name] = leaf
-    return tensors
-
-
-def _prepare(model: nn.Module) -> nn.Module:
-    """A copy of the model, adapters folded, in eval mode on the CPU.
-
-    It is frozen: with gradients, PyTorch traces attention by another kernel, whose layout the exporter
-    cannot always translate.
-    """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"export_onnx got a {type(model).__name__}, expected an AdaptedModel or a torch.nn.Module")
-    if isinstance(model, AdaptedModel):
-        return model.fold().eval().cpu().requires_grad_(False)
-    return copy_module(model, lambda _, parameter: share_parameter(parameter)).eval().cpu()
-
-
-def _to_cpu(tree: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), tree)
-
-
-def _export(exporter: _NamedOutputs, call: ModuleCall) -> ExportedCall:
-    """Export on two rows instead of one where the example has one, so that the batch stays open."""
-    doubled = double_batch_of_one(call)
-    if doubled is not None:
-        try:
-            return export_call(exporter, doubled)
-        except CaptureError as error:
-            logger.info("no export with two rows: %s", error)
-    try:
-        return export_call(exporter, call)
-    except CaptureError as error:
-        raise ExportError(f"not exported: {error}") from error
-
-
-def _write(exported: ExportedCall, draft: Path, inputs: list[str], outputs: list[str], opset: int | None) -> int:
-    with _quiet_exporter(), torch.enable_grad():
-        try:
-            program = torch.onnx.export(
-                exported.program,
-                dynamo=True,
-                verbose=False,
-                opset_version=opset,
-                input_names=inputs,
-                output_names=outputs,
-            )
-        except Exception as error:  # the exporter raises many types
-            raise ExportError(f"torch.onnx has no translation for this model: {_innermost(error)}") from error
-        assert program is not None
-        _restore_weight_names(program.model)
-        program.save(draft)
-    try:
-        onnx.checker.check_model(str(draft))
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"onnx.checker refuses the exported file: {error}") from error
-    return int(program.model.opset_imports[""])
-
-
-def _restore_weight_names(model: onnx_ir.Model) -> None:
-    """Initializers get the user's state-dict keys, without the names of the wrappers around the module."""
-    for name, value in list(model.graph.initializers.items()):
-        wanted = name.removeprefix(MODULE_PREFIX).removeprefix(MODULE_PREFIX)
-        if wanted != name and wanted not in model.graph.initializers:
-            value.name = wanted
-
-
-def _verify(
-    draft: Path, exporter: _NamedOutputs, call: ModuleCall, exported: ExportedCall, inputs: list[str]
-) -> tuple[list[OutputError], list[str]]:
-    """Errors on every input that PyTorch accepts, and the inputs that it refuses."""
-    session = open_session(draft)
-    errors: list[OutputError] = []
-    refused: list[str] = []
-    for case, other in _find_cases(call, exported):
-        try:
-            expected = exporter.named_outputs(other)
-        except Exception as error:  # the model's own code raises what it likes
-            logger.warning("not verified on %s, because the model itself refuses it: %s", case, error)
-            refused.append(case)
-            continue
-        errors += compare_outputs(session, case, dict(zip(inputs, other.tensors, strict=True)), expected)
-    return errors, refused
-
-
-def _find_cases(call: ModuleCall, exported: ExportedCall) -> Iterator[tuple[str, ModuleCall]]:
-    yield "example", call
-    for dimension, size in find_open_dimensions(call, exported.bounds):
-        other = size + 1 if size > 1 else 3
-        name = "batch" if dimension == 0 else f"dimension {dimension} of size"
-        yield f"{name} {other}", resize_call(call, exported.bounds, dimension, size, other)
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """The exporter logs that torchvision is missing and copies tree specs in a deprecated way; both are its own."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        registration.setLevel(level)
-
-
-def _innermost(error: BaseException) -> str:
-    """The last cause of a chain of exceptions, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnxruntime
 import torch
 
 from adapter_compiler.errors import VerificationError
+from adapter_compiler.onnx.cases import VerificationCase
+from adapter_compiler.onnx.report import OutputError
+from adapter_compiler.onnx.values import run_session
+from passes.calls import ModuleCall
 
-if TYPE_CHECKING:
-    from adapter_compiler.adapted import FoldReport
+logger = logging.getLogger(__name__)
 
 #: Accepted |onnxruntime - PyTorch| is atol + rtol · max|PyTorch|: (rtol, atol) by dtype.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
@@ -23,59 +25,16 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.bfloat16: (4e-2, 1e-2),
 }
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OutputError:
-    """How far one output is from PyTorch's on one input.
-
-    Attributes:
-        case: the input: ``example``, ``batch 5``, ``dimension 1 of size 9``.
-        output: the output's name.
-        max_abs: largest absolute difference.
-        max_rel: the same over the largest absolute value that PyTorch gives.
-    """
-
-    case: str
-    output: str
-    max_abs: float
-    max_rel: float
+#: What PyTorch gives for a call, named as in the file.
+Reference = Callable[[ModuleCall], Sequence[tuple[str, torch.Tensor]]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportReport:
-    """What was exported and how it was checked.
+class DepartureError(VerificationError):
+    """An output departs on one input; keeps which, so that the first departing node can be looked for."""
 
-    Attributes:
-        path: the ONNX file.
-        inputs: names of its inputs, in the order of the call's tensors.
-        outputs: names of its outputs, in the order of the model's.
-        dynamic: symbolic dimensions: ``"all"`` that the model allows, ``"first"`` of each tensor, or ``"none"``.
-        dynamic_axes: the dimensions left open, by input.
-        opset: the ONNX operator set.
-        errors: one entry for each output of each input the file was verified on.
-        not_verified: inputs the file could not be compared on, because the model itself refuses them.
-        fold: rounding errors of the fold, if adapters were folded.
-    """
-
-    path: Path
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    dynamic: str
-    dynamic_axes: Mapping[str, tuple[int, ...]]
-    opset: int
-    errors: tuple[OutputError, ...]
-    not_verified: tuple[str, ...]
-    fold: FoldReport | None
-
-    @property
-    def max_abs_error(self) -> float:
-        """Largest absolute difference between onnxruntime and PyTorch over all checks."""
-        return max((error.max_abs for error in self.errors), default=0.0)
-
-    @property
-    def cases(self) -> tuple[str, ...]:
-        """The inputs the file was verified on."""
-        return tuple(dict.fromkeys(error.case for error in self.errors))
+    def __init__(self, message: str, case: str) -> None:
+        super().__init__(message)
+        self.case = case
 
 
 def open_session(path: str | Path) -> onnxruntime.InferenceSession:
@@ -92,11 +51,68 @@ def open_session(path: str | Path) -> onnxruntime.InferenceSession:
         raise VerificationError(f"onnxruntime does not load {Path(path).name}: {error}") from error
 
 
+def verify_cases(
+    session: onnxruntime.InferenceSession,
+    cases: Iterable[VerificationCase],
+    inputs: Sequence[str],
+    reference: Reference,
+    run_options: onnxruntime.RunOptions | None = None,
+) -> tuple[list[OutputError], list[str]]:
+    """Errors of each output on each case, and the names of the cases that the model itself refuses.
+
+    Args:
+        session: the file, opened.
+        cases: the example first; it must give finite values.
+        inputs: names of the inputs, in the order of the call's tensors.
+        reference: what PyTorch gives.
+        run_options: for onnxruntime, for example with an active adapter.
+
+    Raises:
+        VerificationError: the file does not run, or an output departs beyond the tolerance of its dtype.
+    """
+    errors: list[OutputError] = []
+    refused: list[str] = []
+    for case in cases:
+        usable = _find_usable_call(case, reference)
+        if usable is None:
+            refused.append(case.name)
+            continue
+        call, expected = usable
+        feeds = dict(zip(inputs, call.tensors, strict=True))
+        errors += compare_outputs(session, case.name, feeds, expected, run_options)
+    return errors, refused
+
+
+def _find_usable_call(
+    case: VerificationCase, reference: Reference
+) -> tuple[ModuleCall, Sequence[tuple[str, torch.Tensor]]] | None:
+    """The case's call, or its fallback where the model refuses the first; the example is always used."""
+    reason: object = None
+    for call in (case.call, case.fallback):
+        if call is None:
+            continue
+        try:
+            expected = reference(call)
+        except Exception as error:  # the model's own code raises what it likes
+            reason = error
+            continue
+        if case.fallback is None or not _has_empty_output(expected):
+            return call, expected
+        reason = "an output has no finite value"
+    logger.warning("not verified on %s, because the model itself refuses it: %s", case.name, reason)
+    return None
+
+
+def _has_empty_output(expected: Sequence[tuple[str, torch.Tensor]]) -> bool:
+    return any(t.is_floating_point() and t.numel() and not bool(t.isfinite().any()) for _, t in expected)
+
+
 def compare_outputs(
     session: onnxruntime.InferenceSession,
     case: str,
     feeds: Mapping[str, torch.Tensor],
     expected: Sequence[tuple[str, torch.Tensor]],
+    run_options: onnxruntime.RunOptions | None = None,
 ) -> list[OutputError]:
     """Errors of each output for one input.
 
@@ -105,32 +121,34 @@ def compare_outputs(
         case: what to call the input.
         feeds: the inputs by name; those that the file has dropped as unused are left out.
         expected: PyTorch's outputs, named as in the file.
+        run_options: for onnxruntime.
 
     Raises:
         VerificationError: the file does not run, or an output departs beyond the tolerance of its dtype.
     """
-    wanted = {value.name for value in session.get_inputs()}
-    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in feeds.items() if name in wanted}
     try:
-        found = session.run([name for name, _ in expected], arrays)
+        found = run_session(session, [name for name, _ in expected], feeds, run_options)
     except Exception as error:
         raise VerificationError(f"onnxruntime fails on {case}: {error}") from error
     return [
-        _compare(case, name, torch.from_numpy(array), want.detach().cpu())
-        for (name, want), array in zip(expected, found, strict=True)
+        compare_values(case, name, value, want.detach().cpu())
+        for (name, want), value in zip(expected, found, strict=True)
     ]
 
 
-def _compare(case: str, name: str, found: torch.Tensor, want: torch.Tensor) -> OutputError:
+def compare_values(case: str, name: str, found: torch.Tensor, want: torch.Tensor) -> OutputError:
+    """The error of one output.
+
+    Raises:
+        VerificationError: shapes differ, or values beyond the tolerance of the dtype.
+    """
     if found.shape != want.shape:
-        raise VerificationError(
-            f"output {name} on {case}: onnxruntime gives shape {tuple(found.shape)}, PyTorch {tuple(want.shape)}"
-        )
+        shapes = f"onnxruntime gives shape {tuple(found.shape)}, PyTorch {tuple(want.shape)}"
+        raise DepartureError(f"output {name} on {case}: {shapes}", case)
     if not want.is_floating_point() or not want.numel():
         if not torch.equal(found.to(want.dtype), want):
-            raise VerificationError(
-                f"output {name} on {case}: {int((found != want).sum())} of {want.numel()} values differ"
-            )
+            count = f"{int((found != want).sum())} of {want.numel()} values differ"
+            raise DepartureError(f"output {name} on {case}: {count}", case)
         return OutputError(case=case, output=name, max_abs=0.0, max_rel=0.0)
     found, exact = found.to(torch.float64), want.to(torch.float64)
     finite = exact.isfinite()
@@ -144,9 +162,22 @@ def _compare(case: str, name: str, found: torch.Tensor, want: torch.Tensor) -> O
     largest = float(exact[finite].abs().max())
     rtol, atol = TOLERANCES[want.dtype]
     if not same_elsewhere or not difference <= atol + rtol * largest:
-        raise VerificationError(
+        raise DepartureError(
             f"output {name} on {case}: onnxruntime departs from PyTorch by {difference:.3g} (values up to "
             f"{largest:.3g}), accepted is {atol + rtol * largest:.3g} for {want.dtype}"
-            + ("" if same_elsewhere else "; inf or nan stand in different places")
+            + ("" if same_elsewhere else "; inf or nan stand in different places"),
+            case,
         )
-    return OutputError(case=case, output=name, max_abs=difference, max_rel=difference / largest if largest else 0.0)
+    return OutputError(
+        case=case,
+        output=name,
+        max_abs=difference,
+        max_rel=difference / largest if largest else 0.0,
+        argmax_agreement=_measure_argmax_agreement(found, exact),
+    )
+
+
+def _measure_argmax_agreement(found: torch.Tensor, exact: torch.Tensor) -> float | None:
+    if exact.dim() < 2 or exact.shape[-1] < 2:
+        return None
+    return float((found.argmax(-1) == exact.argmax(-1)).double().mean())

@@ -1,0 +1,100 @@
+"""Write and read ``.onnx_adapter`` files: what goes into a file exported with ``adapters="runtime"``."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnxruntime
+import torch
+
+from adapter_compiler.adapted import AdaptedModel
+from adapter_compiler.errors import CheckpointError, ConfigError
+from adapter_compiler.files import written_beside
+from adapter_compiler.onnx.factors import factor_update
+from adapter_compiler.onnx.values import from_ort_value, to_ort_value
+
+_ADAPTER_VERSION = 1
+
+
+def input_names(site: str) -> tuple[str, str]:
+    """Names of the inputs A [in, r] and B [r, out] of a site, with ΔWᵀ = A B."""
+    return f"{site}.adapter_A", f"{site}.adapter_B"
+
+
+def save_onnx_adapter(adapted: AdaptedModel, path: str | Path) -> Path:
+    """Write the adapters of ``adapted`` for a file that was exported with ``adapters="runtime"``.
+
+    λ and the scale are folded in, pruned triplets are left out, so each site has its own rank. Parameters
+    that train fully (``AdapterConfig(trainable=...)``) go along.
+
+    Args:
+        adapted: the model.
+        path: the file to write, usually named ``*.onnx_adapter``.
+
+    Raises:
+        ConfigError: ``adapted`` is no adapted model.
+    """
+    if not isinstance(adapted, AdaptedModel):
+        raise ConfigError(f"save_onnx_adapter got a {type(adapted).__name__}, expected an AdaptedModel")
+    with written_beside(path) as draft:
+        write_adapter_file(adapted, draft)
+    return Path(path)
+
+
+def write_adapter_file(adapted: AdaptedModel, path: Path) -> Path:
+    """Write the file itself."""
+    tensors = find_adapter_tensors(adapted)
+    values = {name: to_ort_value(tensor) for name, tensor in tensors.items()}
+    adapter = onnxruntime.AdapterFormat()
+    adapter.set_adapter_version(_ADAPTER_VERSION)
+    adapter.set_model_version(hash_inputs({name: tuple(tensor.shape) for name, tensor in tensors.items()}))
+    adapter.set_parameters(values)
+    adapter.export_adapter(str(path))
+    return path
+
+
+def find_adapter_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
+    """What goes into the file, by the name of the input, in the dtype of the weights."""
+    tensors: dict[str, torch.Tensor] = {}
+    for adapter in adapted.plan:
+        left, right = factor_update(adapter, adapted.adapters.parameters_of(adapter))
+        first, second = input_names(adapter.site.name)
+        tensors[first] = right.t().contiguous().to(adapter.site.dtype)
+        tensors[second] = left.t().contiguous().to(adapter.site.dtype)
+    trained = {name: p.detach().cpu() for name, p in adapted.module.named_parameters() if p.requires_grad}
+    return {**tensors, **trained}
+
+
+def read_adapter_file(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another format.
+    """
+    try:
+        adapter = onnxruntime.AdapterFormat.read_adapter(str(path))
+        values = adapter.get_parameters()
+        return {name: from_ort_value(value) for name, value in values.items()}
+    except Exception as error:  # onnxruntime raises plain RuntimeErrors
+        raise CheckpointError(
+            f"{path} cannot be read as an .onnx_adapter file: {' '.join(str(error).split())}"
+        ) from error
+
+
+def read_model_version(path: str | Path) -> int:
+    """What :func:`hash_inputs` gave for the model that the file belongs to."""
+    return int(onnxruntime.AdapterFormat.read_adapter(str(path)).get_model_version())
+
+
+def hash_inputs(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """A number for the set of adapter inputs and their widths, ranks apart; it fits 31 bits."""
+    text = ";".join(f"{name}:{_drop_rank(name, shape)}" for name, shape in sorted(shapes.items()))
+    return zlib.crc32(text.encode()) & 0x7FFFFFFF
+
+
+def _drop_rank(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if name.endswith(".adapter_A"):
+        return shape[:1]
+    return shape[1:] if name.endswith(".adapter_B") else shape

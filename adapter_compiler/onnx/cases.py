@@ -1,0 +1,100 @@
+"""The inputs that a file is verified on: the example, other sizes, and random values in the example's ranges.
+
+Random values show a branch that an exporter froze; other sizes a dimension that it froze.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from adapter_compiler.onnx.inputs import find_open_dimensions, resize_call
+from passes.calls import ModuleCall, split_call
+from passes.capture import DimensionBound
+
+#: Random inputs that a file is verified on.
+DRAWS = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerificationCase:
+    """One input.
+
+    Attributes:
+        name: ``example``, ``batch 5``, ``dimension 1 of size 9``, ``random values 1``.
+        call: the arguments.
+        fallback: milder arguments, for a model that refuses ``call`` or gives no finite values for it.
+    """
+
+    name: str
+    call: ModuleCall
+    fallback: ModuleCall | None = None
+
+
+def find_cases(
+    call: ModuleCall, bounds: Sequence[Sequence[DimensionBound]], *, draws: int = DRAWS
+) -> Iterator[VerificationCase]:
+    """The example, one case for each open dimension, and ``draws`` random ones of the example's sizes."""
+    yield VerificationCase(name="example", call=call)
+    for dimension, size in find_open_dimensions(call, bounds):
+        other = size + 1 if size > 1 else 3
+        name = "batch" if dimension == 0 else f"dimension {dimension} of size"
+        yield VerificationCase(name=f"{name} {other}", call=resize_call(call, bounds, dimension, size, other))
+    if not call.tensors:
+        return
+    generator = torch.Generator().manual_seed(0)
+    for number in range(1, draws + 1):
+        drawn = _replace_tensors(call, lambda tensor: draw_like(tensor, generator))
+        shuffled = shuffle_call(call, generator)
+        yield VerificationCase(name=f"random values {number}", call=drawn, fallback=shuffled)
+
+
+def draw_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random values between the least and the greatest one of ``tensor``, of its shape and dtype.
+
+    Floating-point values come from a random part of that range, so that their mean moves from draw to draw: a
+    branch on it shows. A floating-point tensor of a single value, which is a placeholder, gets values of both
+    signs up to it. Flags and other tensors of two values keep theirs, in rows that change place.
+    """
+    if not tensor.numel() or tensor.is_complex():
+        return tensor
+    values = tensor.unique()
+    if tensor.dtype is torch.bool or (len(values) == 2 and not values.remainder(1).any()):
+        return _shuffle_rows(tensor, generator) if tensor.dim() else tensor
+    if not tensor.is_floating_point():
+        low, high = int(values[0]), int(values[-1])
+        return torch.randint(low, high + 1, tensor.shape, generator=generator, dtype=tensor.dtype)
+    finite = values[values.isfinite()].double()
+    if not len(finite):
+        return tensor
+    low, high = float(finite[0]), float(finite[-1])
+    low, high = (-abs(high), abs(high)) if low == high else (low, high)
+    ends = low + (high - low) * torch.rand(2, generator=generator, dtype=torch.float64)
+    low, high = float(ends.min()), float(ends.max())
+    drawn = low + (high - low) * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+    return torch.where(tensor.isfinite(), drawn.to(tensor.dtype), tensor)
+
+
+def shuffle_call(call: ModuleCall, generator: torch.Generator) -> ModuleCall:
+    """The example's own values with rows and columns in another order, the same one for every tensor."""
+    orders: dict[tuple[int, int], torch.Tensor] = {}
+
+    def reorder(tensor: torch.Tensor) -> torch.Tensor:
+        for dimension, size in enumerate(tensor.shape[:2]):
+            key = (dimension, size)
+            if key not in orders:
+                orders[key] = torch.randperm(size, generator=generator)
+            tensor = tensor.index_select(dimension, orders[key])
+        return tensor
+
+    return _replace_tensors(call, reorder)
+
+
+def _shuffle_rows(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return tensor.index_select(0, torch.randperm(tensor.shape[0], generator=generator))
+
+
+def _replace_tensors(call: ModuleCall, replace: Callable[[torch.Tensor], torch.Tensor]) -> ModuleCall:
+    return split_call(*call.rebuild([replace(tensor) for tensor in call.tensors]))

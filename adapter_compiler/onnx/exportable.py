@@ -1,0 +1,65 @@
+"""The model as it is exported: folded, in eval mode, on the CPU, its outputs flat and named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapter_compiler.adapted import AdaptedModel
+from adapter_compiler.errors import ConfigError
+from adapter_compiler.onnx.inputs import name_leaves
+from adapter_compiler.ownership import copy_module, share_parameter
+from passes.calls import ModuleCall
+
+
+class NamedOutputs(nn.Module):
+    """Returns the tensors of a module's result as one flat tuple, each once."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """The flat outputs."""
+        return tuple(_distinct_tensors(self.module(*args, **kwargs)).values())
+
+    def named_outputs(self, call: ModuleCall) -> list[tuple[str, torch.Tensor]]:
+        """The outputs for a call, named after the keys of what the module returns."""
+        args, kwargs = call.rebuild(call.tensors)
+        return list(_distinct_tensors(self.module(*args, **kwargs)).items())
+
+
+def _distinct_tensors(result: Any) -> dict[str, torch.Tensor]:
+    seen: dict[int, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, leaf in name_leaves(result):
+        if isinstance(leaf, torch.Tensor) and seen.setdefault(id(leaf), name) == name:
+            tensors[name] = leaf
+    return tensors
+
+
+def prepare_merged(model: nn.Module) -> nn.Module:
+    """A copy of the model, adapters folded, in eval mode on the CPU.
+
+    It is frozen: with gradients, PyTorch traces attention by another kernel, whose layout the exporter
+    cannot always translate.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"export_onnx got a {type(model).__name__}, expected an AdaptedModel or a torch.nn.Module")
+    if isinstance(model, AdaptedModel):
+        return model.fold().eval().cpu().requires_grad_(False)
+    return prepare_base(model)
+
+
+def prepare_base(model: nn.Module) -> nn.Module:
+    """A copy of the model without its adapters, in eval mode on the CPU."""
+    base = model.module if isinstance(model, AdaptedModel) else model
+    return copy_module(base, lambda _, parameter: share_parameter(parameter)).eval().cpu()
+
+
+def to_cpu(tree: Any) -> Any:
+    """The same nesting with every tensor detached and on the CPU."""
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), tree)

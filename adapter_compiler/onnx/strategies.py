@@ -1,0 +1,128 @@
+"""The ladder: one way to an ONNX file after another, until one is verified.
+
+From best to last resort:
+
+    torch.export     all dimensions open, then the first one of each tensor, then none
+    TorchScript      the same; freezes branches and loops, so verification decides
+
+Inputs and outputs are always flat, with names from the model's signature, which alone rescues models that
+return caches or take dicts. The graph that adapters were trained in is no rung of its own: it was captured
+by torch.export too, so what captures whole exports whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+from torch.export import ExportedProgram
+
+from adapter_compiler.errors import CaptureError, ExportError
+from adapter_compiler.onnx.exportable import NamedOutputs
+from adapter_compiler.onnx.inputs import double_batch_of_one
+from adapter_compiler.onnx.torchscript import guess_bounds, trace_to_file
+from adapter_compiler.onnx.translate import translate_program
+from passes.calls import ModuleCall
+from passes.capture import DYNAMIC_CHOICES, DimensionBound, export_call
+
+_OPENNESS = {"all": "all dimensions open", "first": "batch open", "none": "fixed shapes"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """One rung of the ladder.
+
+    Attributes:
+        exporter: ``"torch.export"`` or ``"TorchScript"``.
+        dynamic: ``"all"``, ``"first"`` or ``"none"``: the dimensions to leave open.
+    """
+
+    exporter: str
+    dynamic: str
+
+    @property
+    def name(self) -> str:
+        """As reports show it."""
+        return f"{self.exporter}, {_OPENNESS[self.dynamic]}"
+
+
+LADDER = tuple(
+    Strategy(exporter=exporter, dynamic=dynamic)
+    for exporter in ("torch.export", "TorchScript")
+    for dynamic in DYNAMIC_CHOICES
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WrittenDraft:
+    """What a strategy wrote, not yet verified.
+
+    Attributes:
+        opset: the operator set.
+        bounds: per input tensor, per dimension, what sizes the file should be right for.
+        frozen: values that became constants, by the exporter's own warnings.
+        program: what the file was translated from, if that is known node by node.
+    """
+
+    opset: int
+    bounds: Sequence[Sequence[DimensionBound]]
+    frozen: tuple[str, ...] = ()
+    program: ExportedProgram | None = None
+
+
+def write_draft(
+    strategy: Strategy,
+    exporter: NamedOutputs,
+    call: ModuleCall,
+    draft: Path,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    *,
+    opset: int | None,
+) -> WrittenDraft:
+    """Write ``draft`` by one strategy.
+
+    Raises:
+        ExportError: the strategy does not work for this model.
+    """
+    if strategy.exporter == "TorchScript":
+        doubled = double_batch_of_one(call) or call
+        bounds = guess_bounds(doubled, strategy.dynamic)
+        traced = trace_to_file(exporter, doubled, draft, inputs, outputs, bounds, opset=opset)
+        written = WrittenDraft(opset=traced.opset, bounds=bounds, frozen=traced.frozen)
+    else:
+        written = _translate(strategy, exporter, call, draft, inputs, outputs, opset)
+    try:
+        onnx.checker.check_model(str(draft))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"onnx.checker refuses the exported file: {error}") from error
+    return written
+
+
+def _translate(
+    strategy: Strategy,
+    exporter: NamedOutputs,
+    call: ModuleCall,
+    draft: Path,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    opset: int | None,
+) -> WrittenDraft:
+    """Export on two rows instead of one where the example has one, so that the batch stays open."""
+    doubled = double_batch_of_one(call) if strategy.dynamic != "none" else None
+    failure: CaptureError | None = None
+    for candidate in (doubled, call):
+        if candidate is None:
+            continue
+        try:
+            exported = export_call(exporter, candidate, (strategy.dynamic,))
+        except CaptureError as error:
+            failure = failure or error
+            continue
+        translated = translate_program(exported.program, inputs, outputs, opset=opset)
+        translated.save(draft)
+        opset_written = int(translated.model.opset_imports[""])
+        return WrittenDraft(opset=opset_written, bounds=exported.bounds, program=translated.exported_program)
+    raise ExportError(f"not exported: {failure}") from failure

@@ -1,0 +1,113 @@
+"""One exported program → one ONNX file whose parameters keep their names and their layout.
+
+The exporter's own clean-up folds transposes and slices of weights into new, nameless initializers. Here every
+parameter stays whole, under its state-dict key and apart from others that happen to be equal, so that adapters
+can be folded into the file later and fed to it at run time. onnxruntime does the same clean-up when it loads
+the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+
+import onnx_ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import optimizer
+from torch.export import ExportedProgram
+from torch.onnx import ONNXProgram
+
+from adapter_compiler.errors import ExportError
+from passes.capture import MODULE_PREFIX
+from passes.decompose_exports import decompose_for_export
+from passes.lift_attention import LiftAttentionPass
+
+_FOLDING_ROUNDS = 2
+
+
+def translate_program(
+    program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], *, opset: int | None
+) -> ONNXProgram:
+    """The ONNX program for ``program``, with named inputs and outputs, cleaned up.
+
+    Raises:
+        ExportError: an operator has no translation.
+    """
+    LiftAttentionPass()(program.graph_module)
+    with quiet_exporter(), torch.enable_grad():
+        try:
+            program = decompose_for_export(program)
+            translated = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                optimize=False,
+                opset_version=opset,
+                input_names=inputs,
+                output_names=outputs,
+            )
+        except Exception as error:  # the exporter raises many types
+            raise ExportError(f"torch.onnx has no translation for this model: {innermost(error)}") from error
+        assert translated is not None
+        clean_up(translated.model, _find_weights(program))
+    return translated
+
+
+def clean_up(model: onnx_ir.Model, parameters: Collection[str]) -> None:
+    """Fold constants, but nothing that a parameter goes into; then give parameters the user's names."""
+    kept = set(parameters)
+
+    def may_fold(node: onnx_ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in kept for value in node.inputs) else None
+
+    common.InlinePass()(model)
+    for _ in range(_FOLDING_ROUNDS):
+        optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=may_fold)
+    for one in (
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        one(model)
+    restore_weight_names(model)
+
+
+def _find_weights(program: ExportedProgram) -> list[str]:
+    """Parameters, and buffers that training moves (running statistics)."""
+    named = (*program.named_parameters(), *program.named_buffers())
+    return [name for name, tensor in named if tensor.is_floating_point() or isinstance(tensor, torch.nn.Parameter)]
+
+
+def restore_weight_names(model: onnx_ir.Model) -> None:
+    """Initializers get the user's state-dict keys, without the names of the wrappers around the module."""
+    for name, value in list(model.graph.initializers.items()):
+        wanted = name.removeprefix(MODULE_PREFIX).removeprefix(MODULE_PREFIX)
+        if wanted != name and wanted not in model.graph.initializers:
+            value.name = wanted
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """The exporter logs that torchvision is missing and copies tree specs in a deprecated way; both are its own."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        registration.setLevel(level)
+
+
+def innermost(error: BaseException) -> str:
+    """The last cause of a chain of exceptions, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"

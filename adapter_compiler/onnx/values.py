@@ -1,0 +1,58 @@
+"""Tensors in and out of onnxruntime, for every dtype that torch and onnxruntime share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy
+import onnx
+import onnxruntime
+import torch
+
+_BFLOAT16 = "tensor(bfloat16)"
+
+
+def run_session(
+    session: onnxruntime.InferenceSession,
+    outputs: Sequence[str] | None,
+    feeds: Mapping[str, torch.Tensor],
+    run_options: onnxruntime.RunOptions | None = None,
+) -> list[torch.Tensor]:
+    """Run a session on torch tensors.
+
+    Args:
+        session: the file, opened.
+        outputs: names of the wanted outputs; ``None`` for all.
+        feeds: the inputs by name; what the file does not take is left out.
+        run_options: for onnxruntime.
+    """
+    wanted = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
+    given = {name: tensor.detach().cpu().contiguous() for name, tensor in feeds.items() if name in wanted}
+    names = [value.name for value in session.get_outputs()] if outputs is None else list(outputs)
+    if _uses_bfloat16(session):
+        values = {name: to_ort_value(tensor) for name, tensor in given.items()}
+        found = session.run_with_ort_values(names, values, run_options)
+        return [from_ort_value(value) for value in found]
+    arrays = session.run(names, {name: tensor.numpy() for name, tensor in given.items()}, run_options)
+    return [torch.from_numpy(numpy.array(array)) for array in arrays]
+
+
+def to_ort_value(tensor: torch.Tensor) -> onnxruntime.OrtValue:
+    """The tensor for onnxruntime; numpy has no bfloat16, so that one goes by its bits."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        bits = tensor.view(torch.int16).numpy()
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+
+
+def from_ort_value(value: onnxruntime.OrtValue) -> torch.Tensor:
+    """A copy of onnxruntime's value as a tensor."""
+    if value.data_type() == _BFLOAT16:
+        return torch.from_dlpack(value._ortvalue).clone()
+    return torch.from_numpy(numpy.array(value.numpy()))
+
+
+def _uses_bfloat16(session: onnxruntime.InferenceSession) -> bool:
+    values = (*session.get_inputs(), *session.get_outputs(), *session.get_overridable_initializers())
+    return any(value.type == _BFLOAT16 for value in values)

@@ -1,0 +1,140 @@
+"""Which models of the zoo end in a verified, merged ONNX file, by which strategy, and why the others do not.
+
+    ./run python benchmarks/onnx_coverage.py --group encoder
+    ./run python benchmarks/onnx_coverage.py --output coverage.jsonl --table coverage.md
+
+Each model runs in a process of its own, so that one crash is one row. A row is written as soon as it is known;
+a second run with the same --output goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Compile, disturb the adapters, fold, export and verify one entry; what went wrong, at which stage."""
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    import adapter_compiler as ac
+    from tests.zoo import entries
+
+    torch.set_num_threads(1)
+    (entry,) = entries(names=[name])
+    torch.manual_seed(0)
+    row: dict[str, Any] = {"name": name, "group": entry.group, "stage": "compile"}
+    try:
+        model = entry.build().eval()
+        args, kwargs = entry.example()
+        adapted = ac.compile_with_adapters(model, args, kwargs, config=ac.AdapterConfig(rank=2, alpha=2))
+        with torch.no_grad():
+            for parameter in adapted.adapters.parameters():
+                parameter.normal_(0, 0.1)
+        row["stage"] = "export"
+        with tempfile.TemporaryDirectory() as folder:
+            report = ac.export_onnx(adapted, Path(folder) / "model.onnx", args, kwargs)
+        row |= {"stage": "done", "dynamic": report.dynamic, "max_abs_error": report.max_abs_error}
+        row |= {"cases": list(report.cases), "not_verified": list(report.not_verified)}
+        row |= {"strategy": getattr(report, "strategy", ""), "frozen": list(getattr(report, "frozen", ()))}
+    except Exception as error:  # whatever a model of the zoo raises is a row of the table
+        row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:1500]}"
+    return row
+
+
+def run_one(name: str, timeout: float) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    started = time.monotonic()
+    command = [sys.executable, "-W", "ignore", __file__, "--measure", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith('{"name"')]
+        crash = {"name": name, "stage": "crash", "reason": f"exit {done.returncode}: {done.stderr[-300:]}"}
+        row: dict[str, Any] = json.loads(lines[-1]) if lines else crash
+    except subprocess.TimeoutExpired:
+        row = {"name": name, "stage": "timeout", "reason": f"more than {timeout:.0f} s"}
+    return row | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def read_rows(output: Path) -> dict[str, dict[str, Any]]:
+    if not output.exists():
+        return {}
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return {row["name"]: row for row in rows}
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    compiled = [row for row in rows if row["stage"] != "compile"]
+    done = [row for row in rows if row["stage"] == "done"]
+    share = len(done) / max(1, len(compiled))
+    lines = [
+        f"{len(done)} of {len(compiled)} models that compile end in a verified file ({share:.1%}); "
+        f"{len(rows) - len(compiled)} do not compile.",
+        "",
+        "| model | result | strategy | open dimensions | largest error | seconds | reason |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        error = f"{row['max_abs_error']:.1e}" if "max_abs_error" in row else ""
+        reason = row.get("reason", "")[:300].replace("|", "\\|")
+        cells = (
+            row["name"],
+            row["stage"],
+            row.get("strategy", ""),
+            row.get("dynamic", ""),
+            error,
+            row["seconds"],
+            reason,
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def choose_names(group: str | None, names: list[str] | None) -> list[str]:
+    sys.path.insert(0, str(ROOT))
+    from tests.zoo import entries
+
+    return [entry.name for entry in entries(group, names)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", nargs="+", help="models of the zoo; default: all")
+    parser.add_argument("--group", help="one group of the zoo")
+    parser.add_argument("--output", type=Path, help="JSON lines, one a model; rows that are there are kept")
+    parser.add_argument("--table", type=Path, help="write the table as markdown")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds a model may take")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure)))
+        return
+    names = choose_names(options.group, options.names)
+    known = read_rows(options.output) if options.output else {}
+    for position, name in enumerate(names, 1):
+        if name in known:
+            continue
+        known[name] = run_one(name, options.timeout)
+        print(
+            f"{position}/{len(names)} {name}: {known[name]['stage']} {known[name].get('reason', '')[:160]}", flush=True
+        )
+        if options.output:
+            with options.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(known[name]) + "\n")
+    table = as_table([known[name] for name in names])
+    print(table.split("\n", 1)[0])
+    if options.table:
+        options.table.write_text(table, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

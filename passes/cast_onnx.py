@@ -1,0 +1,84 @@
+"""Run one kind of operator of an ONNX graph in float32, with casts around it.
+
+    y = Op(x)   with x, y in a narrow or wide dtype   →   y = Cast(Op(Cast(x, float32)), dtype)
+
+Only the graph is edited; weights, wherever they are stored, are cast when the model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import onnx
+from onnx import TensorProto, helper
+
+#: Dtypes for which the CPU kernels of onnxruntime have gaps.
+CAST_DTYPES = frozenset({TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.DOUBLE})
+
+
+def cast_operator(model: onnx.ModelProto, op_type: str) -> int:
+    """Put casts around every node of this kind that takes one of :data:`CAST_DTYPES`.
+
+    Args:
+        model: edited in place; its weights need not be loaded.
+        op_type: the operator, of the default domain.
+
+    Returns:
+        How many nodes were wrapped.
+    """
+    types = find_types(model)
+    return sum(_cast_in_graph(graph, op_type, types) for graph in find_graphs(model.graph))
+
+
+def find_types(model: onnx.ModelProto) -> dict[str, int]:
+    """The element type of every value that shape inference knows, by name."""
+    inferred = onnx.shape_inference.infer_shapes(model)
+    types: dict[str, int] = {}
+    for graph in find_graphs(inferred.graph):
+        types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+        for value in (*graph.input, *graph.value_info, *graph.output):
+            if value.type.HasField("tensor_type"):
+                types[value.name] = value.type.tensor_type.elem_type
+    return types
+
+
+def find_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and the bodies of its loops and branches, at any depth."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            bodies = [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
+            for body in bodies:
+                yield from find_graphs(body)
+
+
+def _cast_in_graph(graph: onnx.GraphProto, op_type: str, types: Mapping[str, int]) -> int:
+    nodes: list[onnx.NodeProto] = []
+    count = 0
+    for node in graph.node:
+        dtype = next((types[name] for name in node.input if types.get(name) in CAST_DTYPES), None)
+        if node.op_type == op_type and node.domain in ("", "ai.onnx") and dtype is not None:
+            nodes += _wrap(node, types, dtype)
+            count += 1
+        else:
+            nodes.append(node)
+    if count:
+        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(kept)
+    return count
+
+
+def _wrap(node: onnx.NodeProto, types: Mapping[str, int], dtype: int) -> list[onnx.NodeProto]:
+    wrapped = onnx.NodeProto.FromString(node.SerializeToString())
+    tag = node.output[0]
+    before, after = [], []
+    for position, name in enumerate(node.input):
+        if types.get(name) in CAST_DTYPES:
+            wrapped.input[position] = f"{tag}.input_{position}.float32"
+            before.append(helper.make_node("Cast", [name], [wrapped.input[position]], to=TensorProto.FLOAT))
+    for position, name in enumerate(node.output):
+        if name and types.get(name) == dtype:
+            wrapped.output[position] = f"{name}.float32"
+            after.append(helper.make_node("Cast", [wrapped.output[position]], [name], to=dtype))
+    return [*before, wrapped, *after]

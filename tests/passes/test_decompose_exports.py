@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from passes.decompose_exports import count_bins, decompose_for_export, log_gamma, multiply_groups
+
+
+@pytest.mark.parametrize("ends", [[2, 5, 7], [0, 7, 7], [3, 3, 5]])
+def test_groups_are_those_of_a_loop_over_them(ends: list[int]) -> None:
+    torch.manual_seed(0)
+    x, weight, offs = torch.randn(7, 4), torch.randn(3, 4, 5), torch.tensor(ends, dtype=torch.int32)
+    expected = torch.zeros(7, 5)
+    for group, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        expected[begin:end] = x[begin:end] @ weight[group]
+    torch.testing.assert_close(multiply_groups(x, weight, offs), expected)
+
+
+@pytest.mark.parametrize(("bins", "low", "high"), [(5, 0, 4), (7, -1, 2), (4, 0, 0)])
+def test_bins_are_those_of_histc(bins: int, low: float, high: float) -> None:
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(200), torch.arange(6.0)])
+    assert torch.equal(count_bins(x, bins, low, high), torch.histc(x, bins, low, high))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_gamma_is_that_of_torch(dtype: torch.dtype) -> None:
+    x = torch.cat([torch.linspace(-7.9, 9, 500, dtype=dtype), torch.logspace(-3, 6, 100, dtype=dtype)])
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-9
+    torch.testing.assert_close(log_gamma(x), torch.lgamma(x), rtol=tolerance, atol=tolerance)
+
+
+class Counts(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.lgamma(x).relu() + torch.histc(x, 3, 0.0, 3.0).sum()
+
+
+def test_only_what_has_no_translation_is_rewritten() -> None:
+    x = torch.rand(5) + 1
+    program = torch.export.export(Counts(), (x,), strict=False)
+    rewritten = decompose_for_export(program)
+    targets = {str(node.target) for node in rewritten.graph.nodes}
+    assert not targets & {"aten.lgamma.default", "aten.histc.default"}
+    assert "aten.relu.default" in targets
+    torch.testing.assert_close(rewritten.module()(x), Counts()(x))
+    assert decompose_for_export(rewritten) is rewritten
