@@ -18,6 +18,7 @@ from adapter_compiler.compiler import compile_with_adapters
 from adapter_compiler.config import AdapterConfig
 from adapter_compiler.errors import AdapterCompilerError
 from adapter_compiler.onnx import ExportReport, export_onnx
+from adapter_compiler.report.ranks import plot_ranks
 
 __all__ = [
     "AdaptedModel",
@@ -29,4 +30,5 @@ __all__ = [
     "compile_with_adapters",
     "export_onnx",
     "load_adapters",
+    "plot_ranks",
 ]
