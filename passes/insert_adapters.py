@@ -3,6 +3,7 @@
 For each weight of the plan that a graph uses:
 
     y = x Wᵀ  (linear, matmul, mm, addmm on the whole weight)   →   y + form(x)
+    y = W[x]  (embedding), y = x ∗ W (ungrouped convolution)    →   y + form(x)
     any other use, or any use of a part of W                     →   W + ΔW in place of W
 
 One use of the second kind makes the weight form serve all uses of that weight in that graph.
@@ -109,15 +110,23 @@ def _fetch_parameters(graph_module: GraphModule, adapter: PlannedAdapter) -> dic
 
 def _insert_on_activations(use: GraphUse, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> None:
     inner = {name: _bring_into(use.regions, node, adapter) for name, node in parameters.items()}
-    output, x = use.node, use.activation
-    assert x is not None
+    output = use.node
     emitter = NodeEmitter(after=output, site=adapter.site.name)
-    x = _cast(emitter, x, adapter.dtype)
-    reverse = use.transposed != adapter.site.transposed
-    update = adapter.form.emit_activation(emitter, x, inner, adapter.scale, reverse=reverse)
+    update = _emit_update(emitter, use, adapter, inner)
     if _dtype_of(output) != adapter.dtype:
         update = emitter.emit(aten.type_as.default, update, output)
     _substitute(emitter, output, update)
+
+
+def _emit_update(emitter: NodeEmitter, use: GraphUse, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> Node:
+    assert use.activation is not None
+    form, scale = adapter.form, adapter.scale
+    if use.kind == "lookup":
+        return form.emit_lookup(emitter, use.node, parameters, scale)
+    x = _cast(emitter, use.activation, adapter.dtype)
+    if use.kind == "convolution":
+        return form.emit_convolution(emitter, use.node, x, parameters, scale, adapter.site.shape)
+    return form.emit_activation(emitter, x, parameters, scale, reverse=use.transposed != adapter.site.transposed)
 
 
 def _insert_on_weight(source: Node, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> None:

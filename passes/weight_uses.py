@@ -51,6 +51,11 @@ _PARTS = {
     aten.permute.default,
     aten.transpose.int,
 }
+#: Operators that are a sum of products of entries of the weight with entries of another operand.
+_PRODUCTS = {"linear", "matmul", "mm", "addmm", "mv", "bmm", "baddbmm", "einsum", "tensordot", "_grouped_mm"}
+_WITH_SUMMAND = {"addmm", "baddbmm"}
+_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+_CONVOLUTIONS |= {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 #: Regions whose body runs exactly once, with the operands after the body as its inputs.
 _SINGLE_BODY_REGIONS = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint"}
 
@@ -82,14 +87,16 @@ class GraphUse(WeightUse):
         node: the operator.
         source: the node that stands for the whole weight in the outermost graph.
         regions: the region calls that lead from the outermost graph to ``node``, outermost first.
-        operand: the position of ``x`` among the operator's arguments where it is ``x @ W`` or
-            ``x @ W.T`` on the whole weight, so that an adapter can run on activations; else ``None``.
+        operand: the position of ``x`` among the operator's arguments where it is a product, a look-up or
+            a convolution with the whole weight, so that an adapter can run on activations; else ``None``.
+        kind: ``product`` (``x @ W`` or ``x @ W.T``), ``lookup`` (rows of W) or ``convolution``.
     """
 
     node: Node
     source: Node
     regions: tuple[Node, ...] = ()
     operand: int | None = None
+    kind: str = "product"
 
     @property
     def activation(self) -> Node | None:
@@ -221,6 +228,9 @@ def _enter(body: GraphModule, region: Node, path: _Path, reaching: dict[Graph, s
 def _describe(user: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> GraphUse:
     op = operator_name(user)
     operand, stored_in_out = _match_product(user, path.value)
+    kind = "product"
+    if operand is None and not path.transposed:
+        operand, kind = _match_lookup(user, path.value)
     chain = (*path.regions, user)
     return GraphUse(
         node=user,
@@ -228,8 +238,9 @@ def _describe(user: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> Grap
         source=path.source,
         regions=path.regions,
         operand=operand if path.whole else None,
+        kind=kind,
         transposed=stored_in_out != path.transposed,
-        is_linear=op in ("linear", "matmul", "mm", "addmm", "mv"),
+        is_linear=op in _PRODUCTS and not (op in _WITH_SUMMAND and user.args[0] is path.value),
         has_gradient=path.has_gradient,
         reaches_output=all(_reaches_output(node, reaching) for node in chain),
     )
@@ -256,6 +267,19 @@ def _match_product(user: Node, weight: Node) -> tuple[int | None, bool]:
     once = sum(argument is weight for argument in arguments) == 1
     is_product = isinstance(arguments[operand], Node) and _is_matrix(weight) and once
     return (operand, stored_in_out) if is_product else (None, False)
+
+
+def _match_lookup(user: Node, weight: Node) -> tuple[int | None, str]:
+    """``(position of x, kind)`` if ``user`` looks rows of the weight up or convolves with it, ungrouped."""
+    if user.kwargs:
+        return None, "product"
+    if user.target is aten.embedding.default and user.args[0] is weight:
+        scales_by_frequency = len(user.args) > 3 and user.args[3]
+        return (None, "product") if scales_by_frequency else (1, "lookup")
+    groups = user.args[6] if len(user.args) > 6 else 1
+    if user.target in _CONVOLUTIONS and user.args[1] is weight and user.args[0] is not weight and groups == 1:
+        return 0, "convolution"
+    return None, "product"
 
 
 def _reaches_output(node: Node, reaching: dict[Graph, set[Node]]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ class NodeEmitter:
 class AdapterForm(abc.ABC):
     """What an adapter computes. Forms hold no state and no parameters.
 
-    A form is written twice, on activations and on the weight, and both must agree:
-    ``emit_activation`` adds x ΔWᵀ to the output, ``emit_weight`` adds ΔW to the weight.
+    A form is written on activations, for each kind of use, and on the weight, and all must agree:
+    ``emit_activation`` gives x ΔWᵀ, to be added to the output, ``emit_weight`` ΔW, to be added to the weight.
     """
 
     name: str
@@ -54,6 +54,22 @@ class AdapterForm(abc.ABC):
         self, emitter: NodeEmitter, x: Node, parameters: Mapping[str, Node], scale: float, *, reverse: bool
     ) -> Node:
         """Nodes for x ΔWᵀ, or for x ΔW if ``reverse``; x is [..., in] (or [..., out])."""
+
+    @abc.abstractmethod
+    def emit_lookup(self, emitter: NodeEmitter, lookup: Node, parameters: Mapping[str, Node], scale: float) -> Node:
+        """Nodes for the rows of ΔW that ``lookup``, an ``aten.embedding`` of the weight, looks up."""
+
+    @abc.abstractmethod
+    def emit_convolution(
+        self,
+        emitter: NodeEmitter,
+        convolution: Node,
+        x: Node,
+        parameters: Mapping[str, Node],
+        scale: float,
+        kernel: Sequence[int],
+    ) -> Node:
+        """Nodes for ``convolution`` of x with ΔW in place of the weight of shape ``kernel``, without its bias."""
 
     @abc.abstractmethod
     def emit_weight(self, emitter: NodeEmitter, parameters: Mapping[str, Node], scale: float) -> Node:

@@ -176,23 +176,70 @@ WEIGHT_FORM: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str,
         FETCH + ON_WEIGHT + "einsum = aten.einsum.default('bi,oi->bo', [tensors_0, add_tensor])\nreturn (einsum,)",
         7,
     ),
-    "embedding": (
-        lambda: nn.Embedding(7, 3),
-        lambda: torch.randint(0, 7, (4, 2)),
-        FETCH + ON_WEIGHT + "embedding = aten.embedding.default(add_tensor, tensors_0)\nreturn (embedding,)",
-        7,
-    ),
-    "conv1d": (
-        lambda: nn.Conv1d(2, 5, 3, bias=False),
-        lambda: torch.randn(4, 2, 9),
+    "grouped conv1d": (
+        lambda: nn.Conv1d(4, 6, 3, groups=2, bias=False),
+        lambda: torch.randn(4, 4, 9),
         FETCH
         + ON_WEIGHT.replace(
             "add_tensor = aten.add.Tensor(module_weight, matmul_default)",
-            "reshape_default = aten.reshape.default(matmul_default, [5, 2, 3])\n"
+            "reshape_default = aten.reshape.default(matmul_default, [6, 2, 3])\n"
             "add_tensor = aten.add.Tensor(module_weight, reshape_default)",
         )
-        + "conv1d = aten.conv1d.default(tensors_0, add_tensor)\nreturn (conv1d,)",
+        + "conv1d = aten.conv1d.default(tensors_0, add_tensor, None, [1], [0], [1], 2)\nreturn (conv1d,)",
         8,
+    ),
+}
+
+#: Look-ups and convolutions: name, module, example, graph, nodes added.
+OTHER_ACTIVATION_FORM: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str, int]] = {
+    "embedding": (
+        lambda: nn.Embedding(7, 3),
+        lambda: torch.randint(0, 7, (4, 2)),
+        FETCH
+        + """\
+embedding = aten.embedding.default(module_weight, tensors_0)
+mul_tensor = aten.mul.Tensor(adapters_weight_lam, 0.5)
+embedding_default = aten.embedding.default(adapters_weight_p, tensors_0)
+mul_tensor_1 = aten.mul.Tensor(embedding_default, mul_tensor)
+matmul_default = aten.matmul.default(mul_tensor_1, adapters_weight_q)
+add_tensor = aten.add.Tensor(embedding, matmul_default)
+return (add_tensor,)""",
+        8,
+    ),
+    "embedding with a padding row": (
+        lambda: nn.Embedding(7, 3, padding_idx=2),
+        lambda: torch.randint(0, 7, (4, 2)),
+        FETCH
+        + """\
+embedding = aten.embedding.default(module_weight, tensors_0, 2)
+mul_tensor = aten.mul.Tensor(adapters_weight_lam, 0.5)
+embedding_default = aten.embedding.default(adapters_weight_p, tensors_0, 2)
+mul_tensor_1 = aten.mul.Tensor(embedding_default, mul_tensor)
+matmul_default = aten.matmul.default(mul_tensor_1, adapters_weight_q)
+eq_scalar = aten.eq.Scalar(tensors_0, 2)
+unsqueeze_default = aten.unsqueeze.default(eq_scalar, -1)
+detach_default = aten.detach.default(matmul_default)
+where_self = aten.where.self(unsqueeze_default, detach_default, matmul_default)
+add_tensor = aten.add.Tensor(embedding, where_self)
+return (add_tensor,)""",
+        12,
+    ),
+    "conv1d": (
+        lambda: nn.Conv1d(2, 5, 3, bias=False, stride=2),
+        lambda: torch.randn(4, 2, 9),
+        FETCH
+        + """\
+conv1d = aten.conv1d.default(tensors_0, module_weight, None, [2])
+reshape_default = aten.reshape.default(adapters_weight_q, [-1, 2, 3])
+reshape_default_1 = aten.reshape.default(adapters_weight_p, [5, -1, 1])
+mul_tensor = aten.mul.Tensor(adapters_weight_lam, 0.5)
+reshape_default_2 = aten.reshape.default(mul_tensor, [-1, 1])
+conv1d_default = aten.conv1d.default(tensors_0, reshape_default, None, [2])
+mul_tensor_1 = aten.mul.Tensor(conv1d_default, reshape_default_2)
+conv1d_default_1 = aten.conv1d.default(mul_tensor_1, reshape_default_1)
+add_tensor = aten.add.Tensor(conv1d, conv1d_default_1)
+return (add_tensor,)""",
+        11,
     ),
 }
 
@@ -224,6 +271,44 @@ def test_whole_weight_of_a_product_is_adapted_on_activations(prepare: Prepare, n
 def test_other_uses_are_adapted_on_the_weight(prepare: Prepare, name: str) -> None:
     make, example, golden, added = WEIGHT_FORM[name]
     assert_inserts(prepare(make(), example(), selection=NAMED), golden, added)
+
+
+@pytest.mark.parametrize("name", OTHER_ACTIVATION_FORM)
+def test_lookups_and_convolutions_are_adapted_on_activations(prepare: Prepare, name: str) -> None:
+    make, example, golden, added = OTHER_ACTIVATION_FORM[name]
+    assert_inserts(prepare(make(), example(), selection=NAMED), golden, added)
+
+
+@pytest.mark.parametrize(
+    ("make", "example"),
+    [
+        (lambda: nn.Embedding(7, 3), lambda: torch.randint(0, 7, (4, 2))),
+        (lambda: nn.Embedding(7, 3, padding_idx=2), lambda: torch.arange(7).repeat(2, 1)),
+        (lambda: nn.Conv1d(2, 5, 3, dilation=2), lambda: torch.randn(4, 2, 9)),
+        (lambda: nn.Conv2d(2, 5, (3, 2), padding="same"), lambda: torch.randn(2, 8, 7)),
+        (lambda: nn.Conv2d(3, 5, 1, stride=2), lambda: torch.randn(4, 3, 8, 7)),
+        (lambda: nn.Conv3d(2, 4, 3, padding=1), lambda: torch.randn(2, 2, 4, 5, 6)),
+        (lambda: nn.Conv2d(2, 5, 3, padding=1, padding_mode="circular"), lambda: torch.randn(2, 2, 6, 6)),
+    ],
+)
+def test_lookups_and_convolutions_compute_with_effective_weights(
+    prepare: Prepare, make: Callable[[], nn.Module], example: Callable[[], Tensor]
+) -> None:
+    module, x = make().double(), example()
+    x = x.double() if x.is_floating_point() else x
+    bench = prepare(module, x, selection=NAMED)
+    bench.randomise()
+    bench.insert(bench.graph_module)
+    assert bench.count_tagged()
+    (adapter,) = bench.plan
+    parameters = dict(bench.adapters.get_submodule("weight").named_parameters())
+    weight = module.get_parameter("weight").detach() + adapter.delta(parameters)
+    expected = torch.func.functional_call(module, {"weight": weight}, (x,))
+    found = bench.graph_module(x)[0]
+    torch.testing.assert_close(found, expected)
+    loss = expected.detach().cos()
+    wanted = torch.autograd.grad((expected * loss).sum(), list(parameters.values()))
+    torch.testing.assert_close(torch.autograd.grad((found * loss).sum(), list(parameters.values())), wanted)
 
 
 def test_a_weight_used_in_both_directions_reverses_the_adapter(prepare: Prepare) -> None:
