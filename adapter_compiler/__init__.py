@@ -17,7 +17,7 @@ from adapter_compiler.checkpoint import load_adapters
 from adapter_compiler.compiler import compile_with_adapters
 from adapter_compiler.config import AdapterConfig
 from adapter_compiler.errors import AdapterCompilerError
-from adapter_compiler.onnx import ExportReport, export_onnx
+from adapter_compiler.onnx import ExportReport, OnnxAdapters, export_onnx, save_onnx_adapter
 
 __all__ = [
     "AdaptedModel",
@@ -25,8 +25,10 @@ __all__ = [
     "AdapterConfig",
     "BudgetSchedule",
     "ExportReport",
+    "OnnxAdapters",
     "RankBudget",
     "compile_with_adapters",
     "export_onnx",
     "load_adapters",
+    "save_onnx_adapter",
 ]
