@@ -50,9 +50,10 @@ def merge_weight(weight: torch.Tensor, adapter: PlannedAdapter, parameters: Mapp
     with torch.no_grad():
         delta = adapter.form.delta({k: v.detach().to(wide) for k, v in parameters.items()}, adapter.scale)
         delta = (delta.t() if adapter.site.transposed else delta).reshape(adapter.site.shape)
-        exact = weight.detach().to(wide) + delta
-        merged = exact.to(weight.dtype)
-        error = float((merged.to(wide) - exact).abs().max()) if merged.numel() else 0.0
+        # In place: a large model is folded weight by weight, and this sum is what memory must hold.
+        exact = delta.add_(weight.detach())
+        merged = exact.to(weight.dtype, copy=True)
+        error = float(exact.sub_(merged).abs_().max()) if merged.numel() else 0.0
     return MergedWeight(site=adapter.site.name, weight=merged, rounding_error=error)
 
 
