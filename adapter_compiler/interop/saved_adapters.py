@@ -104,7 +104,7 @@ def read_saved_adapters(folder: str | Path) -> SavedAdapters:
     if (folder / FILE_NAME).is_file():
         return _read_own(folder / FILE_NAME)
     if (folder / PEFT_CONFIG).is_file():
-        from adapter_compiler.interop.peft_files import read_peft_adapters
+        from adapter_compiler.interop.read_peft import read_peft_adapters
 
         return read_peft_adapters(folder)
     raise CheckpointError(

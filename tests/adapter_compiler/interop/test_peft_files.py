@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import adapter_compiler as ac
 from adapter_compiler.errors import CheckpointError, ConfigError
-from adapter_compiler.interop.peft_files import save_peft_adapters
 from adapter_compiler.interop.saved_adapters import read_saved_adapters
+from adapter_compiler.interop.write_peft import save_peft_adapters
 
 
 class Block(nn.Module):
