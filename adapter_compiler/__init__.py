@@ -17,7 +17,7 @@ from adapter_compiler.checkpoint import load_adapters
 from adapter_compiler.compiler import compile_with_adapters
 from adapter_compiler.config import AdapterConfig
 from adapter_compiler.errors import AdapterCompilerError
-from adapter_compiler.onnx import ExportReport, export_onnx
+from adapter_compiler.onnx import ExportReport, OnnxAdapters, export_onnx, save_onnx_adapter
 from adapter_compiler.report.ranks import plot_ranks
 
 __all__ = [
@@ -26,9 +26,11 @@ __all__ = [
     "AdapterConfig",
     "BudgetSchedule",
     "ExportReport",
+    "OnnxAdapters",
     "RankBudget",
     "compile_with_adapters",
     "export_onnx",
     "load_adapters",
     "plot_ranks",
+    "save_onnx_adapter",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from adapter_compiler.config import AdapterConfig
-from adapter_compiler.ownership import clone_parameter, copy_module, replace_parameter
+from adapter_compiler.ownership import clone_parameter, copy_module, detach_computed_attributes, replace_parameter
 from adapter_compiler.regions import Region, RegionTree
 from adapter_compiler.report.adapters import AdapterReport, describe_adapters
 from adapter_compiler.store import AdapterStore
@@ -179,6 +179,7 @@ class AdaptedModel(nn.Module):
         self._regions.deactivate()
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
+        detach_computed_attributes(self.module, memo)
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 

@@ -88,7 +88,8 @@ def _describe(adapted: AdaptedModel) -> dict[str, Any]:
         }
         for adapter in adapted.plan
     }
-    return {"version": _FORMAT_VERSION, "sites": sites}
+    aliases = {alias: adapter.site.name for adapter in adapted.plan for alias in adapter.site.aliases}
+    return {"version": _FORMAT_VERSION, "sites": sites, "aliases": aliases}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -33,6 +33,29 @@ def written_beside(path: str | Path) -> Iterator[Path]:
             os.replace(written, path.parent / written.name)
 
 
+@contextlib.contextmanager
+def written_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path``; when the block succeeds, it becomes ``path``.
+
+    If the block raises, the new folder is removed.
+
+    Raises:
+        FileExistsError: ``path`` exists and is not an empty folder.
+        OSError: the folder of ``path`` cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty; name another folder or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as parent:
+        draft = Path(parent) / path.name
+        draft.mkdir()
+        yield draft
+        for written in draft.iterdir():
+            _flush_to_disk(written)
+        os.replace(draft, path)
+
+
 def _flush_to_disk(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())

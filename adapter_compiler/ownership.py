@@ -30,6 +30,7 @@ def copy_module(module: nn.Module, make_parameter: Callable[[str, nn.Parameter],
                 f"parameter {name} is lazy and has no shape yet; call the model once on an example"
             )
         memo[id(parameter)] = make_parameter(name, parameter)
+    detach_computed_attributes(module, memo)
     # deepcopy keeps what the memo holds alive only by id, so the originals must outlive the call: they do.
     try:
         with torch.no_grad():  # so that what TorchScript copies by itself stays a leaf
@@ -39,6 +40,14 @@ def copy_module(module: nn.Module, make_parameter: Callable[[str, nn.Parameter],
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}); remove the attribute that "
             "cannot, give the class a __deepcopy__, or adapt the model itself with AdapterConfig(inplace=True)"
         ) from error
+
+
+def detach_computed_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Let a deep copy take the values of tensors that a call left behind in attributes, without their history."""
+    for child in module.modules():
+        for value in child.__dict__.values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
 
 
 def share_parameter(parameter: nn.Parameter) -> nn.Parameter:

@@ -44,7 +44,7 @@ def decompose_for_export(program: ExportedProgram) -> ExportedProgram:
         if isinstance(node.target, torch._ops.OpOverload)
     }
     table = {target: rule for target in present if (rule := _find_rule(target)) is not None}
-    return program.run_decompositions(table) if table else program  # type: ignore[arg-type]
+    return program.run_decompositions(table) if table else program
 
 
 def _find_rule(target: Any) -> Callable[..., Tensor] | None:

@@ -48,9 +48,10 @@ def merge_weight(weight: torch.Tensor, adapter: PlannedAdapter, parameters: Mapp
     """
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     with torch.no_grad():
-        exact = weight.detach().to(wide) + adapter.delta({k: v.detach().to(wide) for k, v in parameters.items()})
-        merged = exact.to(weight.dtype)
-        error = float((merged.to(wide) - exact).abs().max()) if merged.numel() else 0.0
+        # In place: a large model is folded weight by weight, and this sum is what memory must hold.
+        exact = adapter.delta({k: v.detach().to(wide) for k, v in parameters.items()}).add_(weight.detach())
+        merged = exact.to(weight.dtype, copy=True)
+        error = float(exact.sub_(merged).abs_().max()) if merged.numel() else 0.0
     return MergedWeight(site=adapter.site.name, weight=merged, rounding_error=error)
 
 

@@ -62,7 +62,7 @@ def insert_onnx_adapter(model: onnx.ModelProto, site: OnnxSite) -> None:
     _add_inputs(model, site, weight)
     graph = model.graph
     products = _find_products(graph, site)
-    served = {id(use.node) for use in products} | {id(node) for node in _find_transposes(graph, site, products)}
+    served = {name for use in products for name in (use.node.output[0], use.node.input[1])}
     _rename_uses(graph, site.initializer, f"{site.initializer}.adapted", served)
     for use in products:
         _add_to_product(graph, use, site)
@@ -75,7 +75,9 @@ def _find_weight(model: onnx.ModelProto, site: OnnxSite) -> onnx.TensorProto:
     names = {value.name for value in model.graph.input}
     if {site.left, site.right} & names:
         raise PassError(f"site {site.initializer}: the graph already has inputs {site.left} and {site.right}")
-    weight = next((tensor for tensor in model.graph.initializer if tensor.name == site.initializer), None)
+    weight: onnx.TensorProto | None = next(
+        (tensor for tensor in model.graph.initializer if tensor.name == site.initializer), None
+    )
     if weight is None:
         raise PassError(f"the graph has no initializer {site.initializer}")
     size = 1
@@ -91,9 +93,13 @@ def _find_weight(model: onnx.ModelProto, site: OnnxSite) -> onnx.TensorProto:
 
 def _add_inputs(model: onnx.ModelProto, site: OnnxSite, weight: onnx.TensorProto) -> None:
     rank = f"{site.initializer}.rank"
-    for name, shape in ((site.left, [site.in_features, rank]), (site.right, [rank, site.out_features])):
+    shapes: dict[str, list[str | int | None]] = {
+        site.left: [site.in_features, rank],
+        site.right: [rank, site.out_features],
+    }
+    for name, shape in shapes.items():
         model.graph.input.append(helper.make_tensor_value_info(name, weight.data_type, shape))
-        default = [0 if size == rank else size for size in shape]
+        default = [size if isinstance(size, int) else 0 for size in shape]
         model.graph.initializer.append(helper.make_tensor(name, weight.data_type, default, b"", raw=True))
 
 
@@ -131,16 +137,11 @@ def _find_transposed_names(graph: onnx.GraphProto, site: OnnxSite) -> set[str]:
     return names
 
 
-def _find_transposes(graph: onnx.GraphProto, site: OnnxSite, products: list[_Use]) -> list[onnx.NodeProto]:
-    """The transposes that the products read, which therefore stay those of the bare weight."""
-    read = {use.node.input[1] for use in products}
-    return [node for node in graph.node if node.op_type == "Transpose" and node.output[0] in read]
-
-
-def _rename_uses(graph: onnx.GraphProto, name: str, wanted: str, served: set[int]) -> None:
+def _rename_uses(graph: onnx.GraphProto, name: str, wanted: str, served: set[str]) -> None:
+    """Let every node read the adapted weight, but those that give one of the values in ``served``."""
     for body in find_graphs(graph):
         for node in body.node:
-            if id(node) in served:
+            if node.output[0] in served:
                 continue
             for position, operand in enumerate(node.input):
                 if operand == name:
@@ -151,7 +152,7 @@ def _add_to_product(graph: onnx.GraphProto, use: _Use, site: OnnxSite) -> None:
     output = use.node.output[0]
     bare, hidden, update = (f"{output}.{part}" for part in ("bare", "hidden", "update"))
     use.node.output[0] = bare
-    position = next(i for i, node in enumerate(graph.node) if node is use.node or node.output[:1] == [bare])
+    position = next(i for i, node in enumerate(graph.node) if node.output[0] == bare)
     nodes = [
         helper.make_node("MatMul", [use.x, site.left], [hidden], name=f"{hidden}.node"),
         helper.make_node("MatMul", [hidden, site.right], [update], name=f"{update}.node"),

@@ -27,7 +27,8 @@ _MANAGED = {"_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weigh
 @contextlib.contextmanager
 def restored_state(module: nn.Module) -> Iterator[None]:
     """Undo what running a module leaves behind: random states, buffers and attributes."""
-    registries = [(child._buffers, dict(child._buffers)) for child in module.modules()]
+    in_python = (child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule))
+    registries = [(child._buffers, dict(child._buffers)) for child in in_python]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers() if not buffer.is_meta]
     attributes = _Attributes(module)
     with _restored_generators(module):

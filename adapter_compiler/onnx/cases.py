@@ -64,8 +64,7 @@ def draw_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if tensor.dtype is torch.bool or (len(values) == 2 and not values.remainder(1).any()):
         return _shuffle_rows(tensor, generator) if tensor.dim() else tensor
     if not tensor.is_floating_point():
-        low, high = int(values[0]), int(values[-1])
-        return torch.randint(low, high + 1, tensor.shape, generator=generator, dtype=tensor.dtype)
+        return torch.randint(int(values[0]), int(values[-1]) + 1, tensor.shape, generator=generator, dtype=tensor.dtype)
     finite = values[values.isfinite()].double()
     if not len(finite):
         return tensor

@@ -88,7 +88,8 @@ def export_onnx(
             return _report(adapted_or_model, Path(path), names, strategy, attempts, result, adapters)
     assert first is not None
     others = [f"{a.strategy}: {a.reason}" for a in attempts[1:] if a.reason != attempts[0].reason]
-    raise type(first)("; also tried: ".join([str(first), *others])) from first
+    kind = VerificationError if isinstance(first, VerificationError) else ExportError
+    raise kind("; also tried: ".join([str(first), *others])) from first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

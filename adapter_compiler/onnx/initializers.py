@@ -69,6 +69,13 @@ class InitializerFile:
         """Names of the files beside this one that hold weights."""
         return {place[0] for tensor in self._tensors.values() if (place := _find_place(tensor)) is not None}
 
+    def rename_external(self, old: str, new: str) -> None:
+        """Let the weights that stand in the file ``old`` be looked for in ``new``."""
+        for tensor in self._tensors.values():
+            for entry in tensor.external_data:
+                if entry.key == "location" and entry.value == old:
+                    entry.value = new
+
     def read(self, name: str) -> torch.Tensor:
         """A copy of a weight."""
         tensor, dtype = self._tensors[name], self.dtype(name)

@@ -122,6 +122,6 @@ def _find_frozen(caught: Sequence[warnings.WarningMessage]) -> list[str]:
     found = [
         f"{Path(w.filename).name}:{w.lineno}: {re.split(r'[.] ', ' '.join(str(w.message).split()))[0]}"
         for w in caught
-        if issubclass(w.category, torch.jit.TracerWarning)
+        if w.category.__name__ == "TracerWarning"
     ]
     return list(dict.fromkeys(found))

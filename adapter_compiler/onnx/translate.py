@@ -68,7 +68,7 @@ def clean_up(model: onnx_ir.Model, parameters: Collection[str]) -> None:
         optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=may_fold)
     for one in (
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
         common.CommonSubexpressionEliminationPass(),
         common.OutputFixPass(),

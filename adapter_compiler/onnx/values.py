@@ -8,6 +8,7 @@ import numpy
 import onnx
 import onnxruntime
 import torch
+import torch.utils.dlpack
 
 _BFLOAT16 = "tensor(bfloat16)"
 
@@ -49,7 +50,7 @@ def to_ort_value(tensor: torch.Tensor) -> onnxruntime.OrtValue:
 def from_ort_value(value: onnxruntime.OrtValue) -> torch.Tensor:
     """A copy of onnxruntime's value as a tensor."""
     if value.data_type() == _BFLOAT16:
-        return torch.from_dlpack(value._ortvalue).clone()
+        return torch.utils.dlpack.from_dlpack(value._ortvalue).clone()
     return torch.from_numpy(numpy.array(value.numpy()))
 
 

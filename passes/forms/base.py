@@ -77,4 +77,4 @@ class AdapterForm(abc.ABC):
 
     @abc.abstractmethod
     def delta(self, parameters: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
-        """ΔW as a tensor, [out, in], in the dtype of the parameters."""
+        """ΔW as a new tensor, [out, in], in the dtype of the parameters; the caller may write into it."""

@@ -159,9 +159,7 @@ def _check_identity(adapted: ac.AdaptedModel, entry: ZooEntry, *, training: bool
 
 def _as_written(adapted: ac.AdaptedModel) -> nn.Module:
     """A copy of the user's model in its present state, without adapters."""
-    with adapted.disable_adapters(), torch.no_grad():
-        adapted._regions.deactivate()
-        return copy.deepcopy(adapted.module)
+    return copy.deepcopy(adapted).module
 
 
 def _effective(adapted: ac.AdaptedModel, model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,63 @@
+"""Adapters of a folder in another format, without the model's code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from adapter_compiler.checkpoint import FILE_NAME
+from adapter_compiler.errors import ConfigError
+from adapter_compiler.files import written_beside
+from adapter_compiler.interop.saved_adapters import SavedAdapter, SavedAdapters, read_saved_adapters
+from adapter_compiler.interop.write_peft import convert_to_peft
+
+#: Formats that adapters can be converted to.
+FORMATS = ("native", "peft-lora", "peft-adalora")
+
+
+def convert_adapters(folder: str | Path, out: str | Path, *, to: str) -> Path:
+    """Write the adapters of ``folder`` to ``out`` in another format.
+
+    Args:
+        folder: adapters of this library or of PEFT.
+        out: the folder to write.
+        to: one of :data:`FORMATS`.
+
+    Raises:
+        ConfigError: the format is unknown, or cannot express the adapters.
+        CheckpointError: the folder holds no adapters that can be read.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"to={to!r}: expected one of {', '.join(FORMATS)}")
+    saved = read_saved_adapters(folder)
+    if to == "native":
+        return _write_native(saved, Path(out))
+    return convert_to_peft(saved, out, kind=to.removeprefix("peft-"))
+
+
+def _write_native(saved: SavedAdapters, out: Path) -> Path:
+    tensors: dict[str, torch.Tensor] = {}
+    for name in saved.adapters:
+        for key, value in saved.parameters_of(name).items():
+            tensors[f"adapters.{name}.{key}"] = value.contiguous().clone()
+    tensors |= {f"module.{name}": saved.tensor(key) for name, key in saved.replacements.items()}
+    sites = {name: _describe(adapter) for name, adapter in saved.adapters.items()}
+    header = json.dumps({"version": 1, "sites": sites, "aliases": {}})
+    with written_beside(out / FILE_NAME) as draft:
+        save_file(tensors, draft, metadata={"adapter_compiler": header, "format": "pt"})
+    return out
+
+
+def _describe(adapter: SavedAdapter) -> dict[str, Any]:
+    planned = adapter.planned
+    return {
+        "form": planned.form.name,
+        "rank": planned.rank,
+        "scale": planned.scale,
+        "shape": list(planned.site.shape),
+        "transposed": planned.site.transposed,
+    }

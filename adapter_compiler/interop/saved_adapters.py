@@ -1,0 +1,180 @@
+"""Trained adapters as they lie in a folder: ours or PEFT's, read one site at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+import passes.forms
+from adapter_compiler.checkpoint import FILE_NAME
+from adapter_compiler.errors import CheckpointError
+from passes.fold_adapters import merge_weight
+from passes.forms import AdapterForm
+from passes.plan import PlannedAdapter
+from passes.sites import AdapterSite
+
+PEFT_CONFIG = "adapter_config.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SavedAdapter:
+    """One adapter in a file.
+
+    Attributes:
+        planned: its site, form and scale; the site's dtype is that of the adapter, the weight's is not known.
+        tensors: name of each parameter → the tensor's name in the file.
+    """
+
+    planned: PlannedAdapter
+    tensors: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SavedAdapters:
+    """All adapters of a folder.
+
+    Attributes:
+        path: the safetensors file.
+        kind: ``"adapter-compiler"``, ``"peft lora"`` or ``"peft adalora"``.
+        adapters: by site.
+        replacements: weight or buffer of the model that was trained fully → the tensor's name in the file.
+    """
+
+    path: Path
+    kind: str
+    adapters: Mapping[str, SavedAdapter]
+    replacements: Mapping[str, str]
+
+    def parameters_of(self, site: str) -> dict[str, torch.Tensor]:
+        """The parameters of one adapter, in the shapes that its form expects."""
+        saved = self.adapters[site]
+        shapes = _natural_shapes(saved)
+        found = {}
+        for name, key in saved.tensors.items():
+            tensor = self.tensor(key)
+            found[name] = tensor.reshape(-1) if shapes[name] == 1 else tensor.flatten(1)
+        if "lam" not in found and saved.planned.form.name == "svd":
+            found["lam"] = torch.ones(found["P"].shape[1], dtype=found["P"].dtype)
+        return found
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """One tensor of the file."""
+        with open_safetensors(self.path) as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+            return tensor
+
+    def merge(self, site: str, weight: torch.Tensor) -> torch.Tensor:
+        """W + ΔW, bit for bit what :meth:`AdaptedModel.fold` gives.
+
+        Raises:
+            CheckpointError: the weight has not the shape that the adapter was trained on.
+        """
+        planned = self.adapters[site].planned
+        if tuple(weight.shape) != planned.site.shape:
+            raise CheckpointError(
+                f"{self.path}: site {site} was trained on a weight of shape {list(planned.site.shape)}, the base has "
+                f"{list(weight.shape)}; it belongs to another model"
+            )
+        return merge_weight(weight, planned, self.parameters_of(site)).weight
+
+
+def _natural_shapes(saved: SavedAdapter) -> dict[str, int]:
+    """How many dimensions each parameter has in its form."""
+    site = saved.planned.site
+    shapes = saved.planned.form.parameter_shapes(site.out_features, site.in_features, saved.planned.rank)
+    return {name: len(shape) for name, shape in shapes.items()}
+
+
+def read_saved_adapters(folder: str | Path) -> SavedAdapters:
+    """Look into a folder; nothing but headers is read.
+
+    Args:
+        folder: what ``AdaptedModel.save`` or PEFT's ``save_pretrained`` wrote.
+
+    Raises:
+        CheckpointError: it holds no adapters, or such that cannot be expressed as one ΔW a weight.
+    """
+    folder = Path(folder)
+    if (folder / FILE_NAME).is_file():
+        return _read_own(folder / FILE_NAME)
+    if (folder / PEFT_CONFIG).is_file():
+        from adapter_compiler.interop.read_peft import read_peft_adapters
+
+        return read_peft_adapters(folder)
+    raise CheckpointError(
+        f"{folder} holds no adapters; expected {FILE_NAME} (AdaptedModel.save) or {PEFT_CONFIG} (PEFT)"
+    )
+
+
+def open_safetensors(path: Path) -> Any:
+    """Open a safetensors file for reading.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}") from error
+
+
+def find_form(name: str) -> AdapterForm:
+    """The form of this name.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    kinds = (value for value in vars(passes.forms).values() if isinstance(value, type))
+    forms = [kind() for kind in kinds if issubclass(kind, AdapterForm) and kind is not AdapterForm]
+    found = next((form for form in forms if form.name == name), None)
+    if found is None:
+        raise CheckpointError(f"adapters of the form {name!r} are unknown; known: {', '.join(f.name for f in forms)}")
+    return found
+
+
+def _read_own(path: Path) -> SavedAdapters:
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    try:
+        header = json.loads(metadata["adapter_compiler"])
+        sites = header["sites"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} was not written by adapter-compiler, or its header is damaged") from error
+    aliases: dict[str, list[str]] = {}
+    for alias, first in header.get("aliases", {}).items():
+        aliases.setdefault(first, []).append(alias)
+    adapters = {name: _read_site(path, name, entry, shapes, aliases.get(name, [])) for name, entry in sites.items()}
+    prefix = "module."
+    replacements = {key.removeprefix(prefix): key for key in shapes if key.startswith(prefix)}
+    return SavedAdapters(path=path, kind="adapter-compiler", adapters=adapters, replacements=replacements)
+
+
+def _read_site(
+    path: Path, name: str, entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], aliases: list[str]
+) -> SavedAdapter:
+    prefix = f"adapters.{name}."
+    tensors = {key.removeprefix(prefix): key for key in shapes if key.startswith(prefix)}
+    if not tensors:
+        raise CheckpointError(f"{path}: no parameters for site {name}; save the adapters again")
+    site = AdapterSite(
+        name=name,
+        shape=tuple(entry["shape"]),
+        dtype=torch.float32,
+        transposed=bool(entry["transposed"]),
+        aliases=tuple(aliases),
+    )
+    planned = PlannedAdapter(
+        site=site,
+        form=find_form(entry["form"]),
+        rank=int(entry["rank"]),
+        scale=float(entry["scale"]),
+        dtype=torch.float32,
+    )
+    return SavedAdapter(planned=planned, tensors={key: value for key, value in tensors.items() if "." not in key})
