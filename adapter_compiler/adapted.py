@@ -124,7 +124,7 @@ class AdaptedModel(nn.Module):
             present training mode, which shares nothing with this object. Sums are made in float64
             and cast once; :attr:`fold_report` then holds the rounding errors.
         """
-        adapters = {adapter.site.name: adapter for adapter in self.plan}
+        adapters = {adapter.site.name: adapter for adapter in self.plan if not adapter.is_empty}
         errors: dict[str, float] = {}
 
         def merge(name: str, parameter: nn.Parameter) -> nn.Parameter:
@@ -138,6 +138,15 @@ class AdaptedModel(nn.Module):
         folded = copy_module(self.module, merge)
         self.fold_report = FoldReport(rounding_error=errors)
         return folded
+
+    def rebuild(self, plan: AdapterPlan) -> None:
+        """Insert the adapters of another plan for the same sites into every kept graph, without capturing anew.
+
+        Args:
+            plan: the plan whose parameters :attr:`adapters` now holds.
+        """
+        self.plan = plan
+        self._variants.rebuild(plan)
 
     def report(self) -> AdapterReport:
         """What was adapted and what was not, with reasons; ``print`` it or read its fields."""

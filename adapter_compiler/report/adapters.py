@@ -37,7 +37,7 @@ class AdapterReport:
     Attributes:
         sites: one row an adapted weight.
         rejected: why each other weight of two or more dimensions carries no adapter.
-        unused: sites that no captured graph uses (empty before the first call).
+        unused: sites with an adapter that no captured graph uses (empty before the first call).
         variants: the captured graphs, as text.
         trainable_parameters: number of trained values.
         total_parameters: number of the model's own values.
@@ -108,7 +108,7 @@ def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
     return AdapterReport(
         sites=tuple(rows),
         rejected=dict(adapted.rejected),
-        unused=tuple(row.name for row in rows if variants and not row.in_graphs),
+        unused=tuple(row.name for row in rows if variants and row.rank and not row.in_graphs),
         variants=tuple(f"{'train' if v.training else 'eval'}({', '.join(v.inputs)})" for v in variants),
         trainable_parameters=sum(p.numel() for p in adapted.trainable_parameters()),
         total_parameters=sum(p.numel() for p in adapted.module.parameters()),
