@@ -141,7 +141,7 @@ class AdaptedModel(nn.Module):
             present training mode, which shares nothing with this object. Sums are made in float64
             and cast once; :attr:`fold_report` then holds the rounding errors.
         """
-        adapters = {adapter.site.name: adapter for adapter in self.plan}
+        adapters = {adapter.site.name: adapter for adapter in self.plan if not adapter.is_empty}
         errors: dict[str, float] = {}
 
         def merge(name: str, parameter: nn.Parameter) -> nn.Parameter:

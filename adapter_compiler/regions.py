@@ -248,7 +248,7 @@ class RegionTree:
 
     def _activate(self) -> None:
         if not self._rewiring.is_active:
-            self._adapters = {adapter.site.name: adapter for adapter in self.context.plan}
+            self._adapters = {adapter.site.name: adapter for adapter in self.context.plan if not adapter.is_empty}
             weights = {name: first for name, first in self._aliases.items() if first in self._adapters}
             self._rewiring.activate(weights, self._look_up)
 

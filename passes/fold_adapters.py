@@ -74,7 +74,7 @@ class FoldAdaptersPass(GraphPass):
             _replace_weight(graph_module, adapter)
         sites = {adapter.site.name for adapter in folded}
         for body in find_graph_modules(graph_module):
-            _remove_adapter_nodes(body, sites)
+            remove_adapter_nodes(body, sites)
         if present == sites and hasattr(graph_module, STORE_PREFIX.rstrip(".")):
             delattr(graph_module, STORE_PREFIX.rstrip("."))
         return PassResult(graph_module=graph_module, modified=bool(folded))
@@ -103,7 +103,8 @@ def _parameter(graph_module: GraphModule, adapter: PlannedAdapter, name: str) ->
     return graph_module.get_parameter(f"{STORE_PREFIX}{adapter.site.name}.{name}")
 
 
-def _remove_adapter_nodes(graph_module: GraphModule, sites: Set[str]) -> None:
+def remove_adapter_nodes(graph_module: GraphModule, sites: Set[str]) -> None:
+    """Take the nodes of these sites' adapters out of one graph; what they stood for takes their place."""
     tagged = [node for node in graph_module.graph.nodes if _is_tagged(node, sites)]
     for node in tagged:
         if "adapter_replaces" in node.meta:

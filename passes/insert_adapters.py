@@ -37,7 +37,8 @@ class InsertAdaptersPass(GraphPass):
 
     Contract: with λ = 0 the outputs stay bit for bit the same; every node that the pass adds carries
     ``meta["adapter_site"]``; the last one of each insertion carries ``meta["adapter_replaces"]``, the
-    name of the node whose value it stands for. A site whose adapter is already there is left alone.
+    name of the node whose value it stands for. A site whose adapter is already there is left alone, and so is
+    one whose adapter has rank 0.
 
     Attributes:
         plan: which weight gets what.
@@ -64,7 +65,7 @@ class InsertAdaptersPass(GraphPass):
         """Insert each adapter that is not there yet."""
         present = find_adapted_sites(graph_module)
         uses = find_weight_uses(graph_module, self.aliases)
-        wanted = [a for a in self.plan if uses.get(a.site.name) and a.site.name not in present]
+        wanted = [a for a in self.plan if uses.get(a.site.name) and a.site.name not in present and not a.is_empty]
         for adapter in wanted:
             _insert(graph_module, adapter, uses[adapter.site.name])
         return PassResult(graph_module=graph_module, modified=bool(wanted))
@@ -73,7 +74,7 @@ class InsertAdaptersPass(GraphPass):
         """Every graph lints and every planned weight that the graph uses has its adapter."""
         super().ensures(graph_module)
         used = {name for name, found in find_weight_uses(graph_module, self.aliases).items() if found}
-        missing = {a.site.name for a in self.plan} & used - find_adapted_sites(graph_module)
+        missing = {a.site.name for a in self.plan if not a.is_empty} & used - find_adapted_sites(graph_module)
         if missing:
             raise ValueError(f"no adapter was inserted at {', '.join(sorted(missing))}")
 

@@ -19,7 +19,7 @@ class PlannedAdapter:
     Attributes:
         site: the weight it belongs to.
         form: what it computes.
-        rank: number of triplets it starts with.
+        rank: number of triplets; one of 0 is known by name but not inserted.
         scale: s in ΔW = s · P diag(λ) Q.
         dtype: dtype of its parameters.
     """
@@ -31,11 +31,16 @@ class PlannedAdapter:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= self.site.largest_rank:
+        if not 0 <= self.rank <= self.site.largest_rank:
             raise SiteError(
                 f"site {self.site.name}: rank {self.rank} does not fit a weight of {self.site.out_features} × "
-                f"{self.site.in_features}; expected 1 to {self.site.largest_rank}"
+                f"{self.site.in_features}; expected 0 to {self.site.largest_rank}"
             )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is left of it: its parameters have no elements and no graph holds it."""
+        return self.rank == 0
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -2,49 +2,69 @@
 
 Adding the gradient just before the optimizer's step instead of a term to the loss keeps it out of
 the evaluation loss, out of gradient clipping, and out of the user's code (arXiv 2303.10512, eq. 4).
+Factors of one shape are worked on together, as stacks [n, …, d1, r] or [n, …, r, d2].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from adapter_compiler.budget.sensitivity import Triplets
+from adapter_compiler.budget.bank import TripletBank
+from adapter_compiler.budget.distributed import gather_full, replicate_like
 
 
 def orthogonality_gap(factor: torch.Tensor) -> torch.Tensor:
-    """PᵀP − I for P [d1, r] (pass Qᵀ for QQᵀ − I), [r, r]."""
-    gram = factor.T @ factor
-    return gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    """PᵀP − I for P [..., d1, r] (pass Qᵀ for QQᵀ − I), [..., r, r]."""
+    gram = gather_full(factor.mT @ factor)
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return gram
 
 
 @torch.no_grad()
 def add_regulariser_gradient(
-    triplets: Sequence[Triplets], gamma: float, semantics: str, grad_scale: float = 1.0
+    bank: TripletBank,
+    gradients: list[torch.Tensor],
+    gamma: float,
+    semantics: str,
+    grad_scale: float = 1.0,
 ) -> None:
-    """Add the regulariser's gradient to that of each P and Q; parameters without gradient are left alone.
+    """Add the regulariser's gradient for every P and Q to buffers from :meth:`TripletBank.gather_gradients`.
 
     ``"paper"``: γ Σ ‖·‖²_F, so 4γ P(PᵀP − I) and 4γ (QQᵀ − I)Q. ``"peft"``: γ times the mean over all P and
     Q of ‖·‖_F, so γ/n · 2P(PᵀP − I)/‖PᵀP − I‖_F, and zero where the norm is. ``grad_scale`` multiplies where
     gradients are still scaled.
     """
-    count = 2 * len(triplets)
-    for _, P, Q in triplets:
-        for parameter, factor, is_transposed in ((P, P, False), (Q, Q.T, True)):
-            if parameter.grad is None:
-                continue
-            gap = orthogonality_gap(factor)
-            if semantics == "paper":
-                gradient = factor @ gap * (4 * gamma * grad_scale)
-            else:
-                direction = gap / gap.norm().clamp_min(torch.finfo(gap.dtype).tiny)
-                gradient = factor @ direction * (2 * gamma * grad_scale / count)
-            parameter.grad.add_(gradient.T if is_transposed else gradient)
+    count = 2 * len(bank.sites)
+    for stack in bank.stacks:
+        if stack.name not in ("P", "Q"):
+            continue
+        values, target = stack.view(bank.values), stack.view(gradients)
+        gap = orthogonality_gap(values if stack.name == "P" else values.mT)
+        if semantics == "paper":
+            alpha = 4 * gamma * grad_scale
+        else:
+            alpha = 2 * gamma * grad_scale / count
+            gap = gap / _norms(gap)
+        _add_product(target, values, replicate_like(gap, values), alpha, from_left=stack.name == "Q")
 
 
 @torch.no_grad()
-def measure_orthogonality(triplets: Sequence[Triplets]) -> float:
+def measure_orthogonality(bank: TripletBank) -> float:
     """Σ R(P_k, Q_k) over all sites."""
-    gaps = [orthogonality_gap(factor) for _, P, Q in triplets for factor in (P, Q.T)]
-    return float(sum(gap.square().sum() for gap in gaps))
+    factors = [(stack.name, stack.view(bank.values)) for stack in bank.stacks if stack.name in ("P", "Q")]
+    gaps = [orthogonality_gap(values if name == "P" else values.mT) for name, values in factors]
+    return float(sum(float(gap.square().sum()) for gap in gaps))
+
+
+def _norms(gap: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.matrix_norm(gap, keepdim=True).clamp_min(torch.finfo(gap.dtype).tiny)
+
+
+def _add_product(
+    target: torch.Tensor, values: torch.Tensor, gap: torch.Tensor, alpha: float, *, from_left: bool
+) -> None:
+    left, right = (gap, values) if from_left else (values, gap)
+    if target.dim() == 3 and type(target) is torch.Tensor:
+        target.baddbmm_(left, right, alpha=alpha)
+    else:
+        target.add_(left @ right, alpha=alpha)

@@ -47,7 +47,7 @@ class AdapterReport:
     Attributes:
         sites: one row an adapted weight.
         rejected: why each other weight of two or more dimensions carries no adapter.
-        unused: sites that no captured graph uses (empty before the first call).
+        unused: sites with an adapter that no captured graph uses (empty before the first call).
         regions: the parts of the model that run as graphs or as Python, the whole model first.
         trainable_parameters: number of trained values.
         total_parameters: number of the model's own values.
@@ -122,7 +122,9 @@ def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
     return AdapterReport(
         sites=tuple(rows),
         rejected=dict(adapted.rejected),
-        unused=tuple(row.name for row in rows if regions and not row.in_graphs and row.name not in in_python),
+        unused=tuple(
+            row.name for row in rows if regions and row.rank and not row.in_graphs and row.name not in in_python
+        ),
         regions=tuple(
             RegionRow(
                 name=region.path,

@@ -9,23 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from adapter_compiler.budget.regulariser import add_regulariser_gradient, measure_orthogonality
-from adapter_compiler.budget.sensitivity import Triplets
+from tests.adapter_compiler.budget.banks import find_triplets, make_bank
 
 SHAPES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=4)
 
 
-def make_triplets(shapes: list[tuple[int, int, int]], dtype: torch.dtype = torch.float64) -> list[Triplets]:
-    """λ, P, Q for each (out, in, rank); all have a gradient."""
-    triplets: list[Triplets] = []
-    for out, fan_in, rank in shapes:
-        lam, P, Q = (nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((rank,), (out, rank), (rank, fan_in)))
-        for parameter in (lam, P, Q):
-            parameter.grad = torch.randn_like(parameter)
-        triplets.append((lam, P, Q))
-    return triplets
-
-
-def write_out(triplets: list[Triplets], semantics: str) -> Tensor:
+def write_out(triplets: list[tuple[nn.Parameter, nn.Parameter, nn.Parameter]], semantics: str) -> Tensor:
     """Σ ‖PᵀP − I‖² + ‖QQᵀ − I‖², or peft's mean of unsquared norms."""
     norms = []
     for _, P, Q in triplets:
@@ -34,18 +23,22 @@ def write_out(triplets: list[Triplets], semantics: str) -> Tensor:
     return torch.stack(norms).mean() if semantics == "peft" else torch.stack(norms).square().sum()
 
 
+@pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("semantics", ["paper", "peft"])
 @settings(deadline=None, max_examples=25)
 @given(shapes=SHAPES, gamma=st.floats(1e-3, 2), grad_scale=st.sampled_from([1.0, 1024.0]), seed=st.integers(0, 99))
 def test_added_gradient_is_autograds(
-    semantics: str, shapes: list[tuple[int, int, int]], gamma: float, grad_scale: float, seed: int
+    semantics: str, flat: bool, shapes: list[tuple[int, int, int]], gamma: float, grad_scale: float, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    triplets = make_triplets(shapes)
+    bank = make_bank(shapes, flat=flat)
+    triplets = find_triplets(bank)
     factors = [factor for triplet in triplets for factor in triplet]
     before = [factor.grad.clone() for factor in factors if factor.grad is not None]
     added = torch.autograd.grad(gamma * write_out(triplets, semantics), factors, materialize_grads=True)
-    add_regulariser_gradient(triplets, gamma, semantics, grad_scale)
+    gradients = bank.gather_gradients()
+    add_regulariser_gradient(bank, gradients, gamma, semantics, grad_scale)
+    bank.scatter_gradients(gradients)
     for factor, old, new in zip(factors, before, added, strict=True):
         expected = old + grad_scale * new
         assert factor.grad is not None
@@ -55,16 +48,21 @@ def test_added_gradient_is_autograds(
 @settings(deadline=None, max_examples=10)
 @given(shapes=SHAPES)
 def test_measure_is_the_sum_over_sites(shapes: list[tuple[int, int, int]]) -> None:
-    triplets = make_triplets(shapes)
-    assert measure_orthogonality(triplets) == pytest.approx(float(write_out(triplets, "paper").detach()), rel=1e-9)
+    bank = make_bank(shapes)
+    assert measure_orthogonality(bank) == pytest.approx(
+        float(write_out(find_triplets(bank), "paper").detach()), rel=1e-9
+    )
 
 
+@pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("semantics", ["paper", "peft"])
-def test_parameters_without_gradient_are_left_alone(semantics: str) -> None:
-    triplets = make_triplets([(4, 3, 2), (5, 5, 2)])
-    (lam, P, Q), (other_lam, other_P, other_Q) = triplets
+def test_parameters_without_gradient_are_left_alone(semantics: str, flat: bool) -> None:
+    bank = make_bank([(4, 3, 2), (5, 5, 2)], flat=flat)
+    (lam, P, Q), (other_lam, other_P, other_Q) = find_triplets(bank)
     P.grad = other_Q.grad = None
-    add_regulariser_gradient(triplets, 0.1, semantics)
+    gradients = bank.gather_gradients()
+    add_regulariser_gradient(bank, gradients, 0.1, semantics)
+    bank.scatter_gradients(gradients)
     assert P.grad is None
     assert other_Q.grad is None
     assert all(p.grad is not None for p in (lam, Q, other_lam, other_P))
@@ -75,9 +73,12 @@ def test_parameters_without_gradient_are_left_alone(semantics: str) -> None:
 @pytest.mark.parametrize("semantics", ["paper", "peft"])
 def test_orthonormal_factors_get_no_gradient(semantics: str, dtype: torch.dtype, grad_scale: float) -> None:
     """The unsquared norm has no derivative at zero; it must not give nan, however gradients are scaled."""
-    P, Q = nn.Parameter(torch.eye(4, 2, dtype=dtype)), nn.Parameter(torch.eye(2, 5, dtype=dtype))
-    P.grad, Q.grad = torch.ones_like(P), torch.ones_like(Q)
-    add_regulariser_gradient([(torch.zeros(2, dtype=dtype), P, Q)], 0.5, semantics, grad_scale)
-    assert P.grad.eq(1).all()
-    assert Q.grad.eq(1).all()
-    assert measure_orthogonality([(torch.zeros(2, dtype=dtype), P, Q)]) == 0
+    bank = make_bank([(4, 5, 2)], dtype)
+    ((_, P, Q),) = find_triplets(bank)
+    P.data.copy_(torch.eye(4, 2, dtype=dtype))
+    Q.data.copy_(torch.eye(2, 5, dtype=dtype))
+    before = [gradient.clone() for gradient in bank.gather_gradients()]
+    gradients = bank.gather_gradients()
+    add_regulariser_gradient(bank, gradients, 0.5, semantics, grad_scale)
+    torch.testing.assert_close(gradients, before, rtol=0, atol=0)
+    assert measure_orthogonality(bank) == 0

@@ -238,32 +238,6 @@ def test_final_phase_keeps_pruned_lambdas_exactly_zero(kind: str, options: dict[
     assert budget.history[-1].step == schedule.freeze_step
 
 
-@pytest.mark.parametrize(("semantics", "counts"), [("paper", True), ("peft", False)])
-def test_whether_the_step_of_the_last_masking_counts(semantics: str, counts: bool) -> None:
-    """peft ranks by the scores of the step before."""
-    survivors = []
-    for site in ("0.weight", "1.weight", "2.weight"):
-        torch.manual_seed(0)
-        adapted = make_adapted()
-        optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=1e-9)
-        schedule = ac.BudgetSchedule(
-            target_rank=1, total_steps=9, warmup_steps=1, final_steps=2, interval=4, semantics=semantics
-        )
-        budget = ac.RankBudget(adapted, optimizer, schedule)
-        while not budget.is_frozen:
-            set_gradients(adapted)
-            if budget.step + schedule.first_step == schedule.freeze_step:
-                for letter in ("P", "lam", "Q"):
-                    gradient = adapted.adapters.get_parameter(f"{site}.{letter}").grad
-                    assert gradient is not None
-                    gradient.fill_(1e6)
-            optimizer.step()
-        survivors.append(budget.ranks())
-    found = [ranks[site] for ranks, site in zip(survivors, ("0.weight", "1.weight", "2.weight"), strict=True)]
-    assert (found == [3, 3, 3]) is counts
-    assert (survivors[0] == survivors[1] == survivors[2]) is not counts
-
-
 @pytest.mark.parametrize("semantics", ["paper", "peft"])
 def test_target_equal_to_the_initial_rank_prunes_nothing(semantics: str) -> None:
     adapted = make_adapted()

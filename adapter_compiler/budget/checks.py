@@ -1,0 +1,158 @@
+"""What can be wrong between a budget, its model and its optimizer, and how it is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from adapter_compiler.adapted import AdaptedModel
+from adapter_compiler.budget.bank import TripletBank
+from adapter_compiler.budget.distributed import gather_full
+from adapter_compiler.budget.schedule import BudgetSchedule
+from adapter_compiler.errors import BudgetError, NonFiniteGradientError
+from adapter_compiler.store import TRIPLETS
+
+logger = logging.getLogger(__name__)
+
+_LETTERS = {"lam": "λ", "P": "P", "Q": "Q"}
+
+#: Steps without gradient after which a site is reported.
+_PATIENCE = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskingRecord:
+    """What one masking did.
+
+    Attributes:
+        step: when, counted as the schedule counts.
+        budget: b(t).
+        ranks: live triplets by site.
+        live: their sum.
+        loss: the last loss given to ``RankBudget.note_loss``.
+    """
+
+    step: int
+    budget: int
+    ranks: dict[str, int]
+    live: int
+    loss: float | None = None
+
+
+class GradientWatch:
+    """Says once when adapters get no gradient for some steps, and why that may be."""
+
+    def __init__(self, adapted: AdaptedModel) -> None:
+        """Watch the adapters of ``adapted``."""
+        self._adapted = adapted
+        self._steps = 0
+        self._done = False
+
+    def look(self, bank: TripletBank, step: int) -> None:
+        """Look at the gradients of one step."""
+        if self._done:
+            return
+        if all(p.grad is not None or not p.numel() for p in bank.parameters.values()):
+            self._steps = 0
+            return
+        self._steps += 1
+        if self._steps == _PATIENCE:
+            self._done = True
+            empty = [site for site in bank.sites if _has_no_gradient(bank, site)]
+            logger.warning(
+                "%d of %d sites had no gradient for %d steps until step %d (first: %s): %s",
+                len(empty),
+                len(bank.sites),
+                _PATIENCE,
+                step,
+                empty[0],
+                self._explain(empty[0]),
+            )
+
+    def _explain(self, site: str) -> str:
+        variants = list(self._adapted.variants)
+        if not variants:
+            return "the adapted model was not called; compute the loss with it and not with the model it was made from"
+        if not any(site in variant.sites for variant in variants):
+            return "no captured graph uses the weight; exclude it from the sites"
+        return (
+            "the loss does not depend on it, or its gradient was cut off: look for detach() or no_grad between the "
+            "model's output and the loss, and for zero_grad() between backward() and step()"
+        )
+
+
+def _has_no_gradient(bank: TripletBank, site: str) -> bool:
+    parameters = [bank.parameters[site, name] for name in ("lam", "P", "Q")]
+    return any(p.grad is None and p.numel() for p in parameters)
+
+
+def assert_finite(bank: TripletBank, gradients: Sequence[torch.Tensor], step: int) -> None:
+    """Raise :class:`NonFiniteGradientError`, naming the site, if a gradient has inf or nan."""
+    norms = [gather_full(n) for n in torch._foreach_norm([g for g in gradients if g.numel()], float("inf"))]
+    if not norms or bool(torch.isfinite(torch.stack([n.float().to(norms[0].device) for n in norms])).all()):
+        return
+    for (site, name), p in bank.parameters.items():
+        if p.grad is not None and not bool(torch.isfinite(gather_full(p.grad)).all()):
+            raise NonFiniteGradientError(
+                f"site {site}: the gradient of {_LETTERS[name]} has inf or nan at step {step}, expected "
+                "finite values; nothing was changed. Lower the learning rate, clip the gradients, or use a "
+                "GradScaler, which skips such steps"
+            )
+
+
+def assert_no_closure(optimizer: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise :class:`BudgetError` if ``optimizer.step`` got a closure."""
+    if any(callable(value) for value in (*args[1:], *kwargs.values())):
+        raise BudgetError(
+            f"{type(optimizer).__name__}.step got a closure, so the gradients of this step are not known "
+            "before it; call loss.backward() first and step() without arguments"
+        )
+
+
+def assert_kinds(adapted: object, optimizer: object, schedule: object) -> None:
+    """Raise :class:`BudgetError` unless each is of its kind."""
+    expected: list[tuple[str, object, type, str]] = [
+        ("adapted", adapted, AdaptedModel, "what compile_with_adapters returned"),
+        ("optimizer", optimizer, torch.optim.Optimizer, "one over adapted.trainable_parameters()"),
+        ("schedule", schedule, BudgetSchedule, "BudgetSchedule(target_rank=..., total_steps=...)"),
+    ]
+    for name, value, kind, hint in expected:
+        if not isinstance(value, kind):
+            raise BudgetError(
+                f"RankBudget({name}=...) is a {type(value).__name__}, expected {kind.__name__}; give {hint}"
+            )
+
+
+def assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedule: BudgetSchedule) -> None:
+    """Raise :class:`BudgetError` unless the optimizer holds all adapters and the target is within their ranks."""
+    families = adapted.adapters.families
+    prunable = [adapter for adapter in adapted.plan if families[adapter.site.name] == TRIPLETS]
+    if not prunable:
+        raise BudgetError("no site has an adapter of triplets P, λ, Q; expected the SVD form at one site at least")
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [
+        adapter.site.name
+        for adapter in prunable
+        if not all(id(p) in held for p in adapted.adapters.parameters_of(adapter).values())
+    ]
+    if missing:
+        raise BudgetError(
+            f"the optimizer does not hold the adapters of {len(missing)} of {len(prunable)} sites "
+            f"(first: {missing[0]}); make it from adapted.trainable_parameters()"
+        )
+    initial = sum(adapter.rank for adapter in prunable)
+    if schedule.target_rank is not None and schedule.target_triplets(len(prunable), initial) < 1:
+        raise BudgetError(
+            f"BudgetSchedule(target_rank={schedule.target_rank:g}) times {len(prunable)} sites leaves no triplet; "
+            f"expected at least {1 / len(prunable):g}; raise it"
+        )
+    largest = max(adapter.rank for adapter in prunable)
+    if schedule.target_rank is not None and schedule.target_rank > largest:
+        raise BudgetError(
+            f"BudgetSchedule(target_rank={schedule.target_rank:g}) exceeds the rank {largest} that the adapters "
+            f"start with; expected at most {largest}; lower it or compile with AdapterConfig(rank=...) above it"
+        )

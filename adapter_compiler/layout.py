@@ -1,0 +1,136 @@
+"""Where parameters stand in a few flat buffers, so that one kernel serves them all.
+
+Parameters of one dtype, device and family share a buffer. In it the λ of all sites come first, without
+gaps; then every other parameter, ordered by name and shape, so that parameters of one shape form a stack
+[n, …] by a view. A layout is a description only: the same one serves values, gradients, Ī and U.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+
+#: Offsets are multiples of this many elements (λ aside): vector loads want 16 bytes, cache lines 64.
+_ALIGNMENT = 16
+
+#: A parameter: the site it belongs to, and its name in the adapter.
+Key = tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Parameters of one name and shape that stand at equal distances in one buffer.
+
+    Attributes:
+        name: the parameters' name in their adapters, such as ``P``.
+        shape: the shape of each.
+        buffer: index of the buffer.
+        offset: where the first begins.
+        stride: elements from one to the next.
+        keys: which parameters, in order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    buffer: int
+    offset: int
+    stride: int
+    keys: tuple[Key, ...]
+
+    def view(self, buffers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The stack [n, …] in these buffers."""
+        strides = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
+        return buffers[self.buffer].as_strided((len(self.keys), *self.shape), (self.stride, *strides), self.offset)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlatBuffer:
+    """One buffer: what it is made of and how long it is; its first ``lam`` elements are all λ."""
+
+    dtype: torch.dtype
+    device: torch.device
+    family: Hashable
+    size: int
+    lam: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlatLayout:
+    """The buffers and what stands where in them.
+
+    Attributes:
+        buffers: their descriptions.
+        stacks: all parameters, by stacks; λ of different ranks follow each other in stacks of their own.
+    """
+
+    buffers: tuple[FlatBuffer, ...]
+    stacks: tuple[Stack, ...]
+
+    def allocate(self) -> list[torch.Tensor]:
+        """Buffers of zeros."""
+        return [torch.zeros(b.size, dtype=b.dtype, device=b.device) for b in self.buffers]
+
+    def views(self, buffers: Sequence[torch.Tensor]) -> dict[Key, torch.Tensor]:
+        """Each parameter's part of the buffers, in its shape."""
+        found: dict[Key, torch.Tensor] = {}
+        for stack in self.stacks:
+            found.update(zip(stack.keys, stack.view(buffers).unbind(), strict=True))
+        return found
+
+    def select(self, family: Hashable) -> FlatLayout:
+        """The same layout with the buffers of one family only."""
+        kept = [i for i, buffer in enumerate(self.buffers) if buffer.family == family]
+        stacks = [dataclasses.replace(s, buffer=kept.index(s.buffer)) for s in self.stacks if s.buffer in kept]
+        return FlatLayout(buffers=tuple(self.buffers[i] for i in kept), stacks=tuple(stacks))
+
+
+def plan_layout(parameters: Mapping[Key, torch.Tensor], families: Mapping[str, Hashable]) -> FlatLayout:
+    """Arrange parameters.
+
+    Args:
+        parameters: what to arrange; only shapes, dtypes and devices matter.
+        families: by site; different families never share a buffer.
+    """
+    members: dict[tuple[torch.dtype, torch.device, Hashable], list[Key]] = {}
+    for key, parameter in parameters.items():
+        members.setdefault((parameter.dtype, parameter.device, families[key[0]]), []).append(key)
+    buffers, stacks = [], []
+    for index, ((dtype, device, family), keys) in enumerate(members.items()):
+        ordered = sorted(keys, key=lambda key: _order(key, parameters[key]))
+        own, size, lam = _stack_up(ordered, parameters, index)
+        stacks += own
+        buffers.append(FlatBuffer(dtype=dtype, device=device, family=family, size=size, lam=lam))
+    return FlatLayout(buffers=tuple(buffers), stacks=tuple(stacks))
+
+
+def _order(key: Key, parameter: torch.Tensor) -> tuple[object, ...]:
+    """λ in the order of the sites; the others by name and shape (sorting is stable)."""
+    is_lam = key[1] == "lam"
+    return (not is_lam, key[1], () if is_lam else tuple(parameter.shape))
+
+
+def _stack_up(keys: Sequence[Key], parameters: Mapping[Key, torch.Tensor], buffer: int) -> tuple[list[Stack], int, int]:
+    """The stacks of one buffer, its size, and how many of its first elements are λ."""
+    stacks: list[Stack] = []
+    offset = lam = 0
+    for key in keys:
+        shape = tuple(parameters[key].shape)
+        is_lam = key[1] == "lam"
+        if not is_lam:
+            offset = _align(offset)
+        if stacks and (stacks[-1].name, stacks[-1].shape) == (key[1], shape):
+            stacks[-1] = dataclasses.replace(stacks[-1], keys=(*stacks[-1].keys, key))
+        else:
+            size = math.prod(shape)
+            stride = size if is_lam else _align(size)
+            stacks.append(Stack(name=key[1], shape=shape, buffer=buffer, offset=offset, stride=stride, keys=(key,)))
+        offset += math.prod(shape)
+        lam = offset if is_lam else lam
+    return stacks, offset, lam
+
+
+def _align(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT

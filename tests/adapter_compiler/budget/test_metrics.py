@@ -1,0 +1,127 @@
+"""Statistics and scores of triplets against the formulas written out entry by entry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapter_compiler.budget.bank import TripletBank
+from adapter_compiler.budget.importance import measure_update_norms
+from adapter_compiler.budget.metrics import GrowthTracker, ImportanceMetric, MagnitudeMetric, SensitivityMetric
+from tests.adapter_compiler.budget.banks import find_triplets, make_bank
+
+BETA1, BETA2 = 0.85, 0.6
+#: 5 × 4 of rank 3 twice, so that they are stacked, and 6 × 2 of rank 2.
+SHAPES = ((5, 4, 3), (6, 2, 2), (5, 4, 3))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def set_gradients(bank: TripletBank) -> None:
+    for parameter in bank.parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+
+
+def sum_by_hand(bank: TripletBank, values: dict[tuple[str, str], Tensor]) -> list[float]:
+    """S of every triplet from s of every element."""
+    found = []
+    for site in bank.sites:
+        lam, P, Q = (values[site, name] for name in ("lam", "P", "Q"))
+        for i in range(len(lam)):
+            column = sum(float(P[j, i]) for j in range(P.shape[0])) / P.shape[0]
+            row = sum(float(Q[i, j]) for j in range(Q.shape[1])) / Q.shape[1]
+            found.append(float(lam[i]) + column + row)
+    return found
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_averages_and_scores_follow_the_paper(flat: bool) -> None:
+    bank = make_bank(SHAPES, flat=flat)
+    assert len(bank.values) == (1 if flat else 9)
+    metric = SensitivityMetric(bank, BETA1, BETA2)
+    mean = {key: torch.zeros_like(p) for key, p in bank.parameters.items()}
+    unc = {key: torch.zeros_like(p) for key, p in bank.parameters.items()}
+    for _ in range(4):
+        set_gradients(bank)
+        metric.update(bank, bank.gather_gradients())
+        for key, p in bank.parameters.items():
+            assert p.grad is not None
+            for index in range(p.numel()):
+                w, g = float(p.detach().flatten()[index]), float(p.grad.flatten()[index])
+                new = BETA1 * float(mean[key].flatten()[index]) + (1 - BETA1) * abs(w * g)
+                spread = BETA2 * float(unc[key].flatten()[index]) + (1 - BETA2) * abs(abs(w * g) - new)
+                mean[key].view(-1)[index], unc[key].view(-1)[index] = new, spread
+    expected = sum_by_hand(bank, {key: mean[key] * unc[key] for key in mean})
+    assert metric.scores(bank).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_importance_is_the_last_step_alone_and_magnitude_lambda(flat: bool) -> None:
+    bank = make_bank(SHAPES, flat=flat)
+    importance, magnitude = ImportanceMetric(bank), MagnitudeMetric()
+    for _ in range(2):
+        set_gradients(bank)
+        importance.update(bank, bank.gather_gradients(), grad_scale=4.0)
+    last = {key: (p.detach() * p.grad / 4).abs() for key, p in bank.parameters.items() if p.grad is not None}
+    assert importance.scores(bank).tolist() == pytest.approx(sum_by_hand(bank, last), rel=1e-12)
+    expected = [abs(value) for lam, _, _ in find_triplets(bank) for value in lam.tolist()]
+    assert magnitude.scores(bank).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_growth_follows_the_gradient_of_lambda(flat: bool) -> None:
+    bank = make_bank(SHAPES, flat=flat)
+    tracker = GrowthTracker(bank, BETA1)
+    expected = torch.zeros(8, dtype=torch.float64)
+    for _ in range(3):
+        set_gradients(bank)
+        tracker.update(bank, bank.gather_gradients(), grad_scale=2.0)
+        now = torch.cat([lam.grad for lam, _, _ in find_triplets(bank) if lam.grad is not None]).abs() / 2
+        expected = BETA1 * expected + (1 - BETA1) * now
+    torch.testing.assert_close(tracker.growth, expected)
+
+
+def test_a_parameter_without_gradient_decays() -> None:
+    """As if its gradient were zero: I = 0, so the mean shrinks by β1."""
+    bank = make_bank(SHAPES)
+    absent, zero = SensitivityMetric(bank, BETA1, BETA2), SensitivityMetric(bank, BETA1, BETA2)
+    for metric in (absent, zero):
+        metric.update(bank, bank.gather_gradients())
+    for parameter in bank.parameters.values():
+        parameter.grad = None
+    absent.update(bank, bank.gather_gradients())
+    for parameter in bank.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    zero.update(bank, bank.gather_gradients())
+    torch.testing.assert_close(absent.scores(bank), zero.scores(bank), rtol=0, atol=0)
+    assert absent.scores(bank).gt(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_scores_do_not_round_to_zero(dtype: torch.dtype) -> None:
+    """|w · g| near 1e-6 squares to 1e-12, which float16 holds as zero."""
+    bank, reference = make_bank(SHAPES, dtype), make_bank(SHAPES, torch.float64)
+    for narrow, wide in zip(bank.parameters.values(), reference.parameters.values(), strict=True):
+        assert narrow.grad is not None
+        wide.data.copy_(narrow.data)
+        narrow.grad.mul_(1e-6)
+        wide.grad = narrow.grad.double()
+    metrics = [SensitivityMetric(one, BETA1, BETA2) for one in (bank, reference)]
+    for _ in range(2):
+        for metric, one in zip(metrics, (bank, reference), strict=True):
+            metric.update(one, one.gather_gradients())
+    scores, expected = (metric.scores(one) for metric, one in zip(metrics, (bank, reference), strict=True))
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=0)
+    assert scores.gt(0).all()
+
+
+def test_update_norms_are_those_of_the_products() -> None:
+    bank = make_bank(SHAPES)
+    norms = measure_update_norms(bank)
+    for site, (lam, P, Q) in zip(bank.sites, find_triplets(bank), strict=True):
+        expected = torch.linalg.matrix_norm((P * lam) @ Q)
+        assert norms[site] == pytest.approx(float(expected.detach()), rel=1e-10)

@@ -1,0 +1,135 @@
+"""The flat store: ordinary Parameters that are neighbours in memory, through all that happens to a module."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from adapter_compiler.layout import plan_layout
+from adapter_compiler.store import AdapterStore
+from tests.adapter_compiler.budget.banks import make_plan, make_store
+
+SHAPES = ((5, 4, 3), (6, 2, 2), (5, 4, 3), (7, 4, 1))
+
+
+def assert_joined(store: AdapterStore) -> None:
+    """Every parameter is a view of a flat buffer, and no two overlap."""
+    assert store.flat is not None
+    layout, buffers = store.flat
+    views = layout.views(buffers)
+    parameters = store.keyed_parameters
+    assert views.keys() == parameters.keys()
+    for key, parameter in parameters.items():
+        assert parameter.data_ptr() == views[key].data_ptr()
+        assert parameter.is_contiguous()
+        assert parameter.is_leaf
+        torch.testing.assert_close(parameter.detach(), views[key], rtol=0, atol=0)
+    for buffer in buffers:
+        buffer.zero_()
+    for number, parameter in enumerate(parameters.values()):
+        parameter.data.fill_(number + 1)
+    for number, parameter in enumerate(parameters.values()):
+        assert parameter.eq(number + 1).all()
+
+
+def test_names_and_layout() -> None:
+    store = make_store(SHAPES)
+    assert [name for name, _ in store.named_parameters()][:4] == [
+        "0.weight.P",
+        "0.weight.lam",
+        "0.weight.Q",
+        "1.weight.P",
+    ]
+    assert store.flat is not None
+    layout, (buffer,) = store.flat
+    assert layout.buffers[0].lam == 3 + 2 + 3 + 1
+    lam = torch.cat([store.get_parameter(f"{i}.weight.lam").detach() for i in range(4)])
+    torch.testing.assert_close(buffer[: len(lam)], lam, rtol=0, atol=0)
+    stacked = {(stack.name, stack.shape): len(stack.keys) for stack in layout.stacks if stack.name != "lam"}
+    assert stacked == {
+        ("P", (5, 3)): 2,
+        ("P", (6, 2)): 1,
+        ("P", (7, 1)): 1,
+        ("Q", (3, 4)): 2,
+        ("Q", (2, 2)): 1,
+        ("Q", (1, 4)): 1,
+    }
+    assert all(stack.offset % 16 == 0 for stack in layout.stacks if stack.name != "lam")
+    assert_joined(store)
+
+
+def test_a_dtype_a_buffer() -> None:
+    parameters = {
+        ("a", "P"): torch.zeros(4, 2),
+        ("b", "P"): torch.zeros(4, 2, dtype=torch.float64),
+        ("c", "P"): torch.zeros(4, 2),
+    }
+    layout = plan_layout(parameters, {"a": 0, "b": 0, "c": 1})
+    assert [(b.dtype, b.family) for b in layout.buffers] == [(torch.float32, 0), (torch.float64, 0), (torch.float32, 1)]
+    assert layout.select(1).stacks[0].keys == (("c", "P"),)
+
+
+@pytest.mark.parametrize("how", ["double", "float", "deepcopy", "pickle", "load", "save"])
+def test_stays_joined(how: str) -> None:
+    store = make_store(SHAPES)
+    before = {name: p.detach().clone() for name, p in store.named_parameters()}
+    same = dict(store.named_parameters())
+    if how in ("double", "float"):
+        store = store.to(getattr(torch, {"double": "float64", "float": "float32"}[how]))
+        assert all(p is same[name] for name, p in store.named_parameters())
+    elif how == "deepcopy":
+        store = copy.deepcopy(store)
+    elif how == "pickle":
+        store = pickle.loads(pickle.dumps(store))
+    elif how == "save":
+        file = io.BytesIO()
+        torch.save(store.state_dict(), file)
+        file.seek(0)
+        store = AdapterStore(make_plan(SHAPES), {f"{i}.weight": torch.device("cpu") for i in range(4)})
+        store.load_state_dict(torch.load(file))
+    else:
+        store.load_state_dict({name: value.clone() for name, value in before.items()})
+    for name, parameter in store.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), before[name], rtol=1e-6, atol=1e-6)
+    assert_joined(store)
+
+
+def test_a_copy_shares_nothing() -> None:
+    store = make_store(SHAPES)
+    twin = copy.deepcopy(store)
+    twin.get_parameter("0.weight.P").data.zero_()
+    assert store.get_parameter("0.weight.P").ne(0).any()
+
+
+def test_memory_taken_from_outside_is_noticed() -> None:
+    store = make_store(SHAPES)
+    parameter = store.get_parameter("1.weight.Q")
+    parameter.data = parameter.data.clone()
+    assert store.flat is None
+    store = make_store(SHAPES)
+    store.get_submodule("1.weight").register_parameter("Q", nn.Parameter(torch.randn(2, 2, dtype=torch.float64)))
+    assert store.flat is None
+
+
+def test_resizing_keeps_the_parameter_and_forgets_its_old_shape_in_autograd() -> None:
+    store = make_store(SHAPES)
+    P = store.get_parameter("0.weight.P")
+    old = (P * 2).sum()
+    old.backward()  # the graph of ``old`` stays alive, and with it what autograd knows of P's shape
+    store.resize({("0.weight", "P"): torch.ones(5, 1, dtype=torch.float64)})
+    assert store.get_parameter("0.weight.P") is P
+    assert P.grad is None
+    (P * 3).sum().backward()
+    assert P.grad is not None and P.grad.tolist() == [[3.0]] * 5
+    assert_joined(store)
+
+
+def test_empty_parameters_stand_in_the_layout() -> None:
+    store = make_store(((5, 4, 0), (5, 4, 2)))
+    assert store.get_parameter("0.weight.P").shape == (5, 0)
+    assert_joined(store)
