@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
+import adapter_compiler as ac
 from adapter_compiler.demo.data import LabelledImages, load_digits, rotate_and_invert
 from adapter_compiler.demo.measure import (
     Outcome,
@@ -27,8 +28,6 @@ from adapter_compiler.demo.options import DemoOptions
 from adapter_compiler.demo.show import show_files, show_result, show_task
 from adapter_compiler.demo.training import BATCH_SIZE, Adaptation, Watcher, adapt, pretrain
 from adapter_compiler.errors import ConfigError
-from adapter_compiler.onnx import ExportReport, export_onnx
-from adapter_compiler.report.ranks import plot_ranks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ class DemoResult:
     folded: Outcome
     exported: Outcome
     adaptation: Adaptation
-    export: ExportReport
+    export: ac.ExportReport
     base_seconds: float
     merged_seconds: float
     picture: Path
@@ -98,9 +97,9 @@ def _finish(
     adapted = judge(run_in_pytorch(adaptation.model, test.images), test)
     folded = judge(run_in_pytorch(adaptation.model.fold(), test.images), test)
     batch = test.images[:BATCH_SIZE]
-    export = export_onnx(adaptation.model, options.out / "model.onnx", (batch,))
+    export = ac.export_onnx(adaptation.model, options.out / "model.onnx", (batch,))
     with tempfile.TemporaryDirectory() as folder:
-        unadapted = export_onnx(base, Path(folder) / "base.onnx", (batch,))
+        unadapted = ac.export_onnx(base, Path(folder) / "base.onnx", (batch,))
         base_seconds, merged_seconds = measure_latency([unadapted.path, export.path], batch)
     return DemoResult(
         upright=upright,
@@ -117,7 +116,7 @@ def _finish(
 
 
 def _draw(adaptation: Adaptation, options: DemoOptions) -> Path:
-    return plot_ranks(
+    return ac.plot_ranks(
         adaptation.budget.history,
         options.out / "report.png",
         initial_triplets=adaptation.initial_triplets,

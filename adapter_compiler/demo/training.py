@@ -9,10 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adapter_compiler.adapted import AdaptedModel
-from adapter_compiler.budget import BudgetSchedule, RankBudget
-from adapter_compiler.compiler import compile_with_adapters
-from adapter_compiler.config import AdapterConfig
+import adapter_compiler as ac
 from adapter_compiler.demo.data import LabelledImages
 from adapter_compiler.demo.model import DigitTransformer
 from adapter_compiler.demo.options import DemoOptions
@@ -39,8 +36,8 @@ class Adaptation:
         losses: the loss of each step.
     """
 
-    model: AdaptedModel
-    budget: RankBudget
+    model: ac.AdaptedModel
+    budget: ac.RankBudget
     initial_triplets: int
     losses: tuple[float, ...]
 
@@ -61,14 +58,14 @@ def pretrain(digits: LabelledImages, options: DemoOptions, watch: Watcher) -> Di
 def adapt(model: nn.Module, digits: LabelledImages, options: DemoOptions, watch: Watcher) -> Adaptation:
     """AdaLoRA from end to end: every weight stays as it is, and adapters are trained and pruned on ``digits``."""
     torch.manual_seed(options.seed)
-    adapted = compile_with_adapters(
+    adapted = ac.compile_with_adapters(
         model.train(),
         (digits.images[:BATCH_SIZE],),
-        config=AdapterConfig(rank=options.rank, alpha=_SCALE * options.rank),
+        config=ac.AdapterConfig(rank=options.rank, alpha=_SCALE * options.rank),
     )
     optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=_ADAPTER_RATE, weight_decay=0.0)
-    schedule = BudgetSchedule(target_rank=options.target_rank, total_steps=options.steps)
-    budget = RankBudget(adapted, optimizer, schedule)
+    schedule = ac.BudgetSchedule(target_rank=options.target_rank, total_steps=options.steps)
+    budget = ac.RankBudget(adapted, optimizer, schedule)
     initial = budget.live_triplets
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, _ADAPTER_RATE, total_steps=options.steps, pct_start=0.1)
     losses = []
