@@ -36,6 +36,10 @@ class VerificationError(ExportError):
     """An exported file does not compute what the model computes."""
 
 
+class MissingDependencyError(AdapterCompilerError, ImportError):
+    """An optional library is not installed; the message names the extra that brings it."""
+
+
 __all__ = [
     "AdapterCompilerError",
     "BudgetError",
@@ -43,6 +47,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ExportError",
+    "MissingDependencyError",
     "NonFiniteGradientError",
     "PassError",
     "PostconditionError",

@@ -18,7 +18,7 @@ from adapter_compiler.errors import ConfigError
 from adapter_compiler.files import written_beside
 
 if TYPE_CHECKING:
-    from adapter_compiler.budget.runtime import MaskingRecord
+    from adapter_compiler.budget.checks import MaskingRecord
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

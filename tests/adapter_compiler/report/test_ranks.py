@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import adapter_compiler as ac
-from adapter_compiler.budget.runtime import MaskingRecord
+from adapter_compiler.budget.checks import MaskingRecord
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.report.rank_figure import draw_ranks
 from adapter_compiler.report.ranks import arrange_ranks, trace_budget
@@ -24,8 +24,8 @@ RANKS = {
     "raw": 5,
 }
 HISTORY = (
-    MaskingRecord(step=20, budget=17, ranks={**RANKS, "raw": 7}),
-    MaskingRecord(step=30, budget=15, ranks=RANKS),
+    MaskingRecord(step=20, budget=17, live=17, ranks={**RANKS, "raw": 7}),
+    MaskingRecord(step=30, budget=15, live=15, ranks=RANKS),
 )
 
 
@@ -64,12 +64,16 @@ def test_every_rank_is_written_into_its_cell() -> None:
 
 
 def test_weights_outside_blocks_alone_are_drawn() -> None:
-    assert read_cells([MaskingRecord(step=1, budget=3, ranks={"up.weight": 2, "down.weight": 1})]) == [["2", "1"]]
+    assert read_cells([MaskingRecord(step=1, budget=3, live=3, ranks={"up.weight": 2, "down.weight": 1})]) == [
+        ["2", "1"]
+    ]
 
 
 def test_many_cells_have_a_colour_scale_instead_of_numbers() -> None:
     ranks = {f"layers.{i}.{name}.weight": i % 5 for i in range(101) for name in ("q", "k", "v", "o")}
-    figure = draw_ranks(arrange_ranks(ranks), trace_budget([MaskingRecord(step=1, budget=1, ranks=ranks)]), (), "")
+    figure = draw_ranks(
+        arrange_ranks(ranks), trace_budget([MaskingRecord(step=1, budget=1, live=1, ranks=ranks)]), (), ""
+    )
     heat, scale = figure.axes[0], figure.axes[1]
     assert not heat.texts
     assert scale.get_ylim() == (0, 4)
