@@ -1,10 +1,11 @@
-"""The commands on files: fold, export, verify, adapters."""
+"""The commands: the demo, and fold, export, verify and adapters on files."""
 
 from __future__ import annotations
 
 import typer
 
 from adapter_compiler.commands.adapters import adapters_app
+from adapter_compiler.commands.demo import demo
 from adapter_compiler.commands.export import export
 from adapter_compiler.commands.fold import fold
 from adapter_compiler.commands.verify import verify
@@ -12,6 +13,7 @@ from adapter_compiler.commands.verify import verify
 
 def register_commands(app: typer.Typer) -> None:
     """Add the commands to the command line."""
+    app.command()(demo)
     app.command()(fold)
     app.command()(export)
     app.command()(verify)
