@@ -78,7 +78,7 @@ def test_it_says_what_was_trained_and_pruned(short_run: ShortRun) -> None:
     assert "78 → 52 triplets" in short_run.output
     assert "2.00 on average" in short_run.output
     assert re.search(r"latency for 64 images on onnxruntime, merged +│ +\d+\.\d\d ms", short_run.output)
-    assert re.search(r"compared with PyTorch on: example, batch 65\)", short_run.output)
+    assert re.search(r"compared with PyTorch on: example, batch 65\b", short_run.output)
 
 
 def test_the_picture_is_one(short_run: ShortRun) -> None:
