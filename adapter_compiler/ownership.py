@@ -23,13 +23,10 @@ def copy_module(module: nn.Module, make_parameter: Callable[[str, nn.Parameter],
     Raises:
         AdapterCompilerError: an attribute cannot be copied, or a lazy parameter has no shape yet.
     """
-    memo: dict[int, Any] = {}
-    for name, parameter in module.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            raise AdapterCompilerError(
-                f"parameter {name} is lazy and has no shape yet; call the model once on an example"
-            )
-        memo[id(parameter)] = make_parameter(name, parameter)
+    assert_not_lazy(module)
+    memo: dict[int, Any] = {
+        id(parameter): make_parameter(name, parameter) for name, parameter in module.named_parameters()
+    }
     # deepcopy keeps what the memo holds alive only by id, so the originals must outlive the call: they do.
     try:
         return copy.deepcopy(module, memo)
@@ -38,6 +35,15 @@ def copy_module(module: nn.Module, make_parameter: Callable[[str, nn.Parameter],
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}); remove the attribute that "
             "cannot, give the class a __deepcopy__, or adapt the model itself with AdapterConfig(inplace=True)"
         ) from error
+
+
+def assert_not_lazy(module: nn.Module) -> None:
+    """Raise :class:`AdapterCompilerError` for a parameter that gets its shape at the first call."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise AdapterCompilerError(
+                f"parameter {name} is lazy and has no shape yet, expected a tensor; call the model once on an example"
+            )
 
 
 def share_parameter(parameter: nn.Parameter) -> nn.Parameter:

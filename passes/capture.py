@@ -112,7 +112,7 @@ def export_call(module: nn.Module, call: ModuleCall) -> ExportedCall:
     """Export ``module`` for ``call`` in its present training mode, with as many symbolic dimensions as work.
 
     Raises:
-        CaptureError: the module does not export as one graph.
+        CaptureError: the module does not export as one graph, or does not run on this call at all.
     """
     failures: list[str] = []
     for dynamic in ("all", "first", "none"):
@@ -130,8 +130,9 @@ def export_call(module: nn.Module, call: ModuleCall) -> ExportedCall:
         inputs = [placeholders[name] for name in program.graph_signature.user_inputs]
         bounds = tuple(_bounds(node.meta["val"], program.range_constraints) for node in inputs)
         return ExportedCall(program=program, output_spec=wrapper.seen.spec, bounds=bounds, dynamic=dynamic)
+    _observe(module, lambda: _run_eagerly(module, call))
     raise CaptureError(
-        f"{type(module).__name__} does not capture as one graph: {failures[0]}"
+        f"{module._get_name()} does not capture as one graph: {failures[0]}"
         + (f" (with fixed shapes: {failures[-1]})" if failures[-1] != failures[0] else "")
         + "; torch.export needs control flow that does not depend on tensor values"
     )
@@ -263,20 +264,30 @@ def _restored_state(module: nn.Module) -> Iterator[None]:
 
 def _compare_with_eager(module: nn.Module, call: ModuleCall, captured: CapturedGraph) -> float:
     """Largest departure in outputs and buffers of graph against eager; raises beyond the tolerance."""
-    args, kwargs = call.rebuild(call.tensors)
-
-    def eager() -> list[Any]:
-        return flatten_result(module(*args, **kwargs))[0]
-
-    def graph() -> list[Any]:
-        return list(captured.graph_module(*call.tensors))
-
-    expected = _observe(module, eager)
-    found = _observe(module, graph)
+    expected = _observe(module, lambda: _run_eagerly(module, call))
+    found = _observe(module, lambda: list(captured.graph_module(*call.tensors)))
     largest = 0.0
     for name, want in expected.items():
         largest = max(largest, _departure(type(module).__name__, name, found[name], want))
     return largest
+
+
+def _run_eagerly(module: nn.Module, call: ModuleCall) -> list[Any]:
+    """The leaves of what the module itself returns.
+
+    Raises:
+        CaptureError: the module's own code refuses the call.
+    """
+    args, kwargs = call.rebuild(call.tensors)
+    try:
+        result = module(*args, **kwargs)
+    except Exception as error:  # the model's own code raises what it likes
+        given = [f"{name}: {t.dtype} {tuple(t.shape)}" for name, t in zip(call.names, call.tensors, strict=True)]
+        raise CaptureError(
+            f"{module._get_name()} itself refuses the call with {', '.join(given) or 'no tensors'}: "
+            f"{_first_lines(error)}; expected arguments that the model runs on; try them on the model without adapters"
+        ) from error
+    return flatten_result(result)[0]
 
 
 def _observe(module: nn.Module, run: Callable[[], list[Any]]) -> dict[str, Any]:

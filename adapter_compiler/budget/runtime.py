@@ -228,7 +228,7 @@ def _assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedu
     if missing:
         raise BudgetError(
             f"the optimizer does not hold the adapters of {len(missing)} of {len(adapted.plan)} sites "
-            f"(first: {missing[0]}); make it from adapted.trainable_parameters()"
+            f"(first: {missing[0]}), expected all of them; make it from adapted.trainable_parameters()"
         )
     initial = sum(adapter.rank for adapter in adapted.plan)
     if schedule.target_triplets(len(adapted.plan), initial) < 1:

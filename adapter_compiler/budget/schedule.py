@@ -41,8 +41,8 @@ class BudgetSchedule:
         ConfigError: a value cannot work, or the schedule would never end.
     """
 
-    target_rank: float
-    total_steps: int
+    target_rank: float = dataclasses.field(metadata={"example": 8})
+    total_steps: int = dataclasses.field(metadata={"example": 1000})
     warmup_steps: int | None = None
     final_steps: int | None = None
     interval: int = 10

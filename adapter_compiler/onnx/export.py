@@ -62,8 +62,13 @@ def export_onnx(
         ExportError: the model does not export; no file is left.
         VerificationError: the file does not load or departs from PyTorch; no file is left.
     """
+    if isinstance(example_args, torch.Tensor):
+        raise ConfigError("example_args is a Tensor, expected a tuple of arguments, as in (x,)")
     if not example_args and not example_kwargs:
-        raise ConfigError("export_onnx needs one call of the model: give example_args or example_kwargs")
+        raise ConfigError(
+            "example_args and example_kwargs are empty, expected the arguments of one call of the model; "
+            "give example_args or example_kwargs"
+        )
     model = _prepare(adapted_or_model)
     args, kwargs = _to_cpu(example_args), _to_cpu(dict(example_kwargs or {}))
     call = bind_to_names(model, args, kwargs)
@@ -99,6 +104,10 @@ class _NamedOutputs(nn.Module):
         self.module = module
         self.training = module.training
 
+    def _get_name(self) -> str:
+        """The module's own name, for messages."""
+        return str(self.module._get_name())
+
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         return tuple(_distinct_tensors(self.module(*args, **kwargs)).values())
 
@@ -123,7 +132,10 @@ def _prepare(model: nn.Module) -> nn.Module:
     cannot always translate.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"export_onnx got a {type(model).__name__}, expected an AdaptedModel or a torch.nn.Module")
+        raise ConfigError(
+            f"export_onnx(adapted_or_model=...) is a {type(model).__name__}, expected an AdaptedModel or a "
+            "torch.nn.Module; give the model itself"
+        )
     if isinstance(model, AdaptedModel):
         return model.fold().eval().cpu().requires_grad_(False)
     return copy_module(model, lambda _, parameter: share_parameter(parameter)).eval().cpu()
