@@ -31,9 +31,18 @@ def save_adapters(adapted: AdaptedModel, directory: str | Path) -> Path:
 
     Returns:
         The file's path.
+
+    Raises:
+        CheckpointError: a tensor is on the meta device.
+        OSError: the folder cannot be made or written.
     """
     path = Path(directory) / FILE_NAME
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in _find_saved_tensors(adapted).items()}
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"{name} is on the meta device, which holds no values; expected a tensor with values; load them first"
+            )
     header = {_HEADER_KEY: json.dumps(_describe(adapted)), "format": "pt"}
     with written_beside(path) as draft:
         save_file(tensors, draft, metadata=header)
@@ -50,6 +59,11 @@ def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
     Raises:
         CheckpointError: the file is missing or damaged, or belongs to other sites, shapes or scales.
     """
+    if not isinstance(adapted, AdaptedModel):
+        raise CheckpointError(
+            f"load_adapters(adapted=...) is a {type(adapted).__name__}, expected an AdaptedModel; give what "
+            "compile_with_adapters returned"
+        )
     path = Path(directory) / FILE_NAME
     header, tensors = _read(path)
     _assert_same_adapters(path, header, _describe(adapted))
@@ -94,15 +108,22 @@ def _describe(adapted: AdaptedModel) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; expected a folder that AdaptedModel.save wrote")
+        raise CheckpointError(
+            f"{path} does not exist; expected a folder that AdaptedModel.save wrote; save there first"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a safetensors file ({error}), expected a whole one; save the adapters again"
+        ) from error
     if _HEADER_KEY not in metadata:
-        raise CheckpointError(f"{path} was not written by adapter-compiler (no {_HEADER_KEY!r} in its header)")
+        raise CheckpointError(
+            f"{path} was not written by adapter-compiler (no {_HEADER_KEY!r} in its header); expected a file that "
+            "AdaptedModel.save wrote; give its folder"
+        )
     return _parse_header(path, metadata[_HEADER_KEY]), tensors
 
 
@@ -114,7 +135,10 @@ def _parse_header(path: Path, text: str) -> dict[str, Any]:
     header: dict[str, Any] = parsed if isinstance(parsed, dict) else {}
     version = header.get("version")
     if version != _FORMAT_VERSION:
-        raise CheckpointError(f"{path}: its header has format version {version!r}, expected {_FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{path}: its header has format version {version!r}, expected {_FORMAT_VERSION}; save the adapters again "
+            "with this version of adapter-compiler"
+        )
     if not isinstance(header.get("sites"), dict):
         raise CheckpointError(f"{path}: its header names no sites; save the adapters again")
     return header

@@ -13,7 +13,13 @@ from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.config import AdapterConfig
 from adapter_compiler.errors import AdapterCompilerError, CaptureError, ConfigError, SiteError
 from adapter_compiler.initialisers import initialise_gaussian
-from adapter_compiler.ownership import clone_parameter, copy_module, read_gradient_flags, share_parameter
+from adapter_compiler.ownership import (
+    assert_not_lazy,
+    clone_parameter,
+    copy_module,
+    read_gradient_flags,
+    share_parameter,
+)
 from adapter_compiler.regions import RegionTree, find_boundaries
 from adapter_compiler.store import AdapterStore
 from passes.calls import sort_keywords
@@ -63,6 +69,7 @@ def compile_with_adapters(
     """
     config = AdapterConfig() if config is None else config
     example = _check_arguments(model, example_args, example_kwargs, config)
+    assert_not_lazy(model)
     flags = read_gradient_flags(model)
     trainable = _find_trainable(model, config)
 
@@ -117,7 +124,10 @@ def _assemble(
     if not search.sites:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(search.rejected.items())[:8])
         reasons = reasons or "it has no weights of two or more dimensions"
-        raise SiteError(f"{type(own).__name__} has no weight to adapt (sites={config.sites!r}); {reasons}")
+        raise SiteError(
+            f"{type(own).__name__} has no weight to adapt (sites={config.sites!r}), expected at least one; "
+            f"change sites, exclude or trainable in the AdapterConfig; {reasons}"
+        )
     plan = plan_adapters(search.sites, config)
     store = AdapterStore(plan, {name: p.device for name, p in own.named_parameters()})
     for adapter in plan:
@@ -134,7 +144,10 @@ def _find_trainable(model: nn.Module, config: AdapterConfig) -> frozenset[str]:
     aliases, trainable = find_parameter_aliases(model), config.selection.trainable
     for pattern in trainable:
         if find_matching_glob(aliases, (pattern,)) is None:
-            raise SiteError(f"trainable={pattern!r} matches no parameter; there are: {abbreviate(list(aliases))}")
+            raise SiteError(
+                f"trainable={pattern!r} matches no parameter, expected a glob that does; mend it or leave it out; "
+                f"there are: {abbreviate(list(aliases))}"
+            )
     return frozenset(first for name, first in aliases.items() if find_matching_glob([name], trainable))
 
 
@@ -143,9 +156,12 @@ def _check_arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The example call, or ``None`` if none was given."""
     if not isinstance(model, nn.Module) or isinstance(model, AdaptedModel):
-        raise ConfigError(f"model is a {type(model).__name__}, expected a torch.nn.Module without adapters")
+        raise ConfigError(
+            f"model is a {type(model).__name__}, expected a torch.nn.Module without adapters; give the model itself "
+            "(of an AdaptedModel, what fold() returns)"
+        )
     if not isinstance(config, AdapterConfig):
-        raise ConfigError(f"config is a {type(config).__name__}, expected an AdapterConfig")
+        raise ConfigError(f"config is a {type(config).__name__}, expected options, as in AdapterConfig(rank=8)")
     if isinstance(args, torch.Tensor) or not isinstance(args, Sequence) or isinstance(args, str):
         raise ConfigError(f"example_args is a {type(args).__name__}, expected a tuple of arguments, as in (x,)")
     if kwargs is not None and not isinstance(kwargs, Mapping):

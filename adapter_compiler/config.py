@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adapter_compiler.errors import ConfigError
-from adapter_compiler.options import accept_aliases, assert_integer, assert_number
+from adapter_compiler.options import accept_aliases, assert_boolean, assert_integer, assert_number
 from adapter_compiler.variants import AdapterContext
 from passes.sites import ALL_LINEAR, AdapterSite, SiteSelection
 
@@ -69,15 +69,23 @@ class AdapterConfig:
         assert_number(self, "alpha", above=0)
         assert_number(self, "gamma", least=0)
         assert_number(self, "init_std", above=0)
+        assert_boolean(self, "fused")
+        assert_boolean(self, "inplace")
         if self.dtype is not None and not getattr(self.dtype, "is_floating_point", False):
-            raise ConfigError(f"AdapterConfig(dtype={self.dtype!r}): expected a floating-point torch.dtype or None")
+            raise ConfigError(
+                f"AdapterConfig(dtype={self.dtype!r}): expected a floating-point torch.dtype or None, "
+                "as in dtype=torch.float32"
+            )
         for name in ("exclude", "trainable"):
             object.__setattr__(self, name, _as_globs(self, name))
         object.__setattr__(self, "regions", _as_regions(self.regions))
         if not isinstance(self.sites, str):
             object.__setattr__(self, "sites", _as_globs(self, "sites"))
         if not self.sites:
-            raise ConfigError(f"AdapterConfig(sites={self.sites!r}) selects nothing; expected 'all-linear' or globs")
+            raise ConfigError(
+                f"AdapterConfig(sites={self.sites!r}) selects nothing; expected 'all-linear' or globs, "
+                "as in sites='*.query'"
+            )
 
     @property
     def scale(self) -> float:
@@ -106,7 +114,9 @@ def _as_globs(config: AdapterConfig, name: str) -> tuple[str, ...]:
     value = getattr(config, name)
     globs = (value,) if isinstance(value, str) else value
     if not isinstance(globs, (tuple, list, set, frozenset)) or not all(isinstance(g, str) and g for g in globs):
-        raise ConfigError(f"AdapterConfig({name}={value!r}): expected a glob or a sequence of globs")
+        raise ConfigError(
+            f"AdapterConfig({name}={value!r}): expected a glob or globs, as in {name}=('*.query', 'head.*')"
+        )
     return tuple(sorted(globs) if isinstance(globs, (set, frozenset)) else globs)
 
 

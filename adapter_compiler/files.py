@@ -19,9 +19,10 @@ def written_beside(path: str | Path) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: the block wrote no file named like ``path``.
-        OSError: the folder of ``path`` cannot be made or written.
+        OSError: the folder of ``path`` cannot be made or written, or ``path`` is a folder itself.
     """
     path = Path(path)
+    _assert_writable_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         draft = Path(folder) / path.name
@@ -54,6 +55,14 @@ def written_folder(path: str | Path) -> Iterator[Path]:
         for written in draft.iterdir():
             _flush_to_disk(written)
         os.replace(draft, path)
+
+
+def _assert_writable_name(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, expected the name of a file to write; add one to it")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise NotADirectoryError(f"{parent} is a file, expected a folder to write {path.name} in; give another one")
 
 
 def _flush_to_disk(path: Path) -> None:

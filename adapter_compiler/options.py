@@ -1,4 +1,8 @@
-"""Helpers for validated option classes: names other tools use, suggestions, and number checks."""
+"""Helpers for validated option classes: names other tools use, suggestions, and checks of values.
+
+An error names the option and its value, says what was expected, and ends with a value that works: the
+field's default, or the ``example`` in the metadata of a field that has none.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +40,17 @@ def accept_aliases(**aliases: str) -> Callable[[type[T]], type[T]]:
 
 def _resolve(owner: str, options: Mapping[str, Any], fields: list[str], aliases: Mapping[str, str]) -> dict[str, Any]:
     resolved: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
     for given, value in options.items():
         name = aliases.get(given, given)
         if name not in fields:
             near = difflib.get_close_matches(given, [*fields, *aliases], n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = f"did you mean {near[0]!r}? " if near else "leave it out; "
             raise ConfigError(f"{owner} has no option {given!r}; {hint}there are: {', '.join(fields)}")
         if name in resolved:
-            raise ConfigError(f"{owner} got {name!r} twice (once as {given!r}); give one of them")
-        resolved[name] = value
+            both = f"{spelled[name]}={resolved[name]!r} and {given}={value!r}"
+            raise ConfigError(f"{owner} got {both}, expected the option {name!r} once; give one of them")
+        resolved[name], spelled[name] = value, given
     return resolved
 
 
@@ -52,7 +58,7 @@ def assert_integer(owner: object, name: str, *, least: int) -> None:
     """Raise :class:`ConfigError` unless ``owner.name`` is an int (not a bool) of at least ``least``."""
     value = getattr(owner, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{type(owner).__name__}({name}={value!r}): expected an integer of at least {least}")
+        raise _refuse(owner, name, f"an integer of at least {least}")
 
 
 def assert_number(
@@ -70,13 +76,24 @@ def assert_number(
         wanted = [f">= {least:g}"] if least > -math.inf else []
         wanted += [f"> {above:g}"] if above > -math.inf else []
         wanted += [f"< {below:g}"] if below < math.inf else []
-        raise ConfigError(
-            f"{type(owner).__name__}({name}={value!r}): expected a finite number {' and '.join(wanted)}".rstrip()
-        )
+        raise _refuse(owner, name, f"a finite number {' and '.join(wanted)}".rstrip())
 
 
 def assert_choice(owner: object, name: str, choices: tuple[str, ...]) -> None:
     """Raise :class:`ConfigError` unless ``owner.name`` is one of ``choices``."""
     value = getattr(owner, name)
     if value not in choices:
-        raise ConfigError(f"{type(owner).__name__}({name}={value!r}): expected one of {', '.join(map(repr, choices))}")
+        raise _refuse(owner, name, f"one of {', '.join(map(repr, choices))}")
+
+
+def assert_boolean(owner: object, name: str) -> None:
+    """Raise :class:`ConfigError` unless ``owner.name`` is ``True`` or ``False``."""
+    if not isinstance(getattr(owner, name), bool):
+        raise _refuse(owner, name, "True or False")
+
+
+def _refuse(owner: object, name: str, expected: str) -> ConfigError:
+    (field,) = [field for field in dataclasses.fields(owner) if field.name == name]  # type: ignore[arg-type]
+    example = field.metadata.get("example", field.default)
+    advice = "leave it out for the default" if example is None else f"for example {name}={example!r}"
+    return ConfigError(f"{type(owner).__name__}({name}={getattr(owner, name)!r}): expected {expected}; {advice}")

@@ -23,13 +23,10 @@ def copy_module(module: nn.Module, make_parameter: Callable[[str, nn.Parameter],
     Raises:
         AdapterCompilerError: an attribute cannot be copied, or a lazy parameter has no shape yet.
     """
-    memo: dict[int, Any] = {}
-    for name, parameter in module.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            raise AdapterCompilerError(
-                f"parameter {name} is lazy and has no shape yet; call the model once on an example"
-            )
-        memo[id(parameter)] = make_parameter(name, parameter)
+    assert_not_lazy(module)
+    memo: dict[int, Any] = {
+        id(parameter): make_parameter(name, parameter) for name, parameter in module.named_parameters()
+    }
     detach_computed_attributes(module, memo)
     # deepcopy keeps what the memo holds alive only by id, so the originals must outlive the call: they do.
     try:
@@ -48,6 +45,15 @@ def detach_computed_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
         for value in child.__dict__.values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+
+
+def assert_not_lazy(module: nn.Module) -> None:
+    """Raise :class:`AdapterCompilerError` for a parameter that gets its shape at the first call."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise AdapterCompilerError(
+                f"parameter {name} is lazy and has no shape yet, expected a tensor; call the model once on an example"
+            )
 
 
 def share_parameter(parameter: nn.Parameter) -> nn.Parameter:

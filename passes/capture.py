@@ -111,7 +111,7 @@ def export_call(module: nn.Module, call: ModuleCall, choices: Sequence[str] = DY
     ``choices`` are tried in order; the first that exports counts.
 
     Raises:
-        CaptureError: the module does not export as one graph.
+        CaptureError: the module does not export as one graph, or does not run on this call at all.
     """
     failures: list[str] = []
     for dynamic in choices:
@@ -130,7 +130,7 @@ def export_call(module: nn.Module, call: ModuleCall, choices: Sequence[str] = DY
         bounds = tuple(_bounds(node.meta["val"], program.range_constraints) for node in inputs)
         return ExportedCall(program=program, output_spec=wrapper.seen.spec, bounds=bounds, dynamic=dynamic)
     raise CaptureError(
-        f"{type(module).__name__} does not capture as one graph: {failures[0]}"
+        f"{module._get_name()} does not capture as one graph: {failures[0]}"
         + (f" (with fixed shapes: {failures[-1]})" if failures[-1] != failures[0] else "")
         + "; torch.export needs control flow that does not depend on tensor values"
     )

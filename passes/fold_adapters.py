@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from passes.base import GraphPass, PassResult, find_graph_modules
+from passes.base import GraphPass, PassResult, SiteError, find_graph_modules
 from passes.capture import MODULE_PREFIX
 from passes.insert_adapters import STORE_PREFIX, find_adapted_sites
 from passes.plan import AdapterPlan, PlannedAdapter
@@ -45,7 +45,15 @@ def merge_weight(weight: torch.Tensor, adapter: PlannedAdapter, parameters: Mapp
         weight: the frozen weight, of the site's shape.
         adapter: the plan for it.
         parameters: the adapter's parameters by name.
+
+    Raises:
+        SiteError: the weight or the adapter is on the meta device.
     """
+    if any(tensor.is_meta for tensor in (weight, *parameters.values())):
+        raise SiteError(
+            f"site {adapter.site.name} is on the meta device, which holds no values; expected a weight and an adapter "
+            "with values; load them before folding"
+        )
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     with torch.no_grad():
         # In place: a large model is folded weight by weight, and this sum is what memory must hold.

@@ -104,7 +104,10 @@ class SiteSelection:
         for option, globs in (("sites", self._globs()), ("exclude", self.exclude)):
             for pattern in globs:
                 if find_matching_glob(names, (pattern,)) is None:
-                    raise SiteError(f"{option}={pattern!r} matches no weight; there are: {abbreviate(names)}")
+                    raise SiteError(
+                        f"{option}={pattern!r} matches no weight, expected a glob that does; mend it or leave it out; "
+                        f"there are: {abbreviate(names)}"
+                    )
 
     def _globs(self) -> tuple[str, ...]:
         if self.sites == ALL_LINEAR:

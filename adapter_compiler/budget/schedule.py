@@ -59,7 +59,7 @@ class BudgetSchedule:
         ConfigError: a value cannot work, or the schedule would never end.
     """
 
-    total_steps: int
+    total_steps: int = dataclasses.field(metadata={"example": 1000})
     target_rank: float | None = None
     target_parameters: int | None = None
     warmup_steps: int | None = None
