@@ -30,6 +30,16 @@ def cast_operator(model: onnx.ModelProto, op_type: str) -> int:
     return sum(_cast_in_graph(graph, op_type, types) for graph in find_graphs(model.graph))
 
 
+def find_composite_operators(model: onnx.ModelProto) -> list[str]:
+    """Operators of the graph that ONNX defines by others, which a runtime without a kernel takes apart."""
+    version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
+    present = {node.op_type for graph in find_graphs(model.graph) for node in graph.node if not node.domain}
+    if version is None:
+        return []
+    schemas = [onnx.defs.get_schema(op_type, version, "") for op_type in sorted(present)]
+    return [schema.name for schema in schemas if schema.has_function or schema.has_context_dependent_function]
+
+
 def find_types(model: onnx.ModelProto) -> dict[str, int]:
     """The element type of every value that shape inference knows, by name."""
     inferred = onnx.shape_inference.infer_shapes(model)

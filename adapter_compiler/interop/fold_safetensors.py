@@ -18,7 +18,7 @@ import torch
 
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.interop.saved_adapters import SavedAdapters
-from adapter_compiler.onnx.initializers import to_bytes
+from adapter_compiler.onnx.initializers import to_buffer
 
 #: Called after each weight with its name, how many are done, and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -194,7 +194,7 @@ def _overwrite(copy: Path, place: TensorPlace, values: torch.Tensor) -> None:
         )
     with copy.open("r+b") as file:
         file.seek(place.begin)
-        file.write(to_bytes(values))
+        file.write(to_buffer(values))
 
 
 def _append(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -214,7 +214,7 @@ def _append(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         old.seek(start)
         shutil.copyfileobj(old, new, 1 << 24)
         for tensor in tensors.values():
-            new.write(to_bytes(tensor))
+            new.write(to_buffer(tensor))
     grown.replace(path)
 
 

@@ -19,6 +19,9 @@ from passes.forms import AdapterForm
 from passes.plan import PlannedAdapter
 from passes.sites import AdapterSite
 
+#: Values of a weight that are summed at once: two megabytes in float64.
+_VALUES_AT_A_TIME = 1 << 18
+
 PEFT_CONFIG = "adapter_config.json"
 
 
@@ -70,7 +73,9 @@ class SavedAdapters:
             return tensor
 
     def merge(self, site: str, weight: torch.Tensor) -> torch.Tensor:
-        """W + ΔW, bit for bit what :meth:`AdaptedModel.fold` gives.
+        """W + ΔW, bit for bit what :meth:`AdaptedModel.fold` gives; a large weight is overwritten by rows.
+
+        Each value of P diag(λ) Q is the same sum over the rank, whichever rows are computed together.
 
         Raises:
             CheckpointError: the weight has not the shape that the adapter was trained on.
@@ -81,7 +86,24 @@ class SavedAdapters:
                 f"{self.path}: site {site} was trained on a weight of shape {list(planned.site.shape)}, the base has "
                 f"{list(weight.shape)}; it belongs to another model"
             )
-        return merge_weight(weight, planned, self.parameters_of(site)).weight
+        parameters = self.parameters_of(site)
+        rows = max(1, _VALUES_AT_A_TIME // max(1, planned.site.in_features))
+        if planned.form.name != "svd" or planned.site.transposed or weight.shape[0] <= rows:
+            return merge_weight(weight, planned, parameters).weight
+        for start in range(0, weight.shape[0], rows):
+            block = weight[start : start + rows]
+            weight[start : start + rows] = _merge_rows(planned, parameters, block, start)
+        return weight
+
+
+def _merge_rows(
+    planned: PlannedAdapter, parameters: Mapping[str, torch.Tensor], block: torch.Tensor, start: int
+) -> torch.Tensor:
+    """The rows of W + ΔW from ``start`` on, as many as ``block`` has."""
+    site = dataclasses.replace(planned.site, shape=tuple(block.shape))
+    part = dataclasses.replace(planned, site=site, rank=min(planned.rank, site.largest_rank))
+    own = {**parameters, "P": parameters["P"][start : start + len(block)]}
+    return merge_weight(block, part, own).weight
 
 
 def _natural_shapes(saved: SavedAdapter) -> dict[str, int]:

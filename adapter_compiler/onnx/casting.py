@@ -15,7 +15,7 @@ import onnxruntime
 
 from adapter_compiler.errors import VerificationError
 from adapter_compiler.onnx.verify import open_session
-from passes.cast_onnx import cast_operator
+from passes.cast_onnx import cast_operator, find_composite_operators
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +37,14 @@ def open_with_casts(path: Path) -> tuple[onnxruntime.InferenceSession, tuple[str
             return open_session(path), tuple(cast)
         except VerificationError as error:
             refused = _REFUSED.search(str(error))
-            if refused is None or refused[1] in cast:
+            if refused is None:
                 raise
             model = onnx.load(path, load_external_data=False)
-            if not cast_operator(model, refused[1]):
+            # What is refused may be a part of an operator that onnxruntime takes apart; then those get the casts.
+            candidates = (refused[1], *find_composite_operators(model))
+            found = next((op for op in candidates if op not in cast and cast_operator(model, op)), None)
+            if found is None:
                 raise
-            logger.info("onnxruntime lacks %s for this dtype; it runs in float32", refused[1])
+            logger.info("onnxruntime lacks %s for this dtype; %s runs in float32", refused[1], found)
             onnx.save(model, path)
-            cast.append(refused[1])
+            cast.append(found)

@@ -109,7 +109,7 @@ def run_named(session: onnxruntime.InferenceSession, feeds: Feeds, case: str) ->
 def _draw(entry: Mapping[str, Any], generator: torch.Generator) -> torch.Tensor:
     dtype: torch.dtype = getattr(torch, entry["dtype"])
     shape: list[int] = entry["shape"]
-    low, high = entry["low"], entry["high"]
+    low, high = float(entry["low"]), float(entry["high"])
     drawn = torch.rand(shape, generator=generator, dtype=torch.float64)
     is_flag = not dtype.is_floating_point and (low, high) == (0, 1)
     if is_flag:

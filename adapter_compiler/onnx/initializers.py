@@ -92,12 +92,12 @@ class InitializerFile:
         """Replace a weight by one of its shape and dtype; what stands in the file itself waits for :meth:`save`."""
         tensor = self._tensors[name]
         place = _find_place(tensor)
-        data = to_bytes(values)
+        data = to_buffer(values)
         if place is None:
             tensor.ClearField("float_data")
             tensor.ClearField("double_data")
             tensor.ClearField("int32_data")
-            tensor.raw_data = data
+            tensor.raw_data = bytes(data)
             return
         location, offset, length = place
         if len(data) != length:
@@ -119,10 +119,10 @@ class InitializerFile:
         return data
 
 
-def to_bytes(values: torch.Tensor) -> bytes:
-    """The elements of a tensor, row by row, as they stand in files."""
+def to_buffer(values: torch.Tensor) -> memoryview:
+    """The elements of a tensor, row by row, as they stand in files; nothing is copied if they lie so in memory."""
     flat = values.detach().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")
 
 
 def _find_place(tensor: onnx.TensorProto) -> tuple[str, int, int] | None:

@@ -45,3 +45,34 @@ def test_only_what_has_no_translation_is_rewritten() -> None:
     assert "aten.relu.default" in targets
     torch.testing.assert_close(rewritten.module()(x), Counts()(x))
     assert decompose_for_export(rewritten) is rewritten
+
+
+class Scalars(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.abs().amax() - x.amin(1, keepdim=True) + torch.amin(x)
+
+
+def test_extremes_over_all_dimensions() -> None:
+    x = torch.randn(3, 5)
+    program = torch.export.export(Scalars(), (x,), strict=False)
+    rewritten = decompose_for_export(program)
+    reductions = [
+        node for node in rewritten.graph.nodes if str(node.target) in ("aten.amax.default", "aten.amin.default")
+    ]
+    assert [node.args[1:] for node in reductions] == [([1], True)]
+    torch.testing.assert_close(rewritten.module()(x), Scalars()(x), rtol=0, atol=0)
+
+
+def test_a_number_in_the_place_of_a_tensor_is_lifted() -> None:
+    x = torch.randn(3)
+    program = torch.export.export(nn.Sigmoid(), (x,), strict=False)
+    node = program.graph.find_nodes(op="call_function", target=torch.ops.aten.sigmoid.default)[0]
+    node.target, node.args = torch.ops.aten.sub.Tensor, (1.0, node.args[0])
+    program.graph_module.recompile()
+    rewritten = decompose_for_export(program)
+    assert [str(node.target) for node in rewritten.graph.nodes if node.op == "call_function"] == [
+        "aten.full.default",
+        "aten.sub.Tensor",
+    ]
+    rewritten.graph_module.recompile()
+    torch.testing.assert_close(rewritten.module()(x), 1.0 - x, rtol=0, atol=0)

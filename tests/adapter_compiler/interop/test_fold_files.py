@@ -226,3 +226,18 @@ def test_a_full_disk_leaves_nothing(case: dict[str, Any], monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="No space left"):
         fold_files(base, case["adapters"], out)
     assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_weight_is_folded_by_rows(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(190, 1003, bias=False).to(dtype), torch.randn(2, 190, dtype=dtype)
+    adapted = ac.compile_with_adapters(model, (x,), config=ac.AdapterConfig(rank=7, alpha=3))
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.normal_(0, 0.4)
+    adapted.save(tmp_path / "adapters")
+    save_file(dict(model.state_dict()), tmp_path / "base.safetensors")
+    monkeypatch.setattr("adapter_compiler.interop.saved_adapters._VALUES_AT_A_TIME", 190 * 64)
+    fold_files(tmp_path / "base.safetensors", tmp_path / "adapters", tmp_path / "out.safetensors")
+    assert_equals_fold(load_file(tmp_path / "out.safetensors"), adapted)

@@ -1,0 +1,94 @@
+"""Rewrites of small ONNX graphs, run by onnx's own reference implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from passes.base import PassError
+from passes.insert_onnx_adapters import OnnxSite, insert_onnx_adapter
+
+RNG = np.random.default_rng(0)
+W = RNG.standard_normal((4, 4)).astype(np.float32)
+X = RNG.standard_normal((3, 4)).astype(np.float32)
+A = RNG.standard_normal((4, 2)).astype(np.float32)
+B = RNG.standard_normal((2, 4)).astype(np.float32)
+
+TRANSPOSED = [helper.make_node("Transpose", ["w"], ["wt"], perm=[1, 0]), helper.make_node("MatMul", ["x", "wt"], ["y"])]
+GRAPHS: dict[str, tuple[list[onnx.NodeProto], bool, list[str]]] = {
+    "transposed product": (TRANSPOSED, False, ["wt", "y.bare", "y.hidden", "y.update", "y"]),
+    "product": (
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        True,
+        ["y.bare", "y.hidden", "y.update", "y"],
+    ),
+    "gemm": (
+        [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)],
+        False,
+        ["y.bare", "y.hidden", "y.update", "y"],
+    ),
+    "scaled gemm": (
+        [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1, alpha=0.5)],
+        False,
+        ["w.update", "w.update.t", "w.adapted", "y"],
+    ),
+    "einsum": (
+        [helper.make_node("Einsum", ["x", "w"], ["y"], equation="ni,oi->no")],
+        False,
+        ["w.update", "w.update.t", "w.adapted", "y"],
+    ),
+    "weight on the left": (
+        [helper.make_node("MatMul", ["w", "xt"], ["yt"]), helper.make_node("Transpose", ["yt"], ["y"], perm=[1, 0])],
+        False,
+        ["xt", "w.update", "w.update.t", "w.adapted", "yt", "y"],
+    ),
+}
+
+
+def make_model(nodes: list[onnx.NodeProto], weight: Any = W) -> onnx.ModelProto:
+    before = [helper.make_node("Transpose", ["x"], ["xt"], perm=[1, 0])] if "xt" in nodes[0].input else []
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "xy")
+    graph = helper.make_graph([*before, *nodes], "g", [x], [y], [onnx.numpy_helper.from_array(weight, "w")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def make_site(*, transposed: bool) -> OnnxSite:
+    return OnnxSite(initializer="w", out_features=4, in_features=4, transposed=transposed, left="A", right="B")
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_each_use_of_a_weight(name: str) -> None:
+    nodes, transposed, values = GRAPHS[name]
+    model, update = make_model(nodes), A @ B
+    plain = ReferenceEvaluator(model).run(None, {"x": X})[0]
+    insert_onnx_adapter(model, make_site(transposed=transposed))
+    onnx.checker.check_model(model)
+    assert sorted(value for node in model.graph.node for value in node.output) == sorted(values)
+    merged = make_model(nodes, W + (update if transposed else update.T))
+    expected = ReferenceEvaluator(merged).run(None, {"x": X})[0]
+    found = ReferenceEvaluator(model).run(None, {"x": X, "A": A, "B": B})[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    empty = {"A": np.zeros((4, 0), np.float32), "B": np.zeros((0, 4), np.float32)}
+    assert np.array_equal(ReferenceEvaluator(model).run(None, {"x": X, **empty})[0], plain)
+    defaults = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    assert (defaults["A"], defaults["B"]) == ([4, 0], [0, 4])
+
+
+def test_wrong_sites_are_refused() -> None:
+    model = make_model(TRANSPOSED)
+    with pytest.raises(PassError, match="no initializer v"):
+        insert_onnx_adapter(
+            model, OnnxSite(initializer="v", out_features=4, in_features=4, transposed=False, left="A", right="B")
+        )
+    with pytest.raises(PassError, match="expected 5 × 4 values"):
+        insert_onnx_adapter(
+            model, OnnxSite(initializer="w", out_features=5, in_features=4, transposed=False, left="A", right="B")
+        )
+    insert_onnx_adapter(model, make_site(transposed=False))
+    with pytest.raises(PassError, match="already has inputs"):
+        insert_onnx_adapter(model, make_site(transposed=False))
