@@ -12,18 +12,20 @@ if not getattr(_passes, "ADAPTER_COMPILER_PASSES", False):
     )
 
 from adapter_compiler.adapted import AdaptedModel
-from adapter_compiler.budget import BudgetSchedule, RankBudget
+from adapter_compiler.budget import Allocation, BudgetSchedule, RankBudget
 from adapter_compiler.checkpoint import load_adapters
 from adapter_compiler.compiler import compile_with_adapters
 from adapter_compiler.config import AdapterConfig
 from adapter_compiler.errors import AdapterCompilerError
 from adapter_compiler.onnx import ExportReport, OnnxAdapters, export_onnx, save_onnx_adapter
 from adapter_compiler.report.ranks import plot_ranks
+from adapter_compiler.training_state import load_training_state, save_training_state
 
 __all__ = [
     "AdaptedModel",
     "AdapterCompilerError",
     "AdapterConfig",
+    "Allocation",
     "BudgetSchedule",
     "ExportReport",
     "OnnxAdapters",
@@ -31,6 +33,8 @@ __all__ = [
     "compile_with_adapters",
     "export_onnx",
     "load_adapters",
+    "load_training_state",
     "plot_ranks",
     "save_onnx_adapter",
+    "save_training_state",
 ]

@@ -22,7 +22,8 @@ from adapter_compiler.files import written_beside
 #: Name of the file in the folder given to :func:`save_adapters`.
 FILE_NAME = "adapters.safetensors"
 
-_HEADER_KEY = "adapter_compiler"
+#: Where the header's JSON stands in the metadata of every file of ours.
+HEADER_KEY = "adapter_compiler"
 _FORMAT_VERSION = 1
 
 
@@ -37,13 +38,13 @@ def save_adapters(adapted: AdaptedModel, directory: str | Path) -> Path:
         OSError: the folder cannot be made or written.
     """
     path = Path(directory) / FILE_NAME
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in _find_saved_tensors(adapted).items()}
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in find_saved_tensors(adapted).items()}
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(
                 f"{name} is on the meta device, which holds no values; expected a tensor with values; load them first"
             )
-    header = {_HEADER_KEY: json.dumps(_describe(adapted)), "format": "pt"}
+    header = {HEADER_KEY: json.dumps(_describe(adapted)), "format": "pt"}
     with written_beside(path) as draft:
         save_file(tensors, draft, metadata=header)
     return path
@@ -65,9 +66,10 @@ def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
             "compile_with_adapters returned"
         )
     path = Path(directory) / FILE_NAME
-    header, tensors = _read(path)
+    header, tensors = read_file(path, "AdaptedModel.save")
+    _assert_header(path, header)
     _assert_same_adapters(path, header, _describe(adapted))
-    targets = _find_saved_tensors(adapted)
+    targets = find_saved_tensors(adapted)
     if missing := sorted(targets.keys() ^ tensors.keys()):
         raise CheckpointError(f"{path}: tensor {missing[0]} is on one side only; compile with the same trainable=")
     for name, target in targets.items():
@@ -80,7 +82,8 @@ def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
             target.copy_(tensors[name])
 
 
-def _find_saved_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
+def find_saved_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
+    """What training changes in the model itself: adapters, fully trained parameters, persistent buffers."""
     state = adapted.module.state_dict(keep_vars=True)
     parameters = {f"module.{name}": p for name, p in adapted.module.named_parameters() if p.requires_grad}
     buffers = {f"module.{name}": b for name, b in adapted.module.named_buffers() if name in state}
@@ -92,7 +95,13 @@ def _find_saved_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
 
 
 def _describe(adapted: AdaptedModel) -> dict[str, Any]:
-    sites = {
+    aliases = {alias: adapter.site.name for adapter in adapted.plan for alias in adapter.site.aliases}
+    return {"version": _FORMAT_VERSION, "sites": describe_sites(adapted), "aliases": aliases}
+
+
+def describe_sites(adapted: AdaptedModel) -> dict[str, dict[str, Any]]:
+    """What a file must agree with, by site."""
+    return {
         adapter.site.name: {
             "form": adapter.form.name,
             "rank": adapter.rank,
@@ -102,46 +111,45 @@ def _describe(adapted: AdaptedModel) -> dict[str, Any]:
         }
         for adapter in adapted.plan
     }
-    aliases = {alias: adapter.site.name for adapter in adapted.plan for alias in adapter.site.aliases}
-    return {"version": _FORMAT_VERSION, "sites": sites, "aliases": aliases}
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read_file(path: Path, writer: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The JSON of the header ({} if it is no object) and the tensors of a file that ``writer`` wrote.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or not ours.
+    """
     if not path.is_file():
-        raise CheckpointError(
-            f"{path} does not exist; expected a folder that AdaptedModel.save wrote; save there first"
-        )
+        raise CheckpointError(f"{path} does not exist; expected a folder that {writer} wrote; save there first")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as a safetensors file ({error}), expected a whole one; save the adapters again"
+            f"{path} cannot be read as a safetensors file ({error}), expected a whole one; save it again"
         ) from error
-    if _HEADER_KEY not in metadata:
+    if HEADER_KEY not in metadata:
         raise CheckpointError(
-            f"{path} was not written by adapter-compiler (no {_HEADER_KEY!r} in its header); expected a file that "
-            "AdaptedModel.save wrote; give its folder"
+            f"{path} was not written by adapter-compiler (no {HEADER_KEY!r} in its header); expected a file that "
+            f"{writer} wrote; give its folder"
         )
-    return _parse_header(path, metadata[_HEADER_KEY]), tensors
-
-
-def _parse_header(path: Path, text: str) -> dict[str, Any]:
     try:
-        parsed = json.loads(text)
+        header = json.loads(metadata[HEADER_KEY])
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: its header is not JSON ({error}); save the adapters again") from error
-    header: dict[str, Any] = parsed if isinstance(parsed, dict) else {}
+        raise CheckpointError(f"{path}: its header is not JSON ({error}); save it again") from error
+    return header if isinstance(header, dict) else {}, tensors
+
+
+def _assert_header(path: Path, header: Mapping[str, Any]) -> None:
     version = header.get("version")
-    if version != _FORMAT_VERSION:
+    if version != _FORMAT_VERSION or "kind" in header:
         raise CheckpointError(
             f"{path}: its header has format version {version!r}, expected {_FORMAT_VERSION}; save the adapters again "
             "with this version of adapter-compiler"
         )
     if not isinstance(header.get("sites"), dict):
         raise CheckpointError(f"{path}: its header names no sites; save the adapters again")
-    return header
 
 
 def _assert_same_adapters(path: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:

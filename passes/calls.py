@@ -107,6 +107,13 @@ def sort_keywords(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in sorted(kwargs)}
 
 
+def describe_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """The tensors of a call for messages, as in ``args[0]: torch.float32 (2, 5)``."""
+    leaves = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))[0]
+    tensors = [(path, leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return ", ".join(f"{_spell(path)}: {t.dtype} {tuple(t.shape)}" for path, t in tensors) or "no tensors"
+
+
 def flatten_result(result: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """The leaves of what a module returned: tensors, symbolic numbers and plain constants.
 

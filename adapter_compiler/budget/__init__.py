@@ -1,6 +1,8 @@
 """Rank budget: which triplets live, decided while the user's own loop trains."""
 
+from adapter_compiler.budget.allocation import Allocation
+from adapter_compiler.budget.checks import MaskingRecord
 from adapter_compiler.budget.runtime import RankBudget
 from adapter_compiler.budget.schedule import BudgetSchedule
 
-__all__ = ["BudgetSchedule", "RankBudget"]
+__all__ = ["Allocation", "BudgetSchedule", "MaskingRecord", "RankBudget"]

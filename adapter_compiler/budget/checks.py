@@ -142,7 +142,7 @@ def assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedul
     if missing:
         raise BudgetError(
             f"the optimizer does not hold the adapters of {len(missing)} of {len(prunable)} sites "
-            f"(first: {missing[0]}); make it from adapted.trainable_parameters()"
+            f"(first: {missing[0]}), expected all of them; make it from adapted.trainable_parameters()"
         )
     initial = sum(adapter.rank for adapter in prunable)
     if schedule.target_rank is not None and schedule.target_triplets(len(prunable), initial) < 1:

@@ -31,7 +31,7 @@ from adapter_compiler.budget.importance import SiteImportance
 from adapter_compiler.budget.metrics import GrowthTracker, make_metric, take_triplets
 from adapter_compiler.budget.regulariser import add_regulariser_gradient
 from adapter_compiler.budget.schedule import BudgetSchedule
-from adapter_compiler.budget.state import dump_state, restore_state
+from adapter_compiler.budget.state import assert_same_run, dump_state, restore_state
 from adapter_compiler.compaction import compact_adapters
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,18 @@ class RankBudget:
         self._resize(dict.fromkeys(self._bank.sites, none) | {s: c.nonzero()[:, 0] for s, c in self._columns()})
         logger.info("compacted to %d triplets at step %d", self.live_triplets, self.step)
         return self.ranks()
+
+    def shrink(self, kept: Mapping[str, torch.Tensor]) -> None:
+        """Keep these triplets of each site only (ascending indices), whether the others live or not."""
+        self._refresh()
+        self._resize(dict(kept))
+
+    def assert_same_run(self, state: Mapping[str, Any]) -> None:
+        """Raise :class:`CheckpointError` if a state is of another version, schedule or other sites.
+
+        Ranks may differ: those of the state are smaller if it was saved after compaction.
+        """
+        assert_same_run(self, state)
 
     def detach(self) -> None:
         """Take the hooks off the optimizer; the adapters stay as they are."""
@@ -259,6 +271,8 @@ class RankBudget:
 
     def _resize(self, kept: Mapping[str, torch.Tensor]) -> None:
         """Keep these triplets of each site only, in the adapters and in all that is known about them."""
+        whole = {site: torch.arange(self._bank.shapes[site][-1]) for site in self._bank.sites}
+        kept = whole | dict(kept)
         mask = take_triplets(self._mask, self._bank, kept)
         compact_adapters(self._adapted, kept, self._optimizer)
         self._rebind(kept, mask)

@@ -59,8 +59,8 @@ class BudgetSchedule:
         ConfigError: a value cannot work, or the schedule would never end.
     """
 
+    target_rank: float | None = dataclasses.field(default=None, metadata={"example": 8})
     total_steps: int = dataclasses.field(metadata={"example": 1000})
-    target_rank: float | None = None
     target_parameters: int | None = None
     warmup_steps: int | None = None
     final_steps: int | None = None

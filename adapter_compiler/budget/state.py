@@ -69,7 +69,8 @@ def restore_state(budget: RankBudget, state: Mapping[str, Any]) -> None:
     budget.history = [MaskingRecord(**record) for record in state["history"]]
 
 
-def _assert_fits(budget: RankBudget, state: Mapping[str, Any]) -> None:
+def assert_same_run(budget: RankBudget, state: Mapping[str, Any]) -> None:
+    """Raise :class:`CheckpointError` if a state is of another version, schedule or other sites; ranks may differ."""
     mine = dump_state(budget)
     version = state.get("version")
     if version != STATE_VERSION:
@@ -87,7 +88,11 @@ def _assert_fits(budget: RankBudget, state: Mapping[str, Any]) -> None:
     if odd := sorted(mine["sites"].keys() ^ state["sites"].keys()):
         side = "the state" if odd[0] in state["sites"] else "this model"
         raise CheckpointError(f"budget state belongs to other sites: {odd[0]} is in {side} only; compile the same ones")
-    for name, own in mine["sites"].items():
+
+
+def _assert_fits(budget: RankBudget, state: Mapping[str, Any]) -> None:
+    assert_same_run(budget, state)
+    for name, own in dump_state(budget)["sites"].items():
         found, expected = _shapes(state["sites"][name]), _shapes(own)
         if found != expected:
             raise CheckpointError(

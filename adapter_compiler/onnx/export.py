@@ -109,8 +109,13 @@ class _Result:
 def _prepare(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, adapters: str
 ) -> tuple[NamedOutputs, ModuleCall]:
+    if isinstance(args, torch.Tensor):
+        raise ConfigError("example_args is a Tensor, expected a tuple of arguments, as in (x,)")
     if not args and not kwargs:
-        raise ConfigError("export_onnx needs one call of the model: give example_args or example_kwargs")
+        raise ConfigError(
+            "example_args and example_kwargs are empty, expected the arguments of one call of the model; "
+            "give example_args or example_kwargs"
+        )
     if adapters not in ("merged", "runtime"):
         raise ConfigError(f"export_onnx(adapters={adapters!r}): expected 'merged' or 'runtime'")
     if adapters == "runtime" and not isinstance(model, AdaptedModel):

@@ -48,7 +48,10 @@ def prepare_merged(model: nn.Module) -> nn.Module:
     cannot always translate.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"export_onnx got a {type(model).__name__}, expected an AdaptedModel or a torch.nn.Module")
+        raise ConfigError(
+            f"export_onnx(adapted_or_model=...) is a {type(model).__name__}, expected an AdaptedModel or a "
+            "torch.nn.Module; give the model itself"
+        )
     if isinstance(model, AdaptedModel):
         return model.fold().eval().cpu().requires_grad_(False)
     return prepare_base(model)
