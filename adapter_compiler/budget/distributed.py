@@ -12,7 +12,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor on every rank: a mean over a sharded dimension is only a part until it is gathered."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def replicate_like(tensor: torch.Tensor, sharded: torch.Tensor) -> torch.Tensor:

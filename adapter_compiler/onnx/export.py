@@ -25,7 +25,7 @@ from adapter_compiler.onnx.runtime import add_runtime_adapters, verify_runtime_a
 from adapter_compiler.onnx.strategies import LADDER, Strategy, WrittenDraft, write_draft
 from adapter_compiler.onnx.verify import DepartureError, verify_cases
 from adapter_compiler.onnx.weights import map_weights
-from passes.calls import ModuleCall
+from passes.calls import ModuleCall, describe_call
 from passes.module_state import canonical_kernels
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,15 @@ def _prepare(
 
 def _run_example(exporter: NamedOutputs, call: ModuleCall, adapters: str) -> list[tuple[str, torch.Tensor]]:
     """The example's outputs; without finite values no file could be verified, so nothing is exported."""
-    expected = exporter.named_outputs(call)
+    try:
+        expected = exporter.named_outputs(call)
+    except Exception as error:  # the model's own code raises what it likes
+        given = describe_call(*call.rebuild(call.tensors))
+        raise ExportError(
+            f"{type(exporter.module).__name__} itself refuses the call with {given}: "
+            f"{type(error).__name__}: {error}; expected arguments that the model runs on; try them on the model "
+            "without adapters"
+        ) from error
     for name, tensor in expected:
         if tensor.is_floating_point() and tensor.numel() and not bool(tensor.isfinite().any()):
             raise VerificationError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy
 import onnx
@@ -122,7 +123,8 @@ class InitializerFile:
 def to_buffer(values: torch.Tensor) -> memoryview:
     """The elements of a tensor, row by row, as they stand in files; nothing is copied if they lie so in memory."""
     flat = values.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    elements: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return memoryview(elements)
 
 
 def _find_place(tensor: onnx.TensorProto) -> tuple[str, int, int] | None:

@@ -259,7 +259,7 @@ FILES: Mistakes = {
     "half a file": (
         lambda folder: load(folder, lambda path: path.write_bytes(path.read_bytes()[:200])),
         CheckpointError,
-        "adapters.safetensors | cannot be read as a safetensors file | expected a whole one | save the adapters again",
+        "adapters.safetensors | cannot be read as a safetensors file | expected a whole one | save it again",
     ),
     "adapters of another rank": (
         lambda folder: load(folder, rank=3, alpha=24),

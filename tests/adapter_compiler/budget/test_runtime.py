@@ -69,7 +69,7 @@ class Algorithm1:
 
     def rank(self, t: int, end: int) -> None:
         progress = (t - self.schedule.warmup) / (end - self.schedule.warmup)
-        target = round(self.schedule.target_rank * len(self.sites))
+        target = round((self.schedule.target_rank or 0) * len(self.sites))
         budget = target if t >= end else int(target + (self.initial - target) * (1 - progress) ** 3)
         scores = {}
         for site in self.sites:
@@ -132,7 +132,7 @@ def test_exactly_the_budget_lives_after_every_masking(
     optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=1e-4)
     budget = ac.RankBudget(adapted, optimizer, schedule)
     initial = sum(min(rank, *shape) for shape in shapes)
-    target = min(round(schedule.target_rank * len(shapes)), initial)
+    target = min(round((schedule.target_rank or 0) * len(shapes)), initial)
     assert (budget.live_triplets, budget.budget) == (initial, initial)
     for number in range(schedule.first_step, schedule.total_steps + schedule.first_step):
         set_gradients(adapted)
