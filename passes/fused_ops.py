@@ -7,16 +7,16 @@ x and x Qᵀ. Backward adds into one gradient of x instead of summing one tensor
                       one product x [Q1; Q2; …]ᵀ serves them all
     fused_update      y + s (x Qᵀ ∘ λ) Pᵀ for any other product y with the weight
 
-With λ = 0 the outputs are those of the base layer bit for bit. Second derivatives are not provided.
+With λ = 0 the outputs are those of the base layer bit for bit. Under ``create_graph=True`` backward goes through
+the plain formula, so that it can be differentiated again (models whose forward computes a gradient need it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 #: Operands of one site in :func:`fused_linears`: weight, bias, P, λ, Q.
 OPERANDS_PER_SITE = 5
@@ -61,9 +61,11 @@ class _FusedLinears(torch.autograd.Function):
         return tuple(_with_shape(output, (*x.shape[:-1], output.shape[-1])) for output in outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         x, hidden, *operands = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            dx, *found = _differentiate(_plain_linears(ctx.scales), (x, *operands), gradients)
+            return dx, None, *found
         sites = _by_site(operands)
         rows = x.reshape(-1, x.shape[-1])
         dtype = hidden.dtype
@@ -108,9 +110,11 @@ class _FusedUpdate(torch.autograd.Function):
         return _with_shape(total, y.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         x, hidden, P, lam, Q = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            found = _differentiate(_plain_update(ctx.scale), (x, P, lam, Q), (gradient.to(P.dtype),))
+            return gradient, *found, None
         g = gradient.reshape(-1, gradient.shape[-1]).to(hidden.dtype)
         hidden_gradient = torch.empty_like(hidden)
         dP, dlam = _factor_gradients(g, hidden, P, lam, ctx.scale, hidden_gradient)
@@ -119,6 +123,36 @@ class _FusedUpdate(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dx = (hidden_gradient @ Q.to(hidden.dtype)).to(x.dtype).view_as(x)
         return gradient, dx, dP, dlam, dQ, None
+
+
+Operands = Sequence[torch.Tensor | None]
+
+
+def _differentiate(
+    run: Callable[..., Sequence[torch.Tensor]], operands: Operands, gradients: Sequence[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """Gradients of ``run(*operands)`` that can be differentiated again; ``None`` where none is needed."""
+    wanted = [operand for operand in operands if operand is not None and operand.requires_grad]
+    outputs = run(*operands)
+    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
+    return [next(found) if operand is not None and operand.requires_grad else None for operand in operands]
+
+
+def _plain_linears(scales: Sequence[float]) -> Callable[..., list[torch.Tensor]]:
+    def run(x: torch.Tensor, *operands: torch.Tensor | None) -> list[torch.Tensor]:
+        bases = [torch.nn.functional.linear(x, W, b) for W, b, _, _, _ in _by_site(operands)]
+        updates = [_plain_update(s)(x, *site[2:])[0] for s, site in zip(scales, _by_site(operands), strict=True)]
+        return [base + update.to(base.dtype) for base, update in zip(bases, updates, strict=True)]
+
+    return run
+
+
+def _plain_update(scale: float) -> Callable[..., list[torch.Tensor]]:
+    def run(x: torch.Tensor, P: torch.Tensor, lam: torch.Tensor, Q: torch.Tensor) -> list[torch.Tensor]:
+        hidden = torch.nn.functional.linear(x.to(P.dtype), Q) * (lam * scale)
+        return [torch.nn.functional.linear(hidden, P)]
+
+    return run
 
 
 def _with_shape(rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
