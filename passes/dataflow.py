@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import networkx as nx
 import torch
 from torch.fx import Graph, Node
@@ -10,17 +12,31 @@ from torch.fx import Graph, Node
 def build_dataflow(graph: Graph) -> nx.DiGraph[Node]:
     """A DiGraph with one vertex a node and one edge for each use of a value.
 
-    A node that writes into its first argument in place gets an edge back to that argument, because
-    later readers of the argument see what was written.
+    A node that writes into its first argument in place gets an edge back to that argument, and to what
+    the argument is a view of, because later readers see what was written.
     """
     flow: nx.DiGraph[Node] = nx.DiGraph()
     flow.add_nodes_from(graph.nodes)
     for node in graph.nodes:
         for source in node.all_input_nodes:
             flow.add_edge(source, node)
-        if is_in_place(node) and isinstance(node.args[0], Node):
-            flow.add_edge(node, node.args[0])
+        if is_in_place(node):
+            flow.add_edges_from((node, written) for written in _find_written(node.args[0]))
     return flow
+
+
+def _find_written(value: object) -> Iterator[Node]:
+    """The value that is written into, and what it is a view of."""
+    while isinstance(value, Node):
+        yield value
+        value = value.args[0] if _shares_memory(value) and value.args else None
+
+
+def _shares_memory(node: Node) -> bool:
+    """Whether the result is a view of the first argument, or the argument itself after a write."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return any(result.alias_info is not None for result in node.target._schema.returns)
 
 
 def is_in_place(node: Node) -> bool:

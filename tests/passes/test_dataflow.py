@@ -33,3 +33,16 @@ def test_writes_in_place_reach_later_readers_and_buffers() -> None:
     graph.output((value,))
     reaching = find_nodes_reaching_output(graph)
     assert {update, written, addend, inner} <= reaching
+
+
+def test_writes_into_a_view_reach_readers_of_the_whole() -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    whole = graph.call_function(aten.relu.default, (x,))
+    addend = graph.call_function(aten.neg.default, (x,))
+    scaled = graph.call_function(aten.mul_.Tensor, (whole, 2))
+    view = graph.call_function(aten.slice.Tensor, (scaled, 0, 0, 1))
+    row = graph.call_function(aten.select.int, (view, 0, 0))
+    written = graph.call_function(aten.add_.Tensor, (row, addend))
+    graph.output((whole,))
+    assert {addend, written, row, view, scaled} <= find_nodes_reaching_output(graph)
