@@ -113,7 +113,7 @@ class AdapterStore(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Join the copied parameters."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._flatten()
 
 

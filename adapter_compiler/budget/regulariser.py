@@ -57,7 +57,8 @@ def measure_orthogonality(bank: TripletBank) -> float:
 
 
 def _norms(gap: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.matrix_norm(gap, keepdim=True).clamp_min(torch.finfo(gap.dtype).tiny)
+    norms: torch.Tensor = torch.linalg.matrix_norm(gap, keepdim=True)
+    return norms.clamp_min(torch.finfo(gap.dtype).tiny)
 
 
 def _add_product(
