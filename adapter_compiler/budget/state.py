@@ -24,7 +24,7 @@ def dump_state(budget: RankBudget) -> dict[str, Any]:
     bank = budget._bank
     masks = budget._mask.split(bank.sizes)
     sites: dict[str, dict[str, Any]] = {
-        site: {"mask": mask.clone(), "importance": importance}
+        site: {"mask": mask.clone(), "site_importance": importance}
         for site, mask, importance in zip(bank.sites, masks, budget._importance.values, strict=True)
     }
     for name, buffers in budget._metric.buffers.items():
@@ -61,7 +61,7 @@ def restore_state(budget: RankBudget, state: Mapping[str, Any]) -> None:
                 views[site, letter].copy_(tensor)
     if budget._growth is not None:
         budget._growth.growth.copy_(torch.cat([saved["growth"] for saved in sites]))
-    budget._importance.values = [float(saved["importance"]) for saved in sites]
+    budget._importance.values = [float(saved["site_importance"]) for saved in sites]
     budget._set_mask(torch.cat([saved["mask"].to(bank.device) for saved in sites]))
     budget._initial = state["initial"]
     budget._target = budget.schedule.target_triplets(len(bank.sites), budget._initial)
