@@ -37,7 +37,8 @@ def find_composite_operators(model: onnx.ModelProto) -> list[str]:
     if version is None:
         return []
     schemas = [onnx.defs.get_schema(op_type, version, "") for op_type in sorted(present)]
-    return [schema.name for schema in schemas if schema.has_function or schema.has_context_dependent_function]
+    kinds = ("has_function", "has_context_dependent_function")
+    return [schema.name for schema in schemas if any(getattr(schema, kind) for kind in kinds)]
 
 
 def find_types(model: onnx.ModelProto) -> dict[str, int]:
