@@ -8,7 +8,6 @@ Only the graph is edited; weights, wherever they are stored, are cast when the m
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
@@ -37,8 +36,9 @@ def find_composite_operators(model: onnx.ModelProto) -> list[str]:
     present = {node.op_type for graph in find_graphs(model.graph) for node in graph.node if not node.domain}
     if version is None:
         return []
-    schemas: list[Any] = [onnx.defs.get_schema(op_type, version, "") for op_type in sorted(present)]
-    return [schema.name for schema in schemas if schema.has_function or schema.has_context_dependent_function]
+    schemas = [onnx.defs.get_schema(op_type, version, "") for op_type in sorted(present)]
+    kinds = ("has_function", "has_context_dependent_function")
+    return [schema.name for schema in schemas if any(getattr(schema, kind) for kind in kinds)]
 
 
 def find_types(model: onnx.ModelProto) -> dict[str, int]:

@@ -34,9 +34,16 @@ class VerificationCase:
 
 
 def find_cases(
-    call: ModuleCall, bounds: Sequence[Sequence[DimensionBound]], *, draws: int = DRAWS
+    call: ModuleCall,
+    bounds: Sequence[Sequence[DimensionBound]],
+    *,
+    draws: int = DRAWS,
+    factors: Sequence[float] = (),
 ) -> Iterator[VerificationCase]:
-    """The example, one case for each open dimension, and ``draws`` random ones of the example's sizes."""
+    """The example, one case for each open dimension, and ``draws`` random ones of the example's sizes.
+
+    ``factors`` scale the example's floating-point values beyond its range, one case each.
+    """
     yield VerificationCase(name="example", call=call)
     for dimension, size in find_open_dimensions(call, bounds):
         other = size + 1 if size > 1 else 3
@@ -49,6 +56,9 @@ def find_cases(
         drawn = _replace_tensors(call, lambda tensor: draw_like(tensor, generator))
         shuffled = shuffle_call(call, generator)
         yield VerificationCase(name=f"random values {number}", call=drawn, fallback=shuffled)
+    for factor in factors:
+        scaled = _replace_tensors(call, lambda tensor: _scale(tensor, factor))  # noqa: B023 - called at once
+        yield VerificationCase(name=f"values times {factor:g}", call=scaled, fallback=shuffle_call(call, generator))
 
 
 def draw_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -61,7 +71,7 @@ def draw_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if not tensor.numel() or tensor.is_complex():
         return tensor
     values = tensor.unique()
-    if tensor.dtype is torch.bool or (len(values) == 2 and not values.remainder(1).any()):
+    if _is_flag(tensor):
         return _shuffle_rows(tensor, generator) if tensor.dim() else tensor
     if not tensor.is_floating_point():
         return torch.randint(int(values[0]), int(values[-1]) + 1, tensor.shape, generator=generator, dtype=tensor.dtype)
@@ -77,11 +87,14 @@ def draw_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def shuffle_call(call: ModuleCall, generator: torch.Generator) -> ModuleCall:
-    """The example's own values with rows and columns in another order, the same one for every tensor."""
+    """The example's own values with rows and columns in another order, the same one for every tensor.
+
+    Columns of flags stay: a padding mask with its padding elsewhere is another kind of input.
+    """
     orders: dict[tuple[int, int], torch.Tensor] = {}
 
     def reorder(tensor: torch.Tensor) -> torch.Tensor:
-        for dimension, size in enumerate(tensor.shape[:2]):
+        for dimension, size in enumerate(tensor.shape[: 1 if _is_flag(tensor) else 2]):
             key = (dimension, size)
             if key not in orders:
                 orders[key] = torch.randperm(size, generator=generator)
@@ -89,6 +102,18 @@ def shuffle_call(call: ModuleCall, generator: torch.Generator) -> ModuleCall:
         return tensor
 
     return _replace_tensors(call, reorder)
+
+
+def _is_flag(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds flags: booleans, or two whole numbers."""
+    if tensor.dtype is torch.bool or tensor.is_complex():
+        return tensor.dtype is torch.bool
+    values = tensor.unique()
+    return len(values) == 2 and not bool(values.remainder(1).any())
+
+
+def _scale(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    return tensor * factor if tensor.is_floating_point() and not _is_flag(tensor) else tensor
 
 
 def _shuffle_rows(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: A traced file must show on more random inputs that nothing that matters was frozen.
 _DRAWS_FOR_TRACES = 8
+#: Where the tracer warned of frozen values, inputs beyond the example's range must agree as well.
+_FACTORS_FOR_FROZEN = (-1.0, 10.0, -10.0)
 
 
 def export_onnx(
@@ -160,8 +162,9 @@ def _attempt(
 ) -> _Result:
     written = write_draft(strategy, exporter, call, draft, names.inputs, names.outputs, opset=opset)
     session, casts = open_with_casts(draft)
-    is_traced = written.program is None
-    cases = list(find_cases(call, written.bounds, draws=_DRAWS_FOR_TRACES if is_traced else DRAWS))
+    draws = DRAWS if written.program is not None else _DRAWS_FOR_TRACES
+    factors = _FACTORS_FOR_FROZEN if written.frozen else ()
+    cases = list(find_cases(call, written.bounds, draws=draws, factors=factors))
     try:
         errors, refused = verify_cases(session, cases, names.inputs, exporter.named_outputs)
     except DepartureError as error:

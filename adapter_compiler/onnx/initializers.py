@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy
 import onnx
@@ -123,8 +122,7 @@ class InitializerFile:
 def to_buffer(values: torch.Tensor) -> memoryview:
     """The elements of a tensor, row by row, as they stand in files; nothing is copied if they lie so in memory."""
     flat = values.detach().cpu().contiguous().flatten()
-    elements: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
-    return memoryview(elements)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _find_place(tensor: onnx.TensorProto) -> tuple[str, int, int] | None:

@@ -57,9 +57,9 @@ def make_model(nodes: list[onnx.NodeProto], weight: Any = W) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
-def evaluate(model: onnx.ModelProto, feeds: dict[str, Any]) -> Any:
-    """The first output by ONNX's reference implementation."""
-    return next(iter(ReferenceEvaluator(model).run(None, feeds)))
+def evaluate(model: onnx.ModelProto, **feeds: Any) -> Any:
+    outputs: Any = ReferenceEvaluator(model).run(None, feeds)
+    return outputs[0]
 
 
 def make_site(*, transposed: bool) -> OnnxSite:
@@ -70,16 +70,16 @@ def make_site(*, transposed: bool) -> OnnxSite:
 def test_each_use_of_a_weight(name: str) -> None:
     nodes, transposed, values = GRAPHS[name]
     model, update = make_model(nodes), A @ B
-    plain = evaluate(model, {"x": X})
+    plain = evaluate(model, x=X)
     insert_onnx_adapter(model, make_site(transposed=transposed))
     onnx.checker.check_model(model)
     assert sorted(value for node in model.graph.node for value in node.output) == sorted(values)
     merged = make_model(nodes, W + (update if transposed else update.T))
-    expected = evaluate(merged, {"x": X})
-    found = evaluate(model, {"x": X, "A": A, "B": B})
+    expected = evaluate(merged, x=X)
+    found = evaluate(model, x=X, A=A, B=B)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     empty = {"A": np.zeros((4, 0), np.float32), "B": np.zeros((0, 4), np.float32)}
-    assert np.array_equal(evaluate(model, {"x": X, **empty}), plain)
+    assert np.array_equal(evaluate(model, x=X, **empty), plain)
     defaults = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
     assert (defaults["A"], defaults["B"]) == ([4, 0], [0, 4])
 
