@@ -64,8 +64,8 @@ class _FusedLinears(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         x, hidden, *operands = ctx.saved_tensors
         if torch.is_grad_enabled():
-            dx, *found = _differentiate(_plain_linears(ctx.scales), (x, *operands), gradients)
-            return dx, None, *found
+            dx, *others = _differentiate(_plain_linears(ctx.scales), (x, *operands), gradients)
+            return dx, None, *others
         sites = _by_site(operands)
         rows = x.reshape(-1, x.shape[-1])
         dtype = hidden.dtype
