@@ -180,7 +180,8 @@ class AdaptedModel(nn.Module):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         detach_computed_attributes(self.module, memo)
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        with torch.no_grad():  # so that what TorchScript copies by itself stays a leaf
+            copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:

@@ -261,7 +261,8 @@ def _check_reach(outcome: Outcome, model: nn.Module, entry: ZooEntry) -> None:
 
 
 def _find_used(model: nn.Module, entry: ZooEntry) -> set[str]:
-    model = copy.deepcopy(model).train()
+    with torch.no_grad():  # so that what TorchScript copies by itself stays a leaf
+        model = copy.deepcopy(model).train()
     args, kwargs = _draw(entry.example)
     loss_of(_call(model, args, kwargs)).backward()
     return {
