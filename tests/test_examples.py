@@ -62,6 +62,12 @@ def test_every_example_has_a_test() -> None:
     assert [path.name for path in EXAMPLES.glob("*.py") if path.name not in tests] == []
 
 
+def test_multi_task_serving_names_the_data_it_needs(tmp_path: Path) -> None:
+    done = run_example("multi_task_serving.py", "--data", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"--data {tmp_path} has no folder banking77; expected" in done.stderr
+
+
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random BERT and a tokenizer with a vocabulary of whole words."""
