@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from passes.capture import MODULE_PREFIX
-from passes.dataflow import find_nodes_reaching_output
+from passes.dataflow import find_nodes_reaching_output, operator_name
 
 aten = torch.ops.aten
 
@@ -244,13 +244,6 @@ def _describe(user: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> Grap
         has_gradient=path.has_gradient,
         reaches_output=all(_reaches_output(node, reaching) for node in chain),
     )
-
-
-def operator_name(node: Node) -> str:
-    """``linear`` for ``aten.linear.default``."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target._schema.name.split("::")[-1])
-    return node.op if node.op == "output" else str(getattr(node.target, "__name__", node.target))
 
 
 def _match_product(user: Node, weight: Node) -> tuple[int | None, bool]:
