@@ -20,11 +20,15 @@ from adapter_compiler.errors import AdapterCompilerError
 from adapter_compiler.onnx import ExportReport, OnnxAdapters, export_onnx, save_onnx_adapter
 from adapter_compiler.report.ranks import plot_ranks
 from adapter_compiler.training_state import load_training_state, save_training_state
+from passes.plan import AdapterPlan
+from passes.rules import AdapterRule
 
 __all__ = [
     "AdaptedModel",
     "AdapterCompilerError",
     "AdapterConfig",
+    "AdapterPlan",
+    "AdapterRule",
     "Allocation",
     "BudgetSchedule",
     "ExportReport",

@@ -57,6 +57,7 @@ class AdaptedModel(nn.Module):
         plan: which site has which adapter.
         config: the options it was compiled with.
         rejected: why each other weight carries no adapter, by name.
+        unadapted_sites: those of the other weights that could carry one.
         fold_report: rounding errors of the last :meth:`fold`.
     """
 
@@ -77,6 +78,7 @@ class AdaptedModel(nn.Module):
         self.plan = plan
         self.config = config
         self.rejected = search.rejected
+        self.unadapted_sites = search.others
         self.fold_report: FoldReport | None = None
         self.training = module.training
         self._gradient_flags = gradient_flags

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.config import AdapterConfig
@@ -24,7 +26,9 @@ from adapter_compiler.regions import RegionTree, find_boundaries
 from adapter_compiler.store import AdapterStore
 from passes.calls import describe_call, sort_keywords
 from passes.forms import SvdForm
+from passes.module_state import is_without_memory
 from passes.plan import AdapterPlan, PlannedAdapter
+from passes.rules import AdapterRule
 from passes.sites import (
     AdapterSite,
     SiteSearch,
@@ -33,6 +37,7 @@ from passes.sites import (
     find_module_sites,
     find_sites,
 )
+from passes.twins import find_repeated_modules
 from passes.weight_uses import WeightUse, find_parameter_aliases
 
 logger = logging.getLogger(__name__)
@@ -44,6 +49,7 @@ def compile_with_adapters(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     config: AdapterConfig | None = None,
+    plan: AdapterPlan | None = None,
 ) -> AdaptedModel:
     """Insert SVD adapters (AdaLoRA) into a model.
 
@@ -58,17 +64,22 @@ def compile_with_adapters(
         example_args: positional arguments of one call.
         example_kwargs: keyword arguments of one call.
         config: which weights are adapted, and how.
+        plan: the adapters, made before, perhaps on a model without weights; it then decides in place of
+            ``config`` which weights have which rank, scale and dtype.
+
+    A model on the meta device is planned without memory for its weights: its repeated blocks are captured
+    once, numbers are not compared, and the result reports sites, ranks and sizes and holds the plan.
 
     Returns:
         A module that is called like ``model``, in which only adapters and ``config.trainable`` train.
 
     Raises:
         CaptureError: the model itself fails on the example.
-        SiteError: nothing can be adapted, or a glob matches nothing.
+        SiteError: nothing can be adapted, a glob or rule matches nothing, or the plan is for another model.
         ConfigError: the arguments are not of the expected kinds.
     """
     config = AdapterConfig() if config is None else config
-    example = _check_arguments(model, example_args, example_kwargs, config)
+    example = _check_arguments(model, example_args, example_kwargs, config, plan)
     assert_not_lazy(model)
     flags = read_gradient_flags(model)
     trainable = _find_trainable(model, config)
@@ -81,12 +92,28 @@ def compile_with_adapters(
     own = model if config.inplace else copy_module(model, own_parameter)
     for name, parameter in own.named_parameters():
         parameter.requires_grad_(name in trainable and parameter.is_floating_point())
-    regions = RegionTree(own, config.context(), find_boundaries(own, config.regions))
+    regions = RegionTree(own, config.context(), _find_boundaries(own, config))
     if example is None:
         search = find_module_sites(own, config.selection)
     else:
-        search = find_sites(_discover(regions, *example), own, config.selection)
-    return _assemble(own, search, config, flags, regions)
+        search = find_sites(_discover(regions, *_on_device_of(own, example)), own, config.selection)
+    planned = plan_adapters(search, config) if plan is None else match_plan(plan, own)
+    return _assemble(own, search, planned, config, flags, regions)
+
+
+def _find_boundaries(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """The regions that the configuration names; without weights, the repeated blocks, which are captured once."""
+    if config.regions or not is_without_memory(model):
+        return find_boundaries(model, config.regions)
+    return find_repeated_modules(model)
+
+
+def _on_device_of(model: nn.Module, example: tuple[Any, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example, without memory if the model has none."""
+    if not is_without_memory(model):
+        return example
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), example)
+    return moved
 
 
 def _discover(regions: RegionTree, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[WeightUse]]:
@@ -102,38 +129,71 @@ def _discover(regions: RegionTree, args: tuple[Any, ...], kwargs: Mapping[str, A
         ) from error
 
 
-def plan_adapters(sites: Iterable[AdapterSite], config: AdapterConfig) -> AdapterPlan:
-    """The same adapter for every site: the SVD form with the configured rank, or as much as fits."""
-    return AdapterPlan(
-        adapters=tuple(
-            PlannedAdapter(
-                site=site,
-                form=SvdForm(),
-                rank=min(config.rank, site.largest_rank),
-                scale=config.scale,
-                dtype=config.dtype_for(site),
-            )
-            for site in sites
-        )
+def plan_adapters(search: SiteSearch, config: AdapterConfig) -> AdapterPlan:
+    """An adapter for every site: the SVD form with the rank that its rule or the configuration says, if it fits."""
+    return AdapterPlan(adapters=tuple(_plan_one(site, search.rules.get(site.name), config) for site in search.sites))
+
+
+def _plan_one(site: AdapterSite, rule: AdapterRule | None, config: AdapterConfig) -> PlannedAdapter:
+    rank = config.rank if rule is None or rule.rank is None else rule.rank
+    alpha = config.alpha if rule is None or rule.alpha is None else rule.alpha
+    return PlannedAdapter(
+        site=site,
+        form=SvdForm(),
+        rank=min(rank, site.largest_rank),
+        scale=alpha / rank,
+        dtype=config.dtype_for(site),
     )
 
 
+def match_plan(plan: AdapterPlan, model: nn.Module) -> AdapterPlan:
+    """The plan for the weights of ``model``, with their dtypes.
+
+    Raises:
+        SiteError: the model has no such weight, or one of another shape or kind.
+    """
+    aliases, parameters = find_parameter_aliases(model), dict(model.named_parameters())
+    adapters = []
+    for adapter in plan:
+        site = adapter.site
+        if site.name not in aliases:
+            raise SiteError(f"the plan has an adapter for {site.name}, which {type(model).__name__} does not have")
+        weight = parameters[aliases[site.name]]
+        if tuple(weight.shape) != site.shape or not weight.is_floating_point():
+            raise SiteError(
+                f"site {site.name}: the plan expects a floating-point weight of shape {site.shape}, found "
+                f"{weight.dtype} of {tuple(weight.shape)}; plan again for this model"
+            )
+        others = tuple(n for n, first in aliases.items() if first == aliases[site.name] and n != first)
+        found = dataclasses.replace(site, name=aliases[site.name], aliases=others, dtype=weight.dtype)
+        adapters.append(dataclasses.replace(adapter, site=found))
+    return AdapterPlan(adapters=tuple(adapters))
+
+
 def _assemble(
-    own: nn.Module, search: SiteSearch, config: AdapterConfig, flags: Mapping[str, bool], regions: RegionTree
+    own: nn.Module,
+    search: SiteSearch,
+    plan: AdapterPlan,
+    config: AdapterConfig,
+    flags: Mapping[str, bool],
+    regions: RegionTree,
 ) -> AdaptedModel:
-    if not search.sites:
+    if not plan.adapters:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(search.rejected.items())[:8])
         reasons = reasons or "it has no weights of two or more dimensions"
         raise SiteError(
             f"{type(own).__name__} has no weight to adapt (sites={config.sites!r}), expected at least one; "
             f"change sites, exclude or trainable in the AdapterConfig; {reasons}"
         )
-    plan = plan_adapters(search.sites, config)
     store = AdapterStore(plan, {name: p.device for name, p in own.named_parameters()})
     for adapter in plan:
         initialise_gaussian(store.parameters_of(adapter), config.init_std)
     logger.info("%d sites in %s, %d weights without adapter", len(plan), type(own).__name__, len(search.rejected))
     regions.adopt(plan, store)
+    planned = {adapter.site.name for adapter in plan}
+    search = dataclasses.replace(
+        search, rejected={name: reason for name, reason in search.rejected.items() if name not in planned}
+    )
     return AdaptedModel(
         own, plan=plan, store=store, config=config, search=search, gradient_flags=flags, regions=regions
     )
@@ -152,7 +212,7 @@ def _find_trainable(model: nn.Module, config: AdapterConfig) -> frozenset[str]:
 
 
 def _check_arguments(
-    model: object, args: Any, kwargs: Any, config: object
+    model: object, args: Any, kwargs: Any, config: object, plan: object
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The example call, or ``None`` if none was given."""
     if not isinstance(model, nn.Module) or isinstance(model, AdaptedModel):
@@ -160,6 +220,8 @@ def _check_arguments(
             f"model is a {type(model).__name__}, expected a torch.nn.Module without adapters; give the model itself "
             "(of an AdaptedModel, what fold() returns)"
         )
+    if plan is not None and not isinstance(plan, AdapterPlan):
+        raise ConfigError(f"plan is a {type(plan).__name__}, expected an AdapterPlan, as AdapterPlan.from_json gives")
     if not isinstance(config, AdapterConfig):
         raise ConfigError(f"config is a {type(config).__name__}, expected options, as in AdapterConfig(rank=8)")
     if isinstance(args, torch.Tensor) or not isinstance(args, Sequence) or isinstance(args, str):

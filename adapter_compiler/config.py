@@ -11,6 +11,7 @@ from torch import nn
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.options import accept_aliases, assert_boolean, assert_integer, assert_number
 from adapter_compiler.variants import AdapterContext
+from passes.rules import AdapterRule
 from passes.sites import ALL_LINEAR, AdapterSite, SiteSelection
 
 
@@ -36,6 +37,8 @@ class AdapterConfig:
             used by matrix products only (an embedding, a convolution) adapts it too.
         exclude: a glob or globs of weights that are left alone.
         trainable: a glob or globs of other parameters trained fully, such as a new head.
+        rules: which weights by name, role, module, depth or size get which rank and alpha, or none; the first
+            rule that matches a weight decides, and ``sites`` decides where none does.
         init_std: standard deviation of P and Q at the start.
         dtype: dtype of the adapters; by default the weight's, but float32 for half-precision weights.
         fused: run each adapter and its base layer as one function; the numbers differ by rounding only.
@@ -55,6 +58,7 @@ class AdapterConfig:
     sites: str | tuple[str, ...] = ALL_LINEAR
     exclude: str | tuple[str, ...] = ()
     trainable: str | tuple[str, ...] = ()
+    rules: tuple[AdapterRule, ...] = ()
     init_std: float = 0.02
     dtype: torch.dtype | None = None
     fused: bool = True
@@ -79,6 +83,7 @@ class AdapterConfig:
         for name in ("exclude", "trainable"):
             object.__setattr__(self, name, _as_globs(self, name))
         object.__setattr__(self, "regions", _as_regions(self.regions))
+        object.__setattr__(self, "rules", _as_rules(self.rules))
         if not isinstance(self.sites, str):
             object.__setattr__(self, "sites", _as_globs(self, "sites"))
         if not self.sites:
@@ -96,7 +101,10 @@ class AdapterConfig:
     def selection(self) -> SiteSelection:
         """The options that choose sites."""
         return SiteSelection(
-            sites=self.sites, exclude=_as_globs(self, "exclude"), trainable=_as_globs(self, "trainable")
+            sites=self.sites,
+            exclude=_as_globs(self, "exclude"),
+            trainable=_as_globs(self, "trainable"),
+            rules=self.rules,
         )
 
     def context(self) -> AdapterContext:
@@ -128,3 +136,10 @@ def _as_regions(value: Any) -> tuple[str | type[nn.Module], ...]:
                 f"AdapterConfig(regions={value!r}): expected globs over names or classes of torch.nn.Module"
             )
     return entries
+
+
+def _as_rules(value: Any) -> tuple[AdapterRule, ...]:
+    rules = (value,) if isinstance(value, AdapterRule) else value
+    if not isinstance(rules, (tuple, list)) or not all(isinstance(rule, AdapterRule) for rule in rules):
+        raise ConfigError(f"AdapterConfig(rules={value!r}): expected a sequence of AdapterRule")
+    return tuple(rules)

@@ -156,9 +156,9 @@ def _find_stretch(sequence: _Sequence, start: int, end: int) -> tuple[int, int, 
     covered = 0
     for period in sorted(_find_periods(sequence, start, end)):
         begin, stop = _find_longest_run(sequence.numbers, start, end, period)
-        whole = (stop - begin) // period * period
-        if whole > covered and whole >= 2 * period and sequence.is_chain(begin, period):
-            best, covered = (begin, stop, period), whole
+        length = stop - begin
+        if length > covered and 2 * length > 3 * period and sequence.is_chain(begin, period):
+            best, covered = (begin, stop, period), length
     return best
 
 
@@ -197,7 +197,8 @@ def _align(nodes: Sequence[Node], begin: int, stop: int, period: int) -> int:
             crossing[last + 1] -= 1
     for place in range(1, len(crossing)):
         crossing[place] += crossing[place - 1]
-    slack = (stop - begin) % period
+    rest = (stop - begin) % period
+    slack = rest if 2 * rest <= period else 0
     return begin + min(range(slack + 1), key=lambda shift: (sum(crossing[shift : stop - begin + 1 : period]), shift))
 
 

@@ -24,6 +24,12 @@ _CONTAINERS = (list, dict, set, deque)
 _MANAGED = {"_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs", "forward", *HOOK_KINDS}
 
 
+def is_without_memory(module: nn.Module) -> bool:
+    """Whether the module has parameters and all are on the meta device: shapes without values."""
+    devices = {parameter.device.type for parameter in module.parameters()}
+    return devices == {"meta"}
+
+
 @contextlib.contextmanager
 def restored_state(module: nn.Module) -> Iterator[None]:
     """Undo what running a module leaves behind: random states, buffers and attributes."""

@@ -177,6 +177,8 @@ def _differ(branches: Sequence[Origins]) -> bool:
 
 def _is_gate(branches: Sequence[Origins], trace: OriginTrace) -> bool:
     """Whether two branches meet, or two different parts of one value of which one went through a non-linearity."""
+    if any(all("embedding" in operator_name(origin.node) for origin in branch) for branch in branches):
+        return False  # a table of angles or scales
     if _differ(branches):
         return not any(_is_attended(origin, trace) for branch in branches for origin in branch)
     parts = [{origin.part for origin in branch} for branch in branches]

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
 from passes.base import SiteError
-from passes.forms.base import AdapterForm
+from passes.forms import AdapterForm, SvdForm
 from passes.sites import AdapterSite
+
+#: Written into saved plans; a reader refuses those of another version.
+_VERSION = 1
+_FORMS: dict[str, type[AdapterForm]] = {"svd": SvdForm}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +68,7 @@ class AdapterPlan:
 
     def __post_init__(self) -> None:
         names = [adapter.site.name for adapter in self.adapters]
-        doubled = sorted({name for name in names if names.count(name) > 1})
+        doubled = sorted(name for name, count in Counter(names).items() if count > 1)
         if doubled:
             raise SiteError(f"more than one adapter planned for {', '.join(doubled)}; expected one a weight")
 
@@ -70,3 +77,47 @@ class AdapterPlan:
 
     def __len__(self) -> int:
         return len(self.adapters)
+
+    def to_json(self) -> str:
+        """The plan as text; the weights it was made for are known by name and shape."""
+        adapters = [_to_dict(adapter) for adapter in self.adapters]
+        return json.dumps({"version": _VERSION, "adapters": adapters}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> AdapterPlan:
+        """The plan that :meth:`to_json` wrote.
+
+        Raises:
+            SiteError: the text is no plan, or one of another version.
+        """
+        try:
+            data = json.loads(text)
+            if data["version"] != _VERSION:
+                raise SiteError(f"the plan has version {data['version']!r}, expected {_VERSION}; plan again")
+            return cls(adapters=tuple(_from_dict(entry) for entry in data["adapters"]))
+        except SiteError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SiteError(f"this is not an adapter plan ({type(error).__name__}: {error})") from error
+
+
+def _to_dict(adapter: PlannedAdapter) -> dict[str, Any]:
+    site = {field.name: getattr(adapter.site, field.name) for field in dataclasses.fields(adapter.site)}
+    own = {"form": adapter.form.name, "rank": adapter.rank, "scale": adapter.scale}
+    return {**site, "dtype": _spell(adapter.site.dtype), **own, "adapter_dtype": _spell(adapter.dtype)}
+
+
+def _from_dict(entry: Mapping[str, Any]) -> PlannedAdapter:
+    fields = {field.name: entry[field.name] for field in dataclasses.fields(AdapterSite)}
+    fields |= {"shape": tuple(entry["shape"]), "aliases": tuple(entry["aliases"])}
+    return PlannedAdapter(
+        site=AdapterSite(**{**fields, "dtype": getattr(torch, entry["dtype"])}),
+        form=_FORMS[entry["form"]](),
+        rank=entry["rank"],
+        scale=float(entry["scale"]),
+        dtype=getattr(torch, entry["adapter_dtype"]),
+    )
+
+
+def _spell(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -10,12 +10,18 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from passes.base import SiteError
+from passes.blocks import find_layer_numbers
+from passes.roles import find_roles
 from passes.weight_uses import GraphUse, WeightUse, find_parameter_aliases
+
+if TYPE_CHECKING:
+    from passes.rules import AdapterRule
 
 #: The selection that takes every weight whose every use is a matrix product.
 ALL_LINEAR = "all-linear"
@@ -34,6 +40,8 @@ class AdapterSite:
         transposed: the weight is stored [in, out] (``x @ W``), not [out, in] (``x @ W.T``).
         op: ``linear`` where every use is a matrix product, else the first other operator.
         aliases: further names of the same Parameter.
+        role: what the weight is for, see :mod:`passes.roles`; ``linear`` where no graph was searched.
+        depth: the number of the block that uses it, see :mod:`passes.blocks`; ``None`` outside blocks.
     """
 
     name: str
@@ -42,6 +50,13 @@ class AdapterSite:
     transposed: bool = False
     op: str = "linear"
     aliases: tuple[str, ...] = ()
+    role: str = "linear"
+    depth: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of values of the weight."""
+        return math.prod(self.shape)
 
     @property
     def out_features(self) -> int:
@@ -67,10 +82,19 @@ class AdapterSite:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiteSearch:
-    """What a search found: the sites in model order, and why each other weight is not one."""
+    """What a search found.
+
+    Attributes:
+        sites: the chosen weights in model order.
+        rejected: why each other weight of two or more dimensions is not one.
+        rules: the rule that chose a site, by the site's name, where one did.
+        others: weights that could carry an adapter and were not chosen, in model order.
+    """
 
     sites: tuple[AdapterSite, ...]
     rejected: Mapping[str, str]
+    rules: Mapping[str, AdapterRule] = dataclasses.field(default_factory=dict)
+    others: tuple[AdapterSite, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,20 +106,33 @@ class SiteSelection:
             may also match the name without its last part (``*.query``).
         exclude: globs of weights that are left alone.
         trainable: globs of parameters trained fully, which therefore carry no adapter.
+        rules: the first that matches a weight decides about it, before ``sites`` does.
     """
 
     sites: str | tuple[str, ...] = ALL_LINEAR
     exclude: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
+    rules: tuple[AdapterRule, ...] = ()
 
     def find_reason_against(self, names: Sequence[str]) -> str | None:
-        """Why the weight with these names (more than one if tied) is not wanted, or ``None`` if it is."""
+        """Why the weight with these names (more than one if tied) is left alone whatever the rules say."""
         if pattern := find_matching_glob(names, self.trainable):
             return f"trained fully (trainable={pattern!r})"
         if pattern := find_matching_glob(names, self.exclude):
             return f"excluded (exclude={pattern!r})"
-        if self.sites != ALL_LINEAR and find_matching_glob(names, self._globs()) is None:
-            return f"not selected (sites={self.sites!r})"
+        return None
+
+    def find_reason_against_site(self, site: AdapterSite, rule: AdapterRule | None) -> str | None:
+        """Why a weight that can carry an adapter is not to have one; ``rule`` is the one that matches it."""
+        if rule is not None and rule.exclude:
+            return f"excluded by {rule}"
+        if rule is not None and rule.names_weights:
+            return None
+        if self.sites != ALL_LINEAR:
+            chosen = find_matching_glob((site.name, *site.aliases), self._globs()) is not None
+            return None if chosen else f"not selected (sites={self.sites!r})"
+        if site.op != "linear":
+            return f"used by {site.op}, not only by matrix products (name it in sites to adapt it)"
         return None
 
     def assert_globs_match(self, names: Iterable[str]) -> None:
@@ -136,9 +173,13 @@ def find_sites(uses: Mapping[str, Sequence[WeightUse]], module: nn.Module, selec
     Raises:
         SiteError: a glob of the selection matches no weight.
     """
+    roles, numbers = find_roles(uses), find_layer_numbers(uses)
 
     def judge(name: str, weight: nn.Parameter) -> AdapterSite | str:
-        return _judge_uses(name, weight, uses.get(name, []), only_linear=selection.sites == ALL_LINEAR)
+        verdict = _judge_uses(name, weight, uses.get(name, []))
+        if isinstance(verdict, str):
+            return verdict
+        return dataclasses.replace(verdict, role=roles[name], depth=numbers.get(name))
 
     return _search(module, selection, judge)
 
@@ -169,20 +210,34 @@ def _search(
     aliases = find_parameter_aliases(module)
     weights = {name: weight for name, weight in module.named_parameters() if weight.dim() >= 2}
     selection.assert_globs_match([name for name, first in aliases.items() if first in weights])
-    sites: list[AdapterSite] = []
     rejected: dict[str, str] = {}
+    candidates: dict[AdapterSite, str | None] = {}
+    rules: dict[str, AdapterRule] = {}
     for name, weight in weights.items():
         names = [alias for alias, first in aliases.items() if first == name]
-        verdict = selection.find_reason_against(names) or judge(name, weight)
-        if isinstance(verdict, AdapterSite):
-            others = tuple(other for other in names if other != name)
-            sites.append(dataclasses.replace(verdict, aliases=others))
-        else:
-            rejected[name] = verdict
-    return SiteSearch(sites=tuple(sites), rejected=rejected)
+        reason = selection.find_reason_against(names)
+        verdict = judge(name, weight)
+        if isinstance(verdict, str):
+            rejected[name] = reason or verdict
+            continue
+        site = dataclasses.replace(verdict, aliases=tuple(other for other in names if other != name))
+        owner = module.get_submodule(name.rpartition(".")[0])
+        rule = None if reason else next((rule for rule in selection.rules if rule.matches(site, owner)), None)
+        candidates[site] = reason or selection.find_reason_against_site(site, rule)
+        if rule is not None:
+            rules[name] = rule
+    for rule in selection.rules:
+        rule.assert_decided([name for name, chosen in rules.items() if chosen is rule], list(candidates))
+    reasons = {site.name: reason for site, reason in candidates.items() if reason is not None}
+    return SiteSearch(
+        sites=tuple(site for site in candidates if site.name not in reasons),
+        rejected={name: {**rejected, **reasons}[name] for name in weights if name in rejected or name in reasons},
+        rules={name: rule for name, rule in rules.items() if name not in reasons},
+        others=tuple(site for site in candidates if site.name in reasons),
+    )
 
 
-def _judge_uses(name: str, weight: nn.Parameter, uses: Sequence[WeightUse], *, only_linear: bool) -> AdapterSite | str:
+def _judge_uses(name: str, weight: nn.Parameter, uses: Sequence[WeightUse]) -> AdapterSite | str:
     """The site for a weight with these uses, or the reason why it is none."""
     if not weight.is_floating_point():
         return f"dtype {weight.dtype} is not a floating-point one"
@@ -193,8 +248,6 @@ def _judge_uses(name: str, weight: nn.Parameter, uses: Sequence[WeightUse], *, o
     if not any(use.reaches_output and use.has_gradient for use in uses):
         return "used under no_grad only, so it gets no gradient"
     other = next((use.op for use in uses if not use.is_linear), None)
-    if other is not None and only_linear:
-        return f"used by {other}, not only by matrix products (name it in sites to adapt it)"
     products = [use for use in uses if isinstance(use, GraphUse) and use.activation is not None]
     return AdapterSite(
         name=name,

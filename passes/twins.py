@@ -50,6 +50,24 @@ def is_twin(one: nn.Module, other: nn.Module) -> bool:
     return all(_is_alike(module, theirs[name]) for name, module in mine.items())
 
 
+def find_repeated_modules(module: nn.Module) -> list[str]:
+    """Names of the blocks that a model repeats: modules of one class and one set of shapes in one container.
+
+    Of repetitions inside each other the outermost counts.
+    """
+    found: list[str] = []
+    for name, container in module.named_modules():
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)) or any(name.startswith(f"{n}.") for n in found):
+            continue
+        kinds: dict[Any, list[str]] = {}
+        for key, child in container.named_children():
+            shapes = tuple((n, tuple(p.shape)) for n, p in child.named_parameters())
+            if any(len(shape) > 1 for _, shape in shapes) and next(child.children(), None) is not None:
+                kinds.setdefault((type(child), shapes), []).append(f"{name}.{key}" if name else key)
+        found += [one for names in kinds.values() if len(names) > 1 for one in names]
+    return found
+
+
 def retarget_graph(captured: CapturedGraph, module: nn.Module) -> CapturedGraph:
     """The graph with the parameters and buffers of ``module`` in place of its own.
 
@@ -112,7 +130,8 @@ def _is_equal(mine: Any, theirs: Any) -> bool:
     if type(mine) is not type(theirs) or isinstance(mine, (types.FunctionType, types.MethodType)):
         return False
     if isinstance(mine, torch.Tensor):
-        return mine.shape == theirs.shape and mine.dtype == theirs.dtype and bool(torch.equal(mine, theirs))
+        same_kind = (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device)
+        return same_kind and (mine.is_meta or bool(torch.equal(mine, theirs)))
     if isinstance(mine, (list, tuple)):
         return len(mine) == len(theirs) and all(_is_equal(a, b) for a, b in zip(mine, theirs, strict=True))
     if isinstance(mine, dict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +17,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiteRow:
-    """One adapted weight; ``live`` counts the triplets whose λ is not zero."""
+    """One adapted weight.
+
+    ``live`` counts the triplets whose λ is not zero; ``region`` is the part of the model whose graph holds the
+    weight: empty for the whole, ``None`` where only Python uses it or nothing was captured yet.
+    """
 
     name: str
+    role: str
+    depth: int | None
+    region: str | None
     shape: tuple[int, ...]
     op: str
     form: str
@@ -51,6 +58,8 @@ class AdapterReport:
         regions: the parts of the model that run as graphs or as Python, the whole model first.
         trainable_parameters: number of trained values.
         total_parameters: number of the model's own values.
+        model_bytes: memory of the model's parameters and buffers.
+        trainable_bytes: memory of what is trained; gradients take as much, Adam's moments twice as much.
     """
 
     sites: tuple[SiteRow, ...]
@@ -59,6 +68,13 @@ class AdapterReport:
     regions: tuple[RegionRow, ...]
     trainable_parameters: int
     total_parameters: int
+    model_bytes: int
+    trainable_bytes: int
+
+    @property
+    def training_bytes(self) -> int:
+        """Memory of all parameters, gradients and the two moments of Adam; activations come on top."""
+        return self.model_bytes + 4 * self.trainable_bytes
 
     @property
     def trainable_share(self) -> float:
@@ -67,7 +83,8 @@ class AdapterReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
-        return {**dataclasses.asdict(self), "trainable_share": self.trainable_share}
+        computed = {"trainable_share": self.trainable_share, "training_bytes": self.training_bytes}
+        return {**dataclasses.asdict(self), **computed}
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=160, record=True)
@@ -76,7 +93,7 @@ class AdapterReport:
 
     def __rich_console__(self, console: Console, options: Any) -> Any:
         table = Table(title=f"{len(self.sites)} adapted weights", title_justify="left")
-        for heading in ("weight", "shape", "used by", "form"):
+        for heading in ("weight", "role", "block", "region", "shape", "used by", "form"):
             table.add_column(heading)
         for heading in ("rank", "live λ", "parameters", "graphs", "rounding error"):
             table.add_column(heading, justify="right")
@@ -84,7 +101,9 @@ class AdapterReport:
             error = "" if row.rounding_error is None else f"{row.rounding_error:.1e}"
             cells = (row.rank, row.live, f"{row.parameters:,}", row.in_graphs, error)
             shape = "×".join(map(str, row.shape))
-            table.add_row(row.name, shape, row.op, row.form, *map(str, cells))
+            block = "" if row.depth is None else str(row.depth)
+            region = "" if row.region is None else row.region or "whole"
+            table.add_row(row.name, row.role, block, region, shape, row.op, row.form, *map(str, cells))
         yield table
         yield from (f"no adapter: {name}: {reason}" for name, reason in self.rejected.items())
         yield from (f"no graph uses: {name}" for name in self.unused)
@@ -94,8 +113,17 @@ class AdapterReport:
             yield from (f"python: {where}: {reason}" for reason in region.refused)
         yield (
             f"trains {self.trainable_parameters:,} values, {self.trainable_share:.2%} "
-            f"of the model's {self.total_parameters:,}"
+            f"of the model's {self.total_parameters:,}; weights {_gigabytes(self.model_bytes)}, with gradients and "
+            f"Adam's moments {_gigabytes(self.training_bytes)} (activations not counted)"
         )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _count_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
@@ -103,12 +131,16 @@ def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
     errors = adapted.fold_report.rounding_error if adapted.fold_report else {}
     regions, variants = adapted.regions, adapted.variants
     in_python = {name for region in regions if region.refused for name in region.aliases.values()}
+    holders = {site: region.path for region in regions for variant in region.variants for site in variant.sites}
     rows = []
     for adapter in adapted.plan:
         parameters = adapted.adapters.parameters_of(adapter)
         rows.append(
             SiteRow(
                 name=adapter.site.name,
+                role=adapter.site.role,
+                depth=adapter.site.depth,
+                region=holders.get(adapter.site.name),
                 shape=adapter.site.shape,
                 op=adapter.site.op,
                 form=adapter.form.name,
@@ -136,4 +168,6 @@ def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
         ),
         trainable_parameters=sum(p.numel() for p in adapted.trainable_parameters()),
         total_parameters=sum(p.numel() for p in adapted.module.parameters()),
+        model_bytes=_count_bytes((*adapted.module.parameters(), *adapted.module.buffers())),
+        trainable_bytes=_count_bytes(adapted.trainable_parameters()),
     )

@@ -1,0 +1,168 @@
+"""Roles are told by the dataflow: on modules whose names say nothing, and against names that do."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from passes.calls import split_call
+from passes.capture import capture_call
+from passes.roles import ROLES, find_roles
+from passes.weight_uses import find_parameter_aliases, find_weight_uses
+from tests.zoo import entries
+from tests.zoo.role_checks import score_roles
+
+
+def roles_of(module: nn.Module, *args: Tensor) -> dict[str, str]:
+    """Roles by the name of the weight without its last part."""
+    graph = capture_call(module.eval(), split_call(args, {})).graph_module
+    found = find_roles(find_weight_uses(graph, find_parameter_aliases(module)))
+    assert set(found.values()) <= set(ROLES)
+    return {name.removesuffix(".weight"): role for name, role in found.items()}
+
+
+class Letters(nn.Module):
+    """Linear layers named by letters, around a residual stream of width 8."""
+
+    def __init__(self, **shapes: tuple[int, int]) -> None:
+        super().__init__()
+        for name, (fan_in, out) in shapes.items():
+            self.add_module(name, nn.Linear(fan_in, out))
+        self.norm = nn.LayerNorm(8)
+
+    def apply_to(self, name: str, x: Tensor) -> Tensor:
+        result: Tensor = self.get_submodule(name)(x)
+        return result
+
+
+def rotate(x: Tensor) -> Tensor:
+    angle = torch.arange(x.shape[-2], device=x.device, dtype=x.dtype)[:, None]
+    half = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], dim=-1)
+    return x * angle.cos() + half * angle.sin()
+
+
+class Attends(Letters):
+    def __init__(self, written: str) -> None:
+        super().__init__(a=(8, 8), b=(8, 8), c=(8, 8), d=(8, 8), e=(8, 3))
+        self.written = written
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        heads = [self.apply_to(name, h).unflatten(-1, (2, -1)).transpose(1, 2) for name in "abc"]
+        attended = self.attend(rotate(heads[2]), rotate(heads[1]), heads[0])
+        x = x + self.apply_to("d", attended.transpose(1, 2).flatten(2))
+        return self.apply_to("e", self.norm(x).mean(1))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.written == "sdpa":
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        if self.written == "einsum":
+            scores = torch.einsum("bhjd,bhid->bhij", key, query) / math.sqrt(query.shape[-1])
+            return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), value)
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        return F.dropout(scores.masked_fill(~mask, -1e9).softmax(-1), 0.1, self.training) @ value
+
+
+@pytest.mark.parametrize("written", ["sdpa", "matmul", "einsum"])
+def test_attention_however_it_is_written(written: str) -> None:
+    expected = {"a": "attention.value", "b": "attention.key", "c": "attention.query", "d": "attention.output"}
+    assert roles_of(Attends(written), torch.randn(2, 5, 8)) == {**expected, "e": "head"}
+
+
+class Latent(Letters):
+    """Keys and values out of one narrow projection, as in DeepSeek's attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        key, value = self.apply_to("b", F.layer_norm(self.apply_to("a", h), (4,))).chunk(2, dim=-1)
+        return x + self.apply_to("d", F.scaled_dot_product_attention(self.apply_to("c", h), key, value))
+
+
+def test_a_projection_in_two_steps_has_one_role() -> None:
+    found = roles_of(Latent(a=(8, 4), b=(4, 16), c=(8, 8), d=(8, 8)), torch.randn(2, 5, 8))
+    assert found == {"a": "attention.kv", "b": "attention.kv", "c": "attention.query", "d": "attention.output"}
+
+
+def test_the_packed_weight_of_torchs_own_attention() -> None:
+    found = roles_of(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 5, 8))
+    assert list(found.values()) == ["attention.qkv", "attention.output", "feed_forward.up", "feed_forward.down"]
+
+
+class Feeds(Letters):
+    def __init__(self, kind: str) -> None:
+        super().__init__(a=(8, 12), b=(8, 12), c=(12, 8), d=(8, 24), e=(8, 3))
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + self.apply_to("c", self.widen(self.norm(x)))
+        return self.apply_to("e", self.norm(x))
+
+    def widen(self, h: Tensor) -> Tensor:
+        if self.kind == "packed":
+            left, right = self.apply_to("d", h).chunk(2, dim=-1)
+            return left * F.gelu(right)
+        up = self.apply_to("a", h)
+        if self.kind == "gated":
+            return F.silu(up) * self.apply_to("b", h)
+        if self.kind == "written out":
+            return 0.5 * up * (1 + torch.tanh(0.8 * (up + 0.04 * up.pow(3))))
+        return F.relu(up).square()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("gated", {"a": "gate", "b": "up", "c": "down"}),
+        ("packed", {"d": "gate_up", "c": "down"}),
+        ("written out", {"a": "up", "c": "down"}),
+        ("squared", {"a": "up", "c": "down"}),
+    ],
+)
+def test_feed_forward(kind: str, expected: dict[str, str]) -> None:
+    found = roles_of(Feeds(kind), torch.randn(2, 5, 8))
+    assert found == {**{name: f"feed_forward.{part}" for name, part in expected.items()}, "e": "head"}
+
+
+class Sees(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Conv2d(3, 8, 4, stride=4)
+        self.t = nn.Parameter(torch.randn(1, 4, 8))
+        self.q = nn.Conv1d(8, 8, 3, padding=1)
+        self.r = nn.LSTM(8, 8, batch_first=True)
+        self.s = nn.Linear(8, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.p(images).flatten(2).transpose(1, 2) + self.t
+        x = x + self.q(x.transpose(1, 2)).transpose(1, 2)
+        result: Tensor = self.s(self.r(x)[0][:, -1])
+        return result
+
+
+def test_convolutions_tables_and_recurrences() -> None:
+    assert roles_of(Sees(), torch.randn(2, 3, 8, 8)) == {
+        "t": "embedding",
+        "p": "patch_embedding",
+        "q": "convolution",
+        "r.weight_ih_l0": "recurrent",
+        "r.weight_hh_l0": "recurrent",
+        "s": "head",
+    }
+
+
+#: One of each way of writing attention and feed-forward networks; benchmarks/role_accuracy.py has all.
+_MEASURED = ["bert", "gpt2", "llama", "gemma2", "phi3", "t5", "vit", "clip", "bart", "mixtral", "deepseek-v3", "mpt"]
+
+
+@pytest.mark.parametrize("name", [_MEASURED[0], *(pytest.param(n, marks=pytest.mark.slow) for n in _MEASURED[1:])])
+def test_roles_are_those_that_names_give(name: str) -> None:
+    (entry,) = entries(names=[name])
+    score = score_roles(entry)
+    assert score.known >= 8
+    assert score.wrong == {}
