@@ -96,7 +96,8 @@ def compile_with_adapters(
     if example is None:
         search = find_module_sites(own, config.selection)
     else:
-        search = find_sites(_discover(regions, *_on_device_of(own, example)), own, config.selection)
+        regions, uses = _discover_planned(regions, own, config, *_on_device_of(own, example))
+        search = find_sites(uses, own, config.selection)
     planned = plan_adapters(search, config) if plan is None else match_plan(plan, own)
     return _assemble(own, search, planned, config, flags, regions)
 
@@ -106,6 +107,22 @@ def _find_boundaries(model: nn.Module, config: AdapterConfig) -> list[str]:
     if config.regions or not is_without_memory(model):
         return find_boundaries(model, config.regions)
     return find_repeated_modules(model)
+
+
+def _discover_planned(
+    regions: RegionTree, own: nn.Module, config: AdapterConfig, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[RegionTree, dict[str, list[WeightUse]]]:
+    """Uses of weights; without memory, as one graph where the Python around the blocks reads values."""
+    try:
+        return regions, _discover(regions, args, kwargs)
+    except CaptureError as error:
+        if config.regions or not is_without_memory(own):
+            raise
+        logger.warning(
+            "without weights, blocks cannot be captured by themselves, so the model is captured whole: %s", error
+        )
+        whole = RegionTree(own, config.context())
+        return whole, _discover(whole, args, kwargs)
 
 
 def _on_device_of(model: nn.Module, example: tuple[Any, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -28,7 +28,7 @@ _CHIP_WIDTH, _CHIP_HEIGHT, _GAP, _TITLE = 1.62, 0.62, 0.12, 0.36
 _LABEL_WIDTH = 1.45
 _MOST_IN_ROW = 6
 #: Longer labels lose their beginning.
-_LONGEST_LABEL = 22
+_LONGEST_LABEL, _LONGEST_HEADING = 24, 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +117,13 @@ def _draw_weight(axes: Axes, weight: MapWeight, x: float, y: float) -> None:
     is_adapted = bool(weight.rank)
     _draw_chip(axes, x, y, _CHIP_WIDTH, _CHIP_HEIGHT, is_adapted=is_adapted)
     part = weight.role.partition(".")[2].replace("_", " + ")
+    heading = part or weight.label.rpartition(".")[2][-_LONGEST_HEADING:]
     label = weight.label if len(weight.label) <= _LONGEST_LABEL else f"…{weight.label[1 - _LONGEST_LABEL :]}"
     color = _WHITE if is_adapted else _MUTED
     middle, shape = x + _CHIP_WIDTH / 2, " × ".join(map(str, weight.shape))
     detail = f"{shape}   rank {weight.rank}" if is_adapted else shape
-    axes.text(middle, y + 0.14, part or label, color=color, ha="center", va="center", fontweight="bold", fontsize=8.5)
-    axes.text(middle, y + 0.32, label if part else "", color=color, ha="center", va="center", fontsize=7)
+    axes.text(middle, y + 0.14, heading, color=color, ha="center", va="center", fontweight="bold", fontsize=8.5)
+    axes.text(middle, y + 0.32, label if label != heading else "", color=color, ha="center", va="center", fontsize=7)
     axes.text(middle, y + 0.49, detail, color=color, ha="center", va="center", fontsize=7)
 
 
