@@ -147,7 +147,7 @@ def _shape(node: Node) -> tuple[Any, ...]:
         return (len(value),)
     if not isinstance(value, torch.Tensor):
         return ()
-    return (str(value.dtype), *(size if isinstance(size, int) else "?" for size in value.shape))
+    return (str(value.dtype), *(size if isinstance(size, int) else "?" for size in value.shape))  # type: ignore[redundant-expr]
 
 
 def _find_stretch(sequence: _Sequence, start: int, end: int) -> tuple[int, int, int] | None:

@@ -133,7 +133,7 @@ class AdapterRule:
     def _check_numbers(self) -> None:
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise self._error("rank", "an integer of at least 1")
-        if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and self.alpha > 0):
+        if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and self.alpha > 0):  # type: ignore[redundant-expr]
             raise self._error("alpha", "a number above 0")
         if self.expect is not None and (type(self.expect) is not int or self.expect < 0):
             raise self._error("expect", "a number of weights")

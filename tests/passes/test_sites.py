@@ -88,7 +88,7 @@ def test_selections(prepare: Prepare, selection: SiteSelection, names: list[str]
 @pytest.mark.parametrize("option", ["sites", "exclude"])
 def test_a_glob_that_matches_nothing_is_refused_with_the_names_there_are(option: str) -> None:
     with pytest.raises(SiteError, match=rf"{option}='\*\.qurey' matches no weight, .*; there are: .*linear\.weight"):
-        find_module_sites(Zoo(), SiteSelection(**{option: ("*.qurey",)}))
+        find_module_sites(Zoo(), SiteSelection(**{option: ("*.qurey",)}))  # type: ignore[arg-type]
 
 
 def test_integer_weights_are_no_sites() -> None:
