@@ -14,7 +14,13 @@ import torch
 from torch import nn
 
 from adapter_compiler.config import AdapterConfig
-from adapter_compiler.ownership import clone_parameter, copy_module, detach_computed_attributes, replace_parameter
+from adapter_compiler.ownership import (
+    clone_parameter,
+    copy_module,
+    detach_computed_attributes,
+    replace_parameter,
+    share_parameter,
+)
 from adapter_compiler.regions import Region, RegionTree
 from adapter_compiler.report.adapters import AdapterReport, describe_adapters
 from adapter_compiler.store import AdapterStore
@@ -154,10 +160,18 @@ class AdaptedModel(nn.Module):
             errors[name] = merged.rounding_error
             return replace_parameter(parameter, merged.weight, requires_grad=flag)
 
-        self._regions.deactivate()
-        folded = copy_module(self.module, merge)
+        folded = self._copy_as_written(merge)
         self.fold_report = FoldReport(rounding_error=errors)
         return folded
+
+    def copy_base(self) -> nn.Module:
+        """The user's own model without adapters: a copy over the same weights, which are frozen in it."""
+        return self._copy_as_written(lambda _, parameter: share_parameter(parameter))
+
+    def _copy_as_written(self, make_parameter: Callable[[str, nn.Parameter], nn.Parameter]) -> nn.Module:
+        """A copy of the module without what regions put into it while it runs as Python."""
+        self._regions.deactivate()
+        return copy_module(self.module, make_parameter)
 
     def report(self) -> AdapterReport:
         """What was adapted and what was not, with reasons; ``print`` it or read its fields."""

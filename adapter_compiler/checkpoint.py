@@ -7,7 +7,7 @@ statistics move while adapters train). It is written beside and renamed, so it i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
     path = Path(directory) / FILE_NAME
     header, tensors = read_file(path, "AdaptedModel.save")
     _assert_header(path, header)
-    _assert_same_adapters(path, header, _describe(adapted))
+    assert_same_sites(path, header["sites"], describe_sites(adapted))
     targets = find_saved_tensors(adapted)
     if missing := sorted(targets.keys() ^ tensors.keys()):
         raise CheckpointError(f"{path}: tensor {missing[0]} is on one side only; compile with the same trainable=")
@@ -152,14 +152,17 @@ def _assert_header(path: Path, header: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path}: its header names no sites; save the adapters again")
 
 
-def _assert_same_adapters(path: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    if odd := sorted(saved["sites"].keys() ^ mine["sites"].keys()):
-        side = "the file" if odd[0] in saved["sites"] else "this model"
+def assert_same_sites(
+    path: Path, saved: Mapping[str, Any], mine: Mapping[str, Any], *, apart_from: Collection[str] = ()
+) -> None:
+    """Raise :class:`CheckpointError` unless two descriptions from :func:`describe_sites` agree, some keys apart."""
+    if odd := sorted(saved.keys() ^ mine.keys()):
+        side = "the file" if odd[0] in saved else "this model"
         raise CheckpointError(f"{path}: {len(odd)} sites differ, for example {odd[0]} is in {side} only")
-    for name, expected in mine["sites"].items():
+    for name, expected in mine.items():
         for key, value in expected.items():
-            found = saved["sites"][name].get(key)
-            if found != value:
+            found = saved[name].get(key)
+            if found != value and key not in apart_from:
                 raise CheckpointError(
                     f"{path}: site {name} was saved with {key}={found}, this model has "
                     f"{key}={value}; compile the same model with the same rank and alpha"

@@ -24,7 +24,7 @@ from adapter_compiler.ownership import (
 )
 from adapter_compiler.regions import RegionTree, find_boundaries
 from adapter_compiler.store import AdapterStore
-from passes.calls import describe_call, sort_keywords
+from passes.calls import describe_refusal, sort_keywords
 from passes.forms import SvdForm
 from passes.module_state import is_without_memory
 from passes.plan import AdapterPlan, PlannedAdapter
@@ -139,11 +139,7 @@ def _discover(regions: RegionTree, args: tuple[Any, ...], kwargs: Mapping[str, A
     except AdapterCompilerError:
         raise
     except Exception as error:  # the model's own code raises what it likes
-        raise CaptureError(
-            f"{type(regions.module).__name__} itself refuses the call with {describe_call(args, kwargs)}: "
-            f"{type(error).__name__}: {error}; expected arguments that the model runs on; try them on the model "
-            "without adapters"
-        ) from error
+        raise CaptureError(describe_refusal(regions.module, args, kwargs, error)) from error
 
 
 def plan_adapters(search: SiteSearch, config: AdapterConfig) -> AdapterPlan:

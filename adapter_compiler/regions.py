@@ -24,7 +24,7 @@ from adapter_compiler.variants import AdapterContext, Variant, VariantCache
 from passes.base import CaptureError, SiteError
 from passes.calls import ModuleCall, sort_keywords, split_call
 from passes.capture import CapturedGraph, capture_call
-from passes.module_state import restored_state
+from passes.module_state import HOOK_KINDS, restored_state, without_fast_path
 from passes.plan import AdapterPlan, PlannedAdapter
 from passes.python_uses import WatchWeights
 from passes.regions import Rewiring, find_callable_submodules
@@ -233,13 +233,8 @@ class RegionTree:
     def run_python(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a module's own code with its submodules as regions and its weights adapted."""
         self._activate()
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # it reads the weights of submodules, past their regions
-        try:
-            with self.watching(paused=False):
-                return self._rewiring.original_forward(module)(*args, **kwargs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
+        with without_fast_path(), self.watching(paused=False):
+            return self._rewiring.original_forward(module)(*args, **kwargs)
 
     def _dispatch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not any(parameter.dim() >= 2 for parameter in module.parameters()):
@@ -304,8 +299,7 @@ def _keep(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(kinds) or type(module).__call__ is not nn.Module.__call__
+    return any(getattr(module, kind) for kind in HOOK_KINDS) or type(module).__call__ is not nn.Module.__call__
 
 
 def find_boundaries(model: nn.Module, wanted: Sequence[str | type[nn.Module]]) -> list[str]:

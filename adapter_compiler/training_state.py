@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.budget import RankBudget
-from adapter_compiler.checkpoint import HEADER_KEY, describe_sites, find_saved_tensors, read_file
+from adapter_compiler.checkpoint import HEADER_KEY, assert_same_sites, describe_sites, find_saved_tensors, read_file
 from adapter_compiler.compaction import compact_adapters
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.files import written_beside
@@ -126,18 +126,10 @@ def load_training_state(
 def _find_kept(path: Path, saved: Mapping[str, Any], adapted: AdaptedModel) -> dict[str, torch.Tensor]:
     """The sites that had fewer triplets when saved, and as many indices as they had."""
     mine = describe_sites(adapted)
-    if odd := sorted(saved.keys() ^ mine.keys()):
-        side = "the file" if odd[0] in saved else "this model"
-        raise CheckpointError(f"{path}: {len(odd)} sites differ, for example {odd[0]} is in {side} only")
+    assert_same_sites(path, saved, mine, apart_from=("rank",))
     kept = {}
     for name, expected in mine.items():
         found = saved[name]
-        for key in expected.keys() - {"rank"}:
-            if found.get(key) != expected[key]:
-                raise CheckpointError(
-                    f"{path}: site {name} was saved with {key}={found.get(key)}, this model has {key}="
-                    f"{expected[key]}; compile the same model with the same options"
-                )
         if found["rank"] > expected["rank"]:
             raise CheckpointError(
                 f"{path}: site {name} was saved with rank {found['rank']}, this model has only {expected['rank']}; "

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.base import CaptureError
@@ -112,6 +113,14 @@ def describe_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     leaves = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))[0]
     tensors = [(path, leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
     return ", ".join(f"{_spell(path)}: {t.dtype} {tuple(t.shape)}" for path, t in tensors) or "no tensors"
+
+
+def describe_refusal(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], error: Exception) -> str:
+    """The message for a call that the user's own model does not run on."""
+    return (
+        f"{type(module).__name__} itself refuses the call with {describe_call(args, kwargs)}: {type(error).__name__}: "
+        f"{error}; expected arguments that the model runs on; try them on the model without adapters"
+    )
 
 
 def flatten_result(result: Any) -> tuple[list[Any], pytree.TreeSpec]:

@@ -60,10 +60,13 @@ def multiply_groups(
 ) -> Tensor:
     """Row t of x [T, in] times the weight [E, in, out] of its group; group e ends before row ``offs[e]``.
 
-    Rows behind the last group are zero. Other layouts of a grouped product are plain batched products.
+    Rows behind the last group are zero. Raises NotImplementedError, which fails the export, for other layouts.
     """
     if offs is None or x.dim() != 2 or weight.dim() != 3:
-        raise NotImplementedError("only rows of a matrix grouped over a stack of weights can be written out")
+        raise NotImplementedError(
+            f"a grouped product of {x.dim()}-dimensional rows with a {weight.dim()}-dimensional weight is not written "
+            "out; expected a matrix of rows, grouped by offsets over a stack of weights"
+        )
     rows = torch.arange(x.shape[0], device=x.device)
     begins = torch.cat([offs.new_zeros(1), offs[:-1]])
     belongs = (rows >= begins[:, None]) & (rows < offs[:, None])

@@ -157,15 +157,21 @@ def canonical_kernels() -> Iterator[None]:
     The fused inference path of ``nn.TransformerEncoder`` gives other numbers under a padding mask,
     and an ambient autocast region would be frozen into the graph instead of surrounding it.
     """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with without_fast_path(), contextlib.ExitStack() as stack:
+        for device_type in _autocast_devices():
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Switch off the fused inference path of ``nn.TransformerEncoder``, which reads weights past their modules."""
+    before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with contextlib.ExitStack() as stack:
-            for device_type in _autocast_devices():
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _autocast_devices() -> list[str]:

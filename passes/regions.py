@@ -29,7 +29,6 @@ class Rewiring:
     Attributes:
         module: the root; its own ``forward`` is never redirected.
         is_active: whether calls and look-ups are redirected at present.
-        fast_path: what torch's setting for the fused encoder, which reads weights past modules, was.
     """
 
     def __init__(self, module: nn.Module, dispatch: Dispatch) -> None:
@@ -89,13 +88,6 @@ def find_callable_submodules(module: nn.Module) -> Iterator[nn.Module]:
             continue
         if type(child).forward is not nn.Module.forward or "forward" in child.__dict__:
             yield child
-
-
-def find_scripted_parameters(module: nn.Module) -> set[str]:
-    """Names of the parameters inside TorchScript modules, whose code cannot be given other values."""
-    scripted = [name for name, child in module.named_modules() if isinstance(child, torch.jit.ScriptModule)]
-    names = (name for name, _ in module.named_parameters(remove_duplicate=False))
-    return {name for name in names if any(name.startswith(f"{prefix}." if prefix else "") for prefix in scripted)}
 
 
 def _call(dispatch: Dispatch, child: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -111,9 +111,10 @@ def _read_gradients(leaves: list[Any], probes: Mapping[str, nn.Parameter]) -> di
     terms = [_mix(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     if not terms:
         return {f"gradient {name}": None for name in probes}
+    dtype = torch.float32 if any(term.device.type == "mps" for term in terms) else torch.float64
+    total = torch.stack([term.to(terms[0].device, dtype) for term in terms]).sum()
     try:
-        # backward, not grad: reentrant checkpoints accept no other.
-        torch.stack([term.double() if term.device.type != "mps" else term.float() for term in terms]).sum().backward()
+        total.backward()  # not grad(): reentrant checkpoints accept no other
     except RuntimeError:
         return {}
     return {f"gradient {name}": None if p.grad is None else p.grad.to_dense() for name, p in probes.items()}

@@ -15,7 +15,7 @@ from adapter_compiler.onnx.initializers import InitializerFile
 from adapter_compiler.onnx.metadata import read_metadata
 from adapter_compiler.onnx.report import OutputError
 from adapter_compiler.onnx.values import run_session
-from adapter_compiler.onnx.verify import compare_values, open_session
+from adapter_compiler.onnx.verify import compare_values, measure_argmax_agreement, open_session
 
 #: Share of ones in random flags; the first of each row is always one, so that no row is masked wholly.
 _SHARE_OF_FLAGS = 0.8
@@ -26,8 +26,8 @@ Feeds = dict[str, torch.Tensor]
 def verify_file(path: str | Path, *, against: str | Path | None = None, draws: int = 8) -> list[OutputError]:
     """Check a file by itself, and compare it with another one if there is one.
 
-    By itself: ``onnx.checker`` accepts it, onnxruntime loads it, and random inputs of two batch sizes give
-    finite values.
+    By itself: ``onnx.checker`` accepts it, onnxruntime loads it, and random inputs of the example's sizes
+    give finite values.
 
     Args:
         path: a file that this library exported.
@@ -127,8 +127,7 @@ def measure_values(case: str, name: str, found: torch.Tensor, want: torch.Tensor
     found, exact = found.double(), want.double()
     difference = float((found - exact).abs().max()) if exact.numel() else 0.0
     largest = float(exact.abs().max()) if exact.numel() else 0.0
-    rows = exact.dim() >= 2 and exact.shape[-1] > 1
-    agreement = float((found.argmax(-1) == exact.argmax(-1)).double().mean()) if rows else None
+    agreement = measure_argmax_agreement(found, exact)
     relative = difference / largest if largest else 0.0
     return OutputError(case=case, output=name, max_abs=difference, max_rel=relative, argmax_agreement=agreement)
 

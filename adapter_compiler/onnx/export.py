@@ -23,9 +23,9 @@ from adapter_compiler.onnx.metadata import describe_file, write_metadata
 from adapter_compiler.onnx.report import ExportAttempt, ExportReport, OutputError
 from adapter_compiler.onnx.runtime import add_runtime_adapters, verify_runtime_adapters
 from adapter_compiler.onnx.strategies import LADDER, Strategy, WrittenDraft, write_draft
-from adapter_compiler.onnx.verify import DepartureError, verify_cases
+from adapter_compiler.onnx.verify import DepartureError, assert_comparable, verify_cases
 from adapter_compiler.onnx.weights import map_weights
-from passes.calls import ModuleCall, describe_call
+from passes.calls import ModuleCall, describe_refusal
 from passes.module_state import canonical_kernels
 
 logger = logging.getLogger(__name__)
@@ -74,9 +74,7 @@ def export_onnx(
     attempts: list[ExportAttempt] = []
     first: ExportError | None = None
     with canonical_kernels(), torch.no_grad():
-        names = _Names(
-            inputs=spell_names(call.names), outputs=[name for name, _ in _run_example(exporter, call, adapters)]
-        )
+        names = _Names(inputs=spell_names(call.names), outputs=[name for name, _ in _run_example(exporter, call)])
         for strategy in LADDER:
             try:
                 with written_beside(path) as draft:
@@ -130,23 +128,14 @@ def _prepare(
     return NamedOutputs(prepared), call
 
 
-def _run_example(exporter: NamedOutputs, call: ModuleCall, adapters: str) -> list[tuple[str, torch.Tensor]]:
+def _run_example(exporter: NamedOutputs, call: ModuleCall) -> list[tuple[str, torch.Tensor]]:
     """The example's outputs; without finite values no file could be verified, so nothing is exported."""
     try:
         expected = exporter.named_outputs(call)
     except Exception as error:  # the model's own code raises what it likes
-        given = describe_call(*call.rebuild(call.tensors))
-        raise ExportError(
-            f"{type(exporter.module).__name__} itself refuses the call with {given}: "
-            f"{type(error).__name__}: {error}; expected arguments that the model runs on; try them on the model "
-            "without adapters"
-        ) from error
+        raise ExportError(describe_refusal(exporter.module, *call.rebuild(call.tensors), error)) from error
     for name, tensor in expected:
-        if tensor.is_floating_point() and tensor.numel() and not bool(tensor.isfinite().any()):
-            raise VerificationError(
-                f"output {name} on example: PyTorch gives inf or nan only, so nothing can be compared; expected "
-                "finite values; give an example for which the model computes them"
-            )
+        assert_comparable("example", name, tensor)
     return expected
 
 

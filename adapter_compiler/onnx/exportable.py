@@ -59,8 +59,9 @@ def prepare_merged(model: nn.Module) -> nn.Module:
 
 def prepare_base(model: nn.Module) -> nn.Module:
     """A copy of the model without its adapters, in eval mode on the CPU."""
-    base = model.module if isinstance(model, AdaptedModel) else model
-    return copy_module(base, lambda _, parameter: share_parameter(parameter)).eval().cpu()
+    if isinstance(model, AdaptedModel):
+        return model.copy_base().eval().cpu()
+    return copy_module(model, lambda _, parameter: share_parameter(parameter)).eval().cpu()
 
 
 def to_cpu(tree: Any) -> Any:

@@ -104,7 +104,20 @@ def _find_usable_call(
 
 
 def _has_empty_output(expected: Sequence[tuple[str, torch.Tensor]]) -> bool:
-    return any(t.is_floating_point() and t.numel() and not bool(t.isfinite().any()) for _, t in expected)
+    return any(_has_no_finite_value(tensor) for _, tensor in expected)
+
+
+def assert_comparable(case: str, name: str, exact: torch.Tensor) -> None:
+    """Raise :class:`VerificationError` for an output without any finite value, which nothing could be compared with."""
+    if _has_no_finite_value(exact):
+        raise VerificationError(
+            f"output {name} on {case}: PyTorch gives inf or nan only, so nothing can be compared; expected finite "
+            "values; give an example for which the model computes them"
+        )
+
+
+def _has_no_finite_value(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.numel()) and not bool(tensor.isfinite().any())
 
 
 def compare_outputs(
@@ -151,12 +164,8 @@ def compare_values(case: str, name: str, found: torch.Tensor, want: torch.Tensor
             raise DepartureError(f"output {name} on {case}: {count}", case)
         return OutputError(case=case, output=name, max_abs=0.0, max_rel=0.0)
     found, exact = found.to(torch.float64), want.to(torch.float64)
+    assert_comparable(case, name, exact)
     finite = exact.isfinite()
-    if not bool(finite.any()):
-        raise VerificationError(
-            f"output {name} on {case}: PyTorch gives inf or nan only, so nothing can be compared; expected finite "
-            "values; give an example for which the model computes them"
-        )
     same_elsewhere = torch.equal(found[~finite].nan_to_num(), exact[~finite].nan_to_num())
     difference = float((found - exact)[finite].abs().max())
     largest = float(exact[finite].abs().max())
@@ -173,11 +182,12 @@ def compare_values(case: str, name: str, found: torch.Tensor, want: torch.Tensor
         output=name,
         max_abs=difference,
         max_rel=difference / largest if largest else 0.0,
-        argmax_agreement=_measure_argmax_agreement(found, exact),
+        argmax_agreement=measure_argmax_agreement(found, exact),
     )
 
 
-def _measure_argmax_agreement(found: torch.Tensor, exact: torch.Tensor) -> float | None:
+def measure_argmax_agreement(found: torch.Tensor, exact: torch.Tensor) -> float | None:
+    """Share of rows whose largest value stands in the same place; ``None`` for values without rows."""
     if exact.dim() < 2 or exact.shape[-1] < 2:
         return None
     return float((found.argmax(-1) == exact.argmax(-1)).double().mean())

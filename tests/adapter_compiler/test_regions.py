@@ -233,6 +233,18 @@ def test_folding_copying_and_pickling_give_the_users_classes() -> None:
     torch.testing.assert_close(pickle.loads(pickle.dumps(adapted))(X), y)
 
 
+def test_the_base_is_the_users_model_also_after_its_python_ran() -> None:
+    model = ReachesIn()
+    adapted = adapt(model, X)
+    adapted(X)
+    base = adapted.copy_base()
+    assert isinstance(base, ReachesIn)
+    assert (type(base), type(base.layer)) == (ReachesIn, nn.Linear)
+    assert "forward" not in base.layer.__dict__
+    torch.testing.assert_close(base(X), model(X))
+    assert base.raw.data_ptr() == model.raw.data_ptr()
+
+
 def test_disabled_adapters_run_the_users_code() -> None:
     model = ReachesIn()
     adapted = adapt(model, X)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import adapter_compiler as ac
 from adapter_compiler.errors import SiteError
+from passes.module_state import without_fast_path
 from tests.zoo.entry import ZooEntry, find_tensors, loss_of
 
 #: (relative to the largest value, absolute) by dtype of an output or gradient.
@@ -142,12 +143,8 @@ def _call(module: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     _seed(9)
     args, kwargs = copy.deepcopy((args, kwargs))  # caches among the arguments are written to
     # The fused encoder of torch gives other numbers under a padding mask than the code it stands for.
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    with without_fast_path():
         return module(*args, **kwargs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def _check_identity(adapted: ac.AdaptedModel, entry: ZooEntry, *, training: bool) -> None:
