@@ -68,11 +68,11 @@ class _FusedLinears(torch.autograd.Function):
         dtype = _compute_dtype(outputs[0], sites[0][2])
         with _without_autocast(x):
             hidden = _stack([site[4] for site in sites], dtype) @ _cast(rows, dtype).t()
-            scaled = hidden * _scale_lambdas(sites, scales, dtype)
-            for output, part, site in zip(outputs, _split(scaled, sites), sites, strict=True):
+            lambdas = _scale_lambdas(sites, scales, dtype)
+            for output, part, site in zip(outputs, _split(hidden * lambdas, sites), sites, strict=True):
                 _add_product_(output, part.t(), _cast(site[2], dtype).t())
         sources = [x] if again is None else [a for a in again[1] if isinstance(a, torch.Tensor)]
-        ctx.save_for_backward(hidden, *operands, *sources)
+        ctx.save_for_backward(hidden, lambdas, *operands, *sources)
         ctx.scales = scales
         ctx.shape = x.shape
         ctx.again = (
@@ -82,7 +82,7 @@ class _FusedLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        hidden, *saved = ctx.saved_tensors
+        hidden, lambdas, *saved = ctx.saved_tensors
         count = OPERANDS_PER_SITE * len(ctx.scales)
         sites = _by_site(saved[:count])
         x = _recompute(ctx.again, saved[count:])
@@ -91,7 +91,7 @@ class _FusedLinears(torch.autograd.Function):
             return dx, None, None, *others
         rows = _as_rows(x)
         flat = [_as_rows(g) for g in gradients]
-        factors = _factor_gradients(flat, rows, hidden, sites, ctx.scales)
+        factors = _factor_gradients(flat, rows, hidden, lambdas, sites, ctx.scales)
         found: list[torch.Tensor | None] = []
         for i, (g, of_site) in enumerate(zip(flat, factors.by_site, strict=True)):
             needs_weight, needs_bias = ctx.needs_input_grad[3 + OPERANDS_PER_SITE * i :][:2]
@@ -137,20 +137,20 @@ class _FusedUpdate(torch.autograd.Function):
         with _without_autocast(x):
             hidden = _cast(Q, dtype) @ _cast(_as_rows(x), dtype).t()
             total = _as_rows(y).clone()
-            scaled = hidden * _scale_lambdas(sites, (scale,), dtype)
-            _add_product_(total, scaled.t(), _cast(P, dtype).t())
-        ctx.save_for_backward(x, hidden, P, lam, Q)
+            lambdas = _scale_lambdas(sites, (scale,), dtype)
+            _add_product_(total, (hidden * lambdas).t(), _cast(P, dtype).t())
+        ctx.save_for_backward(x, hidden, lambdas, P, lam, Q)
         ctx.scale = scale
         return _with_shape(total, y.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        x, hidden, P, lam, Q = ctx.saved_tensors
+        x, hidden, lambdas, P, lam, Q = ctx.saved_tensors
         if torch.is_grad_enabled():
             found = _differentiate(_plain_update(ctx.scale), (x, P, lam, Q), (gradient.to(P.dtype),))
             return gradient, *found, None
         sites = [(None, None, P, lam, Q)]
-        factors = _factor_gradients([_as_rows(gradient)], _as_rows(x), hidden, sites, (ctx.scale,))
+        factors = _factor_gradients([_as_rows(gradient)], _as_rows(x), hidden, lambdas, sites, (ctx.scale,))
         dx = None
         if ctx.needs_input_grad[1]:
             dx = _cast(factors.reading.t() @ _cast(Q, hidden.dtype), x.dtype).view_as(x)
@@ -198,6 +198,7 @@ def _factor_gradients(
     gradients: Sequence[torch.Tensor],
     rows: torch.Tensor,
     hidden: torch.Tensor,
+    lambdas: torch.Tensor,
     sites: Sequence[Any],
     scales: Sequence[float],
 ) -> _Factors:
@@ -207,24 +208,32 @@ def _factor_gradients(
         gradients: of the sites' outputs, [rows, out] each.
         rows: x, [rows, in].
         hidden: (x Qᵀ)ᵀ of all sites, [Σr, rows].
+        lambdas: s λ of all sites, [Σr, 1].
         sites: W, b, P, λ, Q of each.
         scales: s of each.
     """
     dtype = hidden.dtype
-    lambdas = _scale_lambdas(sites, scales, dtype)
     wide = [_cast(g, dtype) for g in gradients]
     through = torch.empty_like(hidden)
     for g, out, site in zip(wide, _split(through, sites), sites, strict=True):
         torch.mm(_cast(site[2], dtype).t(), g.t(), out=out)
-    dlam = _split(torch.linalg.vecdot(through, hidden), sites)
-    dP = [part @ g for g, part in zip(wide, _split(hidden * lambdas, sites), strict=True)]
+    dlam = _scale(_split(torch.linalg.vecdot(through, hidden), sites), scales)
+    dP = [
+        _transpose_scaled(part @ g, column, site[2])
+        for g, part, column, site in zip(wide, _split(hidden, sites), _split(lambdas, sites), sites, strict=True)
+    ]
     through.mul_(lambdas)
     dQ = _split(through @ _cast(rows, dtype), sites)
     by_site = [
-        (_cast(p.t(), P.dtype), _cast(d * scale, lam.dtype), _cast(q, Q.dtype))
-        for p, d, q, (_, _, P, lam, Q), scale in zip(dP, dlam, dQ, sites, scales, strict=True)
+        (p, _cast(d, lam.dtype), _cast(q, Q.dtype))
+        for p, d, q, (_, _, _, lam, Q) in zip(dP, dlam, dQ, sites, strict=True)
     ]
     return _Factors(by_site, through)
+
+
+def _transpose_scaled(product: torch.Tensor, lambdas: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
+    """(λ ∘ product)ᵀ in the memory layout of P, so that autograd takes it as it is."""
+    return torch.mul(product.t(), lambdas.t(), out=torch.empty_like(P, memory_format=torch.contiguous_format))
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -255,8 +264,12 @@ def _stack(factors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
 
 def _scale_lambdas(sites: Sequence[Any], scales: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
     """S λ of all sites as a column, [Σr, 1]."""
-    parts = [site[3] * scale for site, scale in zip(sites, scales, strict=True)]
+    parts = _scale([site[3] for site in sites], scales)
     return _stack(parts, dtype).unsqueeze(1)
+
+
+def _scale(tensors: Sequence[torch.Tensor], scales: Sequence[float]) -> list[torch.Tensor]:
+    return [tensor * scale for tensor, scale in zip(tensors, scales, strict=True)]
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -76,6 +76,7 @@ class TripletBank:
             self.values = [p.detach() for p in self.parameters.values()]
             self.stacks = tuple(LooseStack(name=key[1], buffer=i, keys=(key,)) for i, key in enumerate(self.parameters))
             self._indices = self._index_stacks()
+            self._gradients, self._gradient_views = [], {}
             return
         layout, buffers = flat
         self._own = layout.select(TRIPLETS)
@@ -181,10 +182,10 @@ class TripletBank:
         return self._gradients
 
     @torch.no_grad()
-    def scatter_gradients(self, buffers: Sequence[torch.Tensor]) -> None:
-        """Write buffers from :meth:`gather_gradients` back to the parameters that have a gradient."""
-        views = self.views(buffers)
-        found = [(p.grad, views[k]) for k, p in self.parameters.items() if p.grad is not None]
+    def scatter_gradients(self, buffers: Sequence[torch.Tensor], names: tuple[str, ...] = ("P", "lam", "Q")) -> None:
+        """Write buffers from :meth:`gather_gradients` back to the parameters of these names that have a gradient."""
+        views = self._gradient_views if buffers is self._gradients else self.views(buffers)
+        found = [(p.grad, views[k]) for k, p in self.parameters.items() if p.grad is not None and k[1] in names]
         if found:
             gradients, sources = zip(*found, strict=True)
             torch._foreach_copy_(gradients, sources)
