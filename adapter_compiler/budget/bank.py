@@ -169,7 +169,10 @@ class TripletBank:
 
     @torch.no_grad()
     def gather_gradients(self) -> list[torch.Tensor]:
-        """The gradients as buffers; a parameter without gradient has zeros. Writing to them needs :meth:`scatter`."""
+        """The gradients as buffers; a parameter without gradient has zeros.
+
+        What is written to them reaches the parameters by :meth:`scatter_gradients`.
+        """
         if not self.is_flat:
             parameters = self.parameters.values()
             return [torch.zeros_like(p) if p.grad is None else p.grad.to(p.dtype) for p in parameters]
@@ -186,7 +189,12 @@ class TripletBank:
         """Write buffers from :meth:`gather_gradients` back to the parameters of these names that have a gradient."""
         views = self._gradient_views if buffers is self._gradients else self.views(buffers)
         found = [(p.grad, views[k]) for k, p in self.parameters.items() if p.grad is not None and k[1] in names]
-        if found:
+        if not self.is_flat:
+            # Most are the gradients themselves, and DTensors have no foreach copy.
+            for gradient, source in found:
+                if gradient is not source:
+                    gradient.copy_(source)
+        elif found:
             gradients, sources = zip(*found, strict=True)
             torch._foreach_copy_(gradients, sources)
 

@@ -27,7 +27,7 @@ class TensorBoardObserver:
         if isinstance(target, (str, Path)):
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            target = SummaryWriter(str(target))  # type: ignore[no-untyped-call]
+            target = SummaryWriter(str(target))
         self.writer = target
         self.prefix = prefix
 

@@ -133,7 +133,7 @@ def test_linears_have_the_gradients_of_finite_differences(shape: tuple[int, ...]
 def test_update_has_the_gradients_of_finite_differences(shape: tuple[int, ...]) -> None:
     _, _, P, lam, Q = make_site(4, 5, 2)
     inputs = (make(*shape[:-1], 4), make(*shape), P, lam, Q)
-    assert torch.autograd.gradcheck(lambda *o: fused_update(*o, 0.3), inputs)
+    assert torch.autograd.gradcheck(lambda y, x, P, lam, Q: fused_update(y, x, P, lam, Q, 0.3), inputs)
 
 
 @pytest.mark.parametrize("ranks", [(1,), (12,), (3, 5), (2, 1, 4), (0, 3)])
@@ -180,17 +180,15 @@ def test_half_precision_base_with_wide_adapters(narrow: torch.dtype) -> None:
     W, b = (tensor.detach().to(narrow).requires_grad_() for tensor in (W, b))
     x = make(5, 16, dtype=torch.float32).detach().to(narrow).requires_grad_()
     (y,) = fused_linears(x, (0.5,), W, b, P, lam, Q)
-    expected = write_out(*(t.detach().double() if isinstance(t, Tensor) else t for t in (x, (0.5,), W, b, P, lam, Q)))[
-        0
-    ]
+    exact = [t.detach().double().requires_grad_() for t in (x, W, b, P, lam, Q)]
+    (expected,) = write_out(exact[0], (0.5,), *exact[1:])
     assert y.dtype == narrow
     torch.testing.assert_close(y.double(), expected, rtol=0.03, atol=0.05)
     gradients = torch.autograd.grad(y.float().sum(), (x, W, b, P, lam, Q))
     assert [g.dtype for g in gradients] == [narrow, narrow, narrow] + [torch.float32] * 3
-    wide = [t.detach().double().requires_grad_() for t in (x, W, b, P, lam, Q)]
-    reference = torch.autograd.grad(write_out(wide[0], (0.5,), *wide[1:])[0].sum(), wide)
-    for found, exact in zip(gradients, reference, strict=True):
-        torch.testing.assert_close(found.double(), exact, rtol=0.03, atol=0.1)
+    reference = torch.autograd.grad(expected.sum(), exact)
+    for found, right in zip(gradients, reference, strict=True):
+        torch.testing.assert_close(found.double(), right, rtol=0.03, atol=0.1)
 
 
 @pytest.mark.parametrize("again", [False, True])
