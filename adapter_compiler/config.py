@@ -42,6 +42,8 @@ class AdapterConfig:
         init_std: standard deviation of P and Q at the start.
         dtype: dtype of the adapters; by default the weight's, but float32 for half-precision weights.
         fused: run each adapter and its base layer as one function; the numbers differ by rounding only.
+        recompute: where ``fused``, compute activations that are cheap to get (GELU, SiLU, layer normalisation)
+            again in backward instead of keeping them; the numbers are the same.
         inplace: adapt the given model itself instead of a copy that shares its weights' storage.
         max_variants: how many captured graphs (by call signature and mode) each region keeps.
         regions: submodules that are captured by themselves, as classes or globs over names; by default
@@ -62,6 +64,7 @@ class AdapterConfig:
     init_std: float = 0.02
     dtype: torch.dtype | None = None
     fused: bool = True
+    recompute: bool = False
     inplace: bool = False
     max_variants: int = 16
     regions: tuple[str | type[nn.Module], ...] = ()
@@ -74,6 +77,7 @@ class AdapterConfig:
         assert_number(self, "gamma", least=0)
         assert_number(self, "init_std", above=0)
         assert_boolean(self, "fused")
+        assert_boolean(self, "recompute")
         assert_boolean(self, "inplace")
         if self.dtype is not None and not getattr(self.dtype, "is_floating_point", False):
             raise ConfigError(
@@ -109,7 +113,9 @@ class AdapterConfig:
 
     def context(self) -> AdapterContext:
         """The options that every graph of a model needs, before there are adapters."""
-        return AdapterContext(limit=self.max_variants, fused=self.fused, checkpointed=self.checkpoint)
+        return AdapterContext(
+            limit=self.max_variants, fused=self.fused, recompute=self.recompute, checkpointed=self.checkpoint
+        )
 
     def dtype_for(self, site: AdapterSite) -> torch.dtype:
         """The dtype of the adapter at ``site``."""

@@ -62,10 +62,11 @@ class AdapterStore(nn.Module):
     @property
     def flat(self) -> tuple[FlatLayout, list[torch.Tensor]] | None:
         """The layout and the flat buffers of values, or ``None`` if a parameter is not a view of them any more."""
-        parameters = self.keyed_parameters
-        if all(_points_to(parameters[key], pointer) for key, pointer in self._pointers.items()):
-            return self._layout, self._flat_buffers
-        return None
+        for (key, owner), pointer in zip(self._owners, self._pointers, strict=True):
+            parameter = owner._parameters[key[1]]
+            if type(parameter) is not nn.Parameter or parameter.data_ptr() != pointer:
+                return None
+        return self._layout, self._flat_buffers
 
     @torch.no_grad()
     def resize(self, values: Mapping[Key, torch.Tensor]) -> None:
@@ -90,7 +91,7 @@ class AdapterStore(nn.Module):
             ((site, name), self.get_submodule(site)) for site, names in self._names.items() for name in names
         ]
         parameters = self.keyed_parameters
-        self._pointers = dict.fromkeys(parameters, -1)
+        self._pointers = [-1] * len(parameters)
         if any(type(parameter) is not nn.Parameter for parameter in parameters.values()):
             return
         self._layout = plan_layout(parameters, self.families)
@@ -99,7 +100,7 @@ class AdapterStore(nn.Module):
         for key, parameter in parameters.items():
             views[key].copy_(parameter)
             parameter.data = views[key]
-        self._pointers = {key: parameter.data_ptr() for key, parameter in parameters.items()}
+        self._pointers = [parameter.data_ptr() for parameter in parameters.values()]
 
     def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """``.to()``, ``.cuda()``, ``.double()``…: torch moves each parameter alone, so they are joined again."""
@@ -115,11 +116,6 @@ class AdapterStore(nn.Module):
         """Join the copied parameters."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._flatten()
-
-
-def _points_to(parameter: torch.Tensor, pointer: int) -> bool:
-    """Whether it is an ordinary Parameter (not a DTensor, which has no pointer) at this place."""
-    return type(parameter) is nn.Parameter and parameter.data_ptr() == pointer
 
 
 def _make_containers(root: nn.Module, path: str) -> nn.Module:

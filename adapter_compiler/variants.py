@@ -40,6 +40,7 @@ class AdapterContext:
         store: their parameters.
         limit: how many graphs each region keeps.
         fused: whether each adapter and its base layer run as one function.
+        recompute: whether fused adapters compute cheap activations again in backward instead of keeping them.
         checkpointed: whether a region's activations are computed again in backward instead of kept.
     """
 
@@ -47,6 +48,7 @@ class AdapterContext:
     store: AdapterStore | None = None
     limit: int
     fused: bool
+    recompute: bool = False
     checkpointed: bool = False
 
     def adapt(self, captured: CapturedGraph, aliases: Mapping[str, str]) -> GraphModule:
@@ -60,7 +62,7 @@ class AdapterContext:
             VerifyAdaptersPass(plan=self.plan),
         ]
         if self.fused:
-            passes.append(FuseAdaptersPass())
+            passes.append(FuseAdaptersPass(recompute=self.recompute))
         return PassManager(passes=passes)(graph_module).graph_module
 
 

@@ -1,8 +1,10 @@
 """Same mathematics as the inserted nodes, fewer kernels and less saved memory.
 
-    linear(x, W, b) + svd(x)                          →  fused_linears(x, …)[0]
-    the same for several weights that read one x      →  fused_linears(x, …)[0], [1], …
-    any other product y with W, + svd(x)              →  fused_update(y, x, …)
+    linear(x, W, b), addmm(b, x, W), mm, matmul, + svd(x)   →  fused_linears(x, …)[0]
+    the same for several weights that read one x            →  fused_linears(x, …)[0], [1], …
+    any other product y with W, + svd(x)                    →  fused_update(y, x, …)
+    with ``recompute``, where x = gelu(h), silu(h) or layer_norm(h, …)
+                                                            →  fused_linears(x, …, again=(gelu, h))
 
 Refused, and left as inserted: adapters in weight form, the reverse direction of a weight that is used
 both ways, forms other than SVD, and grouping across an in-place operation that may change x.
@@ -23,6 +25,20 @@ from passes.dataflow import is_in_place
 from passes.fused_ops import fused_linears, fused_update
 
 aten = torch.ops.aten
+
+
+#: Operators that are cheap to compute again, deterministic, and keep their input for backward anyway.
+_CHEAP = {aten.gelu.default, aten.silu.default, aten.layer_norm.default}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """A base layer: x Wᵀ + b, or x W + b if W is stored [in, out]."""
+
+    x: object
+    weight: Node
+    bias: Node | None
+    is_transposed: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +63,10 @@ class _Insertion:
         return x
 
     @property
-    def is_linear(self) -> bool:
-        return self.output.target is aten.linear.default and self.output.args[0] is self.x
+    def product(self) -> _Product | None:
+        """The base layer, if it is one that reads the same x and is read by this adapter alone."""
+        found = _match_product(self.output)
+        return found if found is not None and found.x is self.x else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,19 +78,22 @@ class FuseAdaptersPass(GraphPass):
 
     Attributes:
         group_siblings: let linears that read the same x share one down-projection.
+        recompute: do not keep an x for backward that a cheap operator gives again from what autograd
+            keeps anyway; memory for a little time.
     """
 
     group_siblings: bool = True
+    recompute: bool = False
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Fuse in the graph and in the regions inside it."""
         modified = False
         for body in find_graph_modules(graph_module):
             insertions = list(_find_insertions(body))
-            linears = [one for one in insertions if one.is_linear]
-            others = [one for one in insertions if not one.is_linear]
+            linears = [one for one in insertions if one.product is not None]
+            others = [one for one in insertions if one.product is None]
             for group in _group(linears) if self.group_siblings else [[one] for one in linears]:
-                _fuse_linears(group)
+                _fuse_linears(group, recompute=self.recompute)
             for one in others:
                 _fuse_update(one)
             _erase_unread_adapter_nodes(body)
@@ -138,20 +159,50 @@ def _may_join(first: _Insertion, one: _Insertion) -> bool:
     return True
 
 
-def _fuse_linears(group: list[_Insertion]) -> None:
+def _fuse_linears(group: list[_Insertion], *, recompute: bool) -> None:
     first = group[0].output
-    operands: list[Node | None] = []
-    for one in group:
-        weight, bias = one.output.args[1], one.output.args[2] if len(one.output.args) > 2 else None
-        operands += [weight, bias, one.P, one.lam, one.Q]  # type: ignore[list-item]
     graph = first.graph
+    x = group[0].x
+    operands: list[Node | None] = []
     with graph.inserting_before(first):
-        fused = graph.call_function(fused_linears, (first.args[0], tuple(one.scale for one in group), *operands))
+        for one in group:
+            product = one.product
+            assert product is not None
+            weight = product.weight
+            if product.is_transposed:
+                weight = graph.call_function(aten.t.default, (weight,))
+                weight.meta["adapter_site"] = one.total.meta["adapter_site"]
+            operands += [weight, product.bias, one.P, one.lam, one.Q]
+        again = (x.target, x.args) if recompute and x.target in _CHEAP and not x.kwargs else None
+        scales = tuple(one.scale for one in group)
+        fused = graph.call_function(fused_linears, (x, scales, *operands), {"again": again} if again else {})
         outputs = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(group))]
     fused.meta["adapter_site"] = ", ".join(str(one.total.meta["adapter_site"]) for one in group)
     for one, output in zip(group, outputs, strict=True):
         _stand_in(one, output)
-        one.output.graph.erase_node(one.output) if not one.output.users else None
+        if not one.output.users:
+            graph.erase_node(one.output)
+
+
+def _match_product(node: Node) -> _Product | None:
+    """The base layer that a node is. What was matched before insertion says that W is 2-D and x is not W."""
+    if node.target is aten.linear.default:
+        x, weight, *rest = node.args
+        is_transposed, bias = False, rest[0] if rest else None
+    elif node.target in (aten.mm.default, aten.matmul.default):
+        (x, weight), bias, is_transposed = node.args, None, True
+    elif node.target is aten.addmm.default and not node.kwargs and _is_vector(node.args[0]):
+        (bias, x, weight), is_transposed = node.args, True
+    else:
+        return None
+    if not isinstance(weight, Node) or not (bias is None or isinstance(bias, Node)):
+        return None
+    return _Product(x, weight, bias, is_transposed)
+
+
+def _is_vector(value: object) -> bool:
+    example = value.meta.get("val") if isinstance(value, Node) else None
+    return isinstance(example, torch.Tensor) and example.dim() == 1
 
 
 def _fuse_update(one: _Insertion) -> None:

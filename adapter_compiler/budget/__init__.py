@@ -2,7 +2,8 @@
 
 from adapter_compiler.budget.allocation import Allocation
 from adapter_compiler.budget.checks import MaskingRecord
+from adapter_compiler.budget.observers import TensorBoardObserver
 from adapter_compiler.budget.runtime import RankBudget
 from adapter_compiler.budget.schedule import BudgetSchedule
 
-__all__ = ["Allocation", "BudgetSchedule", "MaskingRecord", "RankBudget"]
+__all__ = ["Allocation", "BudgetSchedule", "MaskingRecord", "RankBudget", "TensorBoardObserver"]

@@ -76,6 +76,7 @@ class TripletBank:
             self.values = [p.detach() for p in self.parameters.values()]
             self.stacks = tuple(LooseStack(name=key[1], buffer=i, keys=(key,)) for i, key in enumerate(self.parameters))
             self._indices = self._index_stacks()
+            self._gradients, self._gradient_views = [], {}
             return
         layout, buffers = flat
         self._own = layout.select(TRIPLETS)
@@ -168,7 +169,10 @@ class TripletBank:
 
     @torch.no_grad()
     def gather_gradients(self) -> list[torch.Tensor]:
-        """The gradients as buffers; a parameter without gradient has zeros. Writing to them needs :meth:`scatter`."""
+        """The gradients as buffers; a parameter without gradient has zeros.
+
+        What is written to them reaches the parameters by :meth:`scatter_gradients`.
+        """
         if not self.is_flat:
             parameters = self.parameters.values()
             return [torch.zeros_like(p) if p.grad is None else p.grad.to(p.dtype) for p in parameters]
@@ -181,11 +185,16 @@ class TripletBank:
         return self._gradients
 
     @torch.no_grad()
-    def scatter_gradients(self, buffers: Sequence[torch.Tensor]) -> None:
-        """Write buffers from :meth:`gather_gradients` back to the parameters that have a gradient."""
-        views = self.views(buffers)
-        found = [(p.grad, views[k]) for k, p in self.parameters.items() if p.grad is not None]
-        if found:
+    def scatter_gradients(self, buffers: Sequence[torch.Tensor], names: tuple[str, ...] = ("P", "lam", "Q")) -> None:
+        """Write buffers from :meth:`gather_gradients` back to the parameters of these names that have a gradient."""
+        views = self._gradient_views if buffers is self._gradients else self.views(buffers)
+        found = [(p.grad, views[k]) for k, p in self.parameters.items() if p.grad is not None and k[1] in names]
+        if not self.is_flat:
+            # Most are the gradients themselves, and DTensors have no foreach copy.
+            for gradient, source in found:
+                if gradient is not source:
+                    gradient.copy_(source)
+        elif found:
             gradients, sources = zip(*found, strict=True)
             torch._foreach_copy_(gradients, sources)
 

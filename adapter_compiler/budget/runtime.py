@@ -192,7 +192,7 @@ class RankBudget:
         self._watch.look(self._bank, self.step + 1)
         if self._gamma > 0:
             add_regulariser_gradient(self._bank, gradients, self._gamma, self.schedule.semantics, grad_scale)
-            self._bank.scatter_gradients(gradients)
+            self._bank.scatter_gradients(gradients, names=("P", "Q"))
         if self.schedule.semantics == "paper" and not self.is_frozen:
             self._follow(gradients, grad_scale)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from passes.fused_ops import fused_linears, fused_update
+
+aten = torch.ops.aten
 
 SCALES = (0.5, 2.0)
 
@@ -89,3 +93,125 @@ def test_half_precision_weights_with_wider_adapters(dtype: torch.dtype) -> None:
     wanted = torch.autograd.grad([e.sum() for e in expected], wide)
     for mine, theirs in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=5e-2)
+
+
+def make(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_()
+
+
+def make_site(out: int, fan_in: int, rank: int, *, bias: bool = True, dtype: torch.dtype = torch.float64) -> list[Any]:
+    b = make(out, dtype=dtype) if bias else None
+    return [
+        make(out, fan_in, dtype=dtype),
+        b,
+        make(out, rank, dtype=dtype),
+        make(rank, dtype=dtype),
+        make(rank, fan_in, dtype=dtype),
+    ]
+
+
+def write_out(x: Tensor, scales: tuple[float, ...], *operands: Any) -> tuple[Tensor, ...]:
+    linear = torch.nn.functional.linear
+    sites = [operands[i : i + 5] for i in range(0, len(operands), 5)]
+    return tuple(
+        linear(x, W, b) + linear(linear(x, Q) * (lam * s), P)
+        for s, (W, b, P, lam, Q) in zip(scales, sites, strict=True)
+    )
+
+
+SHAPES = [(5,), (4, 5), (2, 3, 5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linears_have_the_gradients_of_finite_differences(shape: tuple[int, ...], bias: bool) -> None:
+    operands = make_site(4, 5, 2, bias=bias) + make_site(6, 5, 3)
+    assert torch.autograd.gradcheck(lambda x, *o: fused_linears(x, (0.5, 0.7), *o), (make(*shape), *operands))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_update_has_the_gradients_of_finite_differences(shape: tuple[int, ...]) -> None:
+    _, _, P, lam, Q = make_site(4, 5, 2)
+    inputs = (make(*shape[:-1], 4), make(*shape), P, lam, Q)
+    assert torch.autograd.gradcheck(lambda y, x, P, lam, Q: fused_update(y, x, P, lam, Q, 0.3), inputs)
+
+
+@pytest.mark.parametrize("ranks", [(1,), (12,), (3, 5), (2, 1, 4), (0, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_linears_are_what_is_written_out(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
+    operands = list(itertools.chain.from_iterable(make_site(7 + i, 16, r, dtype=dtype) for i, r in enumerate(ranks)))
+    scales = tuple(0.5 + i for i in range(len(ranks)))
+    x = make(3, 4, 16, dtype=dtype)
+    inputs = [tensor for tensor in (x, *operands) if tensor is not None]
+    found, expected = fused_linears(x, scales, *operands), write_out(x, scales, *operands)
+    torch.testing.assert_close(found, expected)
+    seeds = [torch.randn_like(y) for y in expected]
+    torch.testing.assert_close(torch.autograd.grad(found, inputs, seeds), torch.autograd.grad(expected, inputs, seeds))
+
+
+@pytest.mark.parametrize("again", ["gelu", "layer_norm"])
+def test_computing_x_again_changes_no_bit_and_keeps_less(again: str) -> None:
+    h, scale, shift = make(6, 16), make(16), make(16)
+    operands = make_site(7, 16, 3)
+    recipe: Any = (
+        (aten.gelu.default, (h,)) if again == "gelu" else (aten.layer_norm.default, (h, [16], scale, shift, 1e-5))
+    )
+    found = []
+    for use in (None, recipe):
+        x = recipe[0](*recipe[1])
+        (y,) = fused_linears(x, (0.5,), *operands, again=use)
+        inputs = [h, *operands]
+        found.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    for kept, recomputed in zip(*found, strict=True):
+        assert torch.equal(kept, recomputed)
+
+
+def test_zero_lambda_is_the_base_layer_bit_for_bit() -> None:
+    W, b, P, lam, Q = make_site(9, 16, 3, dtype=torch.float32)
+    x = make(5, 16, dtype=torch.float32)
+    (y,) = fused_linears(x, (0.5,), W, b, P, torch.zeros_like(lam), Q)
+    assert torch.equal(y, torch.nn.functional.linear(x, W, b))
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_half_precision_base_with_wide_adapters(narrow: torch.dtype) -> None:
+    """The update is computed in the adapters' float32 and rounded once."""
+    W, b, P, lam, Q = make_site(9, 16, 3, dtype=torch.float32)
+    W, b = (tensor.detach().to(narrow).requires_grad_() for tensor in (W, b))
+    x = make(5, 16, dtype=torch.float32).detach().to(narrow).requires_grad_()
+    (y,) = fused_linears(x, (0.5,), W, b, P, lam, Q)
+    exact = [t.detach().double().requires_grad_() for t in (x, W, b, P, lam, Q)]
+    (expected,) = write_out(exact[0], (0.5,), *exact[1:])
+    assert y.dtype == narrow
+    torch.testing.assert_close(y.double(), expected, rtol=0.03, atol=0.05)
+    gradients = torch.autograd.grad(y.float().sum(), (x, W, b, P, lam, Q))
+    assert [g.dtype for g in gradients] == [narrow, narrow, narrow] + [torch.float32] * 3
+    reference = torch.autograd.grad(expected.sum(), exact)
+    for found, right in zip(gradients, reference, strict=True):
+        torch.testing.assert_close(found.double(), right, rtol=0.03, atol=0.1)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_autocast_runs_adapters_as_it_runs_the_base(again: bool) -> None:
+    operands = make_site(9, 16, 3, dtype=torch.float32)
+    h = make(5, 16, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = aten.gelu.default(h)
+        (y,) = fused_linears(x, (0.5,), *operands, again=(aten.gelu.default, (h,)) if again else None)
+        (expected,) = write_out(x, (0.5,), *operands)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=0.03, atol=0.1)
+    found = torch.autograd.grad(y.float().sum(), (h, *operands), retain_graph=True)
+    reference = torch.autograd.grad(expected.float().sum(), (h, *operands))
+    for one, other in zip(found, reference, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.3)
+
+
+def test_second_derivatives_where_x_is_computed_again() -> None:
+    operands = make_site(4, 5, 2)
+
+    def run(h: Tensor, *operands: Tensor) -> Tensor:
+        (y,) = fused_linears(aten.gelu.default(h), (0.5,), *operands, again=(aten.gelu.default, (h,)))
+        return y
+
+    assert torch.autograd.gradgradcheck(run, (make(3, 5), *operands))

@@ -1,0 +1,185 @@
+"""What one training step costs, against PEFT and against the least that it can cost.
+
+    python benchmarks/training_step.py                       # everything; writes docs/training_step.md
+    python benchmarks/training_step.py --work minilm-small --rounds 20 --output /dev/stdout
+
+Contenders take turns in one process (see ``measure.py``); memory is measured apart from time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from measure import CLOCKS, Timing, measure_live_bytes, measure_times, measure_transient_bytes, profile_parts
+from training_contenders import (
+    Contender,
+    Workload,
+    make_compacted,
+    make_floor,
+    make_full,
+    make_gpt2,
+    make_minilm,
+    make_ours,
+    make_peft_adalora,
+    make_peft_lora,
+    make_peft_lora_with_ranks,
+    make_vit,
+)
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "minilm": lambda: make_minilm(16, 64),
+    "minilm-small": lambda: make_minilm(2, 16),
+    "vit": lambda: make_vit(16),
+    "gpt2": lambda: make_gpt2(8, 64),
+}
+
+#: (contender, compared with, workload) → at most.
+GOALS = {
+    ("ours", "peft AdaLoRA", "minilm"): 0.75,
+    ("ours", "peft AdaLoRA", "minilm-small"): 0.50,
+    ("ours", "peft LoRA r8", "minilm"): 0.85,
+    ("ours", "peft LoRA r8", "minilm-small"): 0.90,
+    ("ours", "floor", "minilm"): 1.15,
+    ("ours, compacted", "peft LoRA, same ranks", "minilm"): 1.02,
+    ("ours, compacted", "peft LoRA, same ranks", "minilm-small"): 1.02,
+}
+
+#: Peak training memory above the model, to that of peft AdaLoRA, at most.
+MEMORY_GOAL = 0.75
+
+HEAD = """\
+# What a training step costs
+
+`python benchmarks/training_step.py`, {rounds} rounds, {clock} clock, {threads} threads, torch {torch}, {machine}.
+
+Forward, backward, optimizer step (AdamW, fused, for all) and zero_grad of all-MiniLM-L6-v2, a ViT and a GPT-2
+(random weights), in training mode with dropout. *floor* is the captured graph without adapters, with gradients
+of the activations only: what any training of adapters must compute. *ours* has rank 12 on its way to 8, as
+peft's AdaLoRA; *compacted* is what is left of it after the schedule. Ratios are medians over rounds in which the
+contenders take turns; below 1 is faster. Memory is what stands above the model's own weights.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes beyond the model: what stays between steps, and the most that a step needs besides."""
+
+    live: int
+    transient: int
+
+    @property
+    def peak(self) -> int:
+        """Both together."""
+        return self.live + self.transient
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """One workload's measurements."""
+
+    key: str
+    name: str
+    timing: Timing
+    memory: Mapping[str, Memory]
+    parts: Mapping[str, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: steadier on a busy machine")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "training_step.md")
+    options = parser.parse_args()
+    results = [run(key, options.rounds, CLOCKS[options.clock]) for key in options.work]
+    options.output.write_text(write_report(results, options.rounds, options.clock))
+    print(f"wrote {options.output}")
+
+
+def run(key: str, rounds: int, clock: Callable[[], float]) -> Result:
+    """Measure all contenders on one workload."""
+    torch.manual_seed(0)
+    work = WORKLOADS[key]()
+    contenders: dict[str, Contender] = {}
+    memory: dict[str, Memory] = {}
+    for make in list_makers(work):
+        before = measure_live_bytes()
+        contender = make()
+        for _ in range(2):
+            contender.step()
+        live = measure_live_bytes() - before - contender.copied_bytes
+        memory[contender.name] = Memory(live=max(0, live), transient=measure_transient_bytes(contender.step))
+        contenders[contender.name] = contender
+    compacted = contenders["ours, compacted"].budget
+    assert compacted is not None
+    fair = make_peft_lora_with_ranks(work, compacted.ranks())
+    contenders[fair.name] = fair
+    timing = measure_times({name: one.step for name, one in contenders.items()}, rounds, clock)
+    parts = profile_parts(contenders["ours"].step)
+    result = Result(key=key, name=work.name, timing=timing, memory=memory, parts=parts)
+    print("\n".join(write_section(result)), flush=True)
+    return result
+
+
+def list_makers(work: Workload) -> list[Callable[[], Contender]]:
+    """How to make each contender."""
+    return [
+        functools.partial(make_floor, work),
+        functools.partial(make_ours, work, "ours, unfused", fused=False),
+        functools.partial(make_ours, work),
+        functools.partial(make_ours, work, "ours, recompute", recompute=True),
+        functools.partial(make_compacted, work),
+        functools.partial(make_peft_lora, work),
+        functools.partial(make_peft_adalora, work),
+        functools.partial(make_full, work),
+    ]
+
+
+def write_report(results: list[Result], rounds: int, clock: str) -> str:
+    """The whole document."""
+    threads, machine = torch.get_num_threads(), platform.machine()
+    head = HEAD.format(rounds=rounds, clock=clock, threads=threads, torch=torch.__version__, machine=machine)
+    return head + "\n" + "\n".join(line for result in results for line in write_section(result))
+
+
+def write_section(result: Result) -> list[str]:
+    """A workload's table and goals."""
+    return [f"## {result.name}", "", *write_table(result), "", *write_goals(result), ""]
+
+
+def write_table(result: Result) -> list[str]:
+    """Times, ratios and memory of one workload."""
+    columns = ("floor", "peft LoRA r8", "peft AdaLoRA")
+    heads = ["contender", "ms", *(f"to {name}" for name in columns), "peak MB", "between steps MB"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    for name in result.timing.seconds:
+        ratios = [f"{result.timing.ratio(name, to):.3f}" for to in columns]
+        memory = result.memory.get(name)
+        sizes = ["", ""] if memory is None else [f"{memory.peak / 1e6:.1f}", f"{memory.live / 1e6:.1f}"]
+        lines.append("| " + " | ".join([name, f"{1e3 * result.timing.median(name):.1f}", *ratios, *sizes]) + " |")
+    return lines
+
+
+def write_goals(result: Result) -> list[str]:
+    """Each goal with what was reached, and where the time of our step goes."""
+    lines = []
+    for (name, to, key), goal in GOALS.items():
+        if key == result.key:
+            found = result.timing.ratio(name, to)
+            lines.append(f"- {name} to {to}: {found:.3f}, goal ≤ {goal:.2f}: {'met' if found <= goal else 'not met'}")
+    for name in ("ours", "ours, recompute"):
+        found = result.memory[name].peak / result.memory["peft AdaLoRA"].peak
+        met = "met" if found <= MEMORY_GOAL else "not met"
+        lines.append(f"- memory of {name} to peft AdaLoRA: {found:.3f}, goal ≤ {MEMORY_GOAL}: {met}")
+    parts = ", ".join(f"{name} {share:.1%}" for name, share in result.parts.items())
+    return [*lines, f"- our step is made of: {parts}"]
+
+
+if __name__ == "__main__":
+    main()
