@@ -204,7 +204,7 @@ def _is_real(node: Node) -> bool:
     """Whether the node gives floating-point or complex values, or may."""
     values = node.meta.get("val")
     if isinstance(values, torch.Tensor):
-        return values.is_floating_point() or values.is_complex()
+        return bool(values.is_floating_point() or values.is_complex())
     if isinstance(values, (tuple, list)):
         return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in values)
     return values is None and node.op != "get_attr"

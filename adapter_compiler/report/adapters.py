@@ -102,15 +102,15 @@ class AdapterReport:
             cells = (row.rank, row.live, f"{row.parameters:,}", row.in_graphs, error)
             shape = "×".join(map(str, row.shape))
             block = "" if row.depth is None else str(row.depth)
-            region = "" if row.region is None else row.region or "whole"
-            table.add_row(row.name, row.role, block, region, shape, row.op, row.form, *map(str, cells))
+            where = "" if row.region is None else row.region or "whole"
+            table.add_row(row.name, row.role, block, where, shape, row.op, row.form, *map(str, cells))
         yield table
         yield from (f"no adapter: {name}: {reason}" for name, reason in self.rejected.items())
         yield from (f"no graph uses: {name}" for name in self.unused)
         for region in self.regions:
-            where = f"{region.name or 'the model'} ({region.module})"
-            yield from (f"graph: {where}: {graph}" for graph in region.graphs)
-            yield from (f"python: {where}: {reason}" for reason in region.refused)
+            place = f"{region.name or 'the model'} ({region.module})"
+            yield from (f"graph: {place}: {graph}" for graph in region.graphs)
+            yield from (f"python: {place}: {reason}" for reason in region.refused)
         yield (
             f"trains {self.trainable_parameters:,} values, {self.trainable_share:.2%} "
             f"of the model's {self.total_parameters:,}; weights {_gigabytes(self.model_bytes)}, with gradients and "
