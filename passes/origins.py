@@ -197,7 +197,12 @@ def _is_depthwise(node: Node) -> bool:
         return False
     kernel = node.args[1].meta.get("val")
     groups = node.args[6]
-    return isinstance(kernel, torch.Tensor) and kernel.shape[1] == 1 and groups == kernel.shape[0] and groups != 1
+    return (
+        isinstance(kernel, torch.Tensor)
+        and isinstance(groups, int)
+        and 1 < groups == kernel.shape[0]
+        and kernel.shape[1] == 1
+    )
 
 
 def _is_real(node: Node) -> bool:
