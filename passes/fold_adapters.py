@@ -78,8 +78,9 @@ class FoldAdaptersPass(GraphPass):
         """Merge the weights, then take the nodes out."""
         present = find_adapted_sites(graph_module)
         folded = [adapter for adapter in self.plan if adapter.site.name in present]
+        used = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
         for adapter in folded:
-            _replace_weight(graph_module, adapter)
+            _replace_weight(graph_module, adapter, used)
         sites = {adapter.site.name for adapter in folded}
         for body in find_graph_modules(graph_module):
             remove_adapter_nodes(body, sites)
@@ -94,10 +95,9 @@ class FoldAdaptersPass(GraphPass):
             raise ValueError(f"adapter nodes are left at {', '.join(sorted(left))}; they are not in the plan")
 
 
-def _replace_weight(graph_module: GraphModule, adapter: PlannedAdapter) -> None:
+def _replace_weight(graph_module: GraphModule, adapter: PlannedAdapter, used: Set[str]) -> None:
     names = adapter.parameter_shapes
     parameters = {name: _parameter(graph_module, adapter, name) for name in names}
-    used = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
     targets = [MODULE_PREFIX + name for name in (adapter.site.name, *adapter.site.aliases)]
     targets = [target for target in targets if target in used]
     merged = merge_weight(graph_module.get_parameter(targets[0]), adapter, parameters)

@@ -207,14 +207,17 @@ def find_module_sites(module: nn.Module, selection: SiteSelection) -> SiteSearch
 def _search(
     module: nn.Module, selection: SiteSelection, judge: Callable[[str, nn.Parameter], AdapterSite | str]
 ) -> SiteSearch:
-    aliases = find_parameter_aliases(module)
     weights = {name: weight for name, weight in module.named_parameters() if weight.dim() >= 2}
-    selection.assert_globs_match([name for name, first in aliases.items() if first in weights])
+    named: dict[str, list[str]] = {name: [] for name in weights}
+    for alias, first in find_parameter_aliases(module).items():
+        if first in weights:
+            named[first].append(alias)
+    selection.assert_globs_match([name for names in named.values() for name in names])
     rejected: dict[str, str] = {}
     candidates: dict[AdapterSite, str | None] = {}
     rules: dict[str, AdapterRule] = {}
     for name, weight in weights.items():
-        names = [alias for alias, first in aliases.items() if first == name]
+        names = named[name]
         reason = selection.find_reason_against(names)
         verdict = judge(name, weight)
         if isinstance(verdict, str):
@@ -229,9 +232,10 @@ def _search(
     for rule in selection.rules:
         rule.assert_decided([name for name, chosen in rules.items() if chosen is rule], list(candidates))
     reasons = {site.name: reason for site, reason in candidates.items() if reason is not None}
+    against = {**rejected, **reasons}
     return SiteSearch(
         sites=tuple(site for site in candidates if site.name not in reasons),
-        rejected={name: {**rejected, **reasons}[name] for name in weights if name in rejected or name in reasons},
+        rejected={name: against[name] for name in weights if name in against},
         rules={name: rule for name, rule in rules.items() if name not in reasons},
         others=tuple(site for site in candidates if site.name in reasons),
     )
