@@ -145,3 +145,22 @@ def test_converted_to_peft_and_back(kind: str, folder: Path) -> None:
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
     model.load_state_dict(load_file(folder / "out.safetensors"))
     torch.testing.assert_close(loaded.merge_and_unload()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_sites_shows_every_weight_and_writes_a_plan_and_a_picture(folder: Path) -> None:
+    plan, picture = folder / "plan.json", folder / "sites.svg"
+    target = f"{folder / 'my_model.py'}:build"
+    found = run_json("sites", target, "--rank", 3, "--exclude", "2", "--plan", plan, "--picture", picture)
+    assert [(row["name"], row["rank"], row["role"]) for row in found["sites"]] == [("0.weight", 3, "feed_forward.up")]
+    assert found["rejected"] == {"2.weight": "excluded (exclude='2')"}
+    assert found["written"] == [str(plan), str(picture)]
+    assert [(a.site.name, a.rank) for a in ac.AdapterPlan.from_json(plan.read_text())] == [("0.weight", 3)]
+    assert "<svg" in picture.read_text(encoding="utf-8")
+    text = run("sites", target, "--role", "head")
+    assert "1 adapted weights" in text
+    assert "no adapter: 0.weight" in text
+
+
+def test_sites_names_the_roles_there_are(folder: Path) -> None:
+    output = run("sites", f"{folder / 'my_model.py'}:build", "--role", "attention.*", code=1)
+    assert "There are roles feed_forward.up, head" in " ".join(output.split())
