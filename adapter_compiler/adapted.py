@@ -149,16 +149,18 @@ class AdaptedModel(nn.Module):
             present training mode, which shares nothing with this object. Sums are made in float64
             and cast once; :attr:`fold_report` then holds the rounding errors.
         """
-        adapters = {adapter.site.name: adapter for adapter in self.plan if not adapter.is_empty}
+        adapters = self.plan.live.by_weight
         errors: dict[str, float] = {}
 
         def merge(name: str, parameter: nn.Parameter) -> nn.Parameter:
             flag = self._gradient_flags[name]
             if name not in adapters:
                 return clone_parameter(parameter, requires_grad=flag)
-            merged = merge_weight(parameter, adapters[name], self.adapters.parameters_of(adapters[name]))
-            errors[name] = merged.rounding_error
-            return replace_parameter(parameter, merged.weight, requires_grad=flag)
+            weight: torch.Tensor = parameter
+            for adapter in adapters[name]:
+                merged = merge_weight(weight, adapter, self.adapters.parameters_of(adapter))
+                weight, errors[adapter.site.name] = merged.weight, merged.rounding_error
+            return replace_parameter(parameter, weight, requires_grad=flag)
 
         folded = self._copy_as_written(merge)
         self.fold_report = FoldReport(rounding_error=errors)
@@ -210,7 +212,7 @@ def _follow_dtypes(plan: AdapterPlan, module: nn.Module, store: AdapterStore) ->
     """The plan with the dtypes that the weights and the adapters have now."""
     adapters = []
     for adapter in plan:
-        site = dataclasses.replace(adapter.site, dtype=module.get_parameter(adapter.site.name).dtype)
+        site = dataclasses.replace(adapter.site, dtype=module.get_parameter(adapter.site.weight).dtype)
         dtype = next(iter(store.parameters_of(adapter).values())).dtype
         adapters.append(dataclasses.replace(adapter, site=site, dtype=dtype))
     return AdapterPlan(adapters=tuple(adapters))

@@ -95,7 +95,7 @@ def find_saved_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
 
 
 def _describe(adapted: AdaptedModel) -> dict[str, Any]:
-    aliases = {alias: adapter.site.name for adapter in adapted.plan for alias in adapter.site.aliases}
+    aliases = {alias: adapter.site.weight for adapter in adapted.plan for alias in adapter.site.aliases}
     return {"version": _FORMAT_VERSION, "sites": describe_sites(adapted), "aliases": aliases}
 
 
@@ -108,6 +108,7 @@ def describe_sites(adapted: AdaptedModel) -> dict[str, dict[str, Any]]:
             "scale": adapter.scale,
             "shape": list(adapter.site.shape),
             "transposed": adapter.site.transposed,
+            "rows": list(adapter.site.rows) if adapter.site.rows else None,
         }
         for adapter in adapted.plan
     }

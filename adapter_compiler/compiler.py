@@ -169,16 +169,18 @@ def match_plan(plan: AdapterPlan, model: nn.Module) -> AdapterPlan:
     adapters = []
     for adapter in plan:
         site = adapter.site
-        if site.name not in aliases:
-            raise SiteError(f"the plan has an adapter for {site.name}, which {type(model).__name__} does not have")
-        weight = parameters[aliases[site.name]]
+        if site.weight not in aliases:
+            raise SiteError(f"the plan has an adapter for {site.weight}, which {type(model).__name__} does not have")
+        first = aliases[site.weight]
+        weight = parameters[first]
         if tuple(weight.shape) != site.shape or not weight.is_floating_point():
             raise SiteError(
                 f"site {site.name}: the plan expects a floating-point weight of shape {site.shape}, found "
                 f"{weight.dtype} of {tuple(weight.shape)}; plan again for this model"
             )
-        others = tuple(n for n, first in aliases.items() if first == aliases[site.name] and n != first)
-        found = dataclasses.replace(site, name=aliases[site.name], aliases=others, dtype=weight.dtype)
+        others = tuple(name for name, own in aliases.items() if own == first != name)
+        name = first + site.name.removeprefix(site.weight)
+        found = dataclasses.replace(site, name=name, aliases=others, dtype=weight.dtype)
         adapters.append(dataclasses.replace(adapter, site=found))
     return AdapterPlan(adapters=tuple(adapters))
 
@@ -203,7 +205,7 @@ def _assemble(
         initialise_gaussian(store.parameters_of(adapter), config.init_std)
     logger.info("%d sites in %s, %d weights without adapter", len(plan), type(own).__name__, len(search.rejected))
     regions.adopt(plan, store)
-    planned = {adapter.site.name for adapter in plan}
+    planned = plan.by_weight
     search = dataclasses.replace(
         search, rejected={name: reason for name, reason in search.rejected.items() if name not in planned}
     )

@@ -125,7 +125,7 @@ class RegionTree:
         self._rewiring = Rewiring(module, self._dispatch)
         self._watch: WatchWeights | None = None
         self._effective: dict[Hashable, torch.Tensor] | None = None
-        self._adapters: dict[str, PlannedAdapter] = {}
+        self._adapters: dict[str, tuple[PlannedAdapter, ...]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionTree:
         """Graphs are not copied: those of the copy are captured when it is called."""
@@ -243,7 +243,7 @@ class RegionTree:
 
     def _activate(self) -> None:
         if not self._rewiring.is_active:
-            self._adapters = {adapter.site.name: adapter for adapter in self.context.plan if not adapter.is_empty}
+            self._adapters = self.context.plan.live.by_weight
             weights = {name: first for name, first in self._aliases.items() if first in self._adapters}
             self._rewiring.activate(weights, self._look_up)
 
@@ -261,9 +261,11 @@ class RegionTree:
         weight = self.module.get_submodule(path)._parameters[leaf]
         assert weight is not None and self.context.store is not None
         with self.watching(paused=True), torch.autocast(weight.device.type, enabled=False):
-            adapter = self._adapters[name]
-            delta = adapter.delta(self.context.store.parameters_of(adapter))
-            return weight + delta.to(weight.dtype)
+            effective: torch.Tensor = weight
+            for adapter in self._adapters[name]:
+                delta = adapter.delta(self.context.store.parameters_of(adapter))
+                effective = effective + delta.to(weight.dtype)
+            return effective
 
     def _watch_python(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[WeightUse]]:
         self._watch = WatchWeights({name: p for name, p in self.module.named_parameters() if p.dim() >= 2})

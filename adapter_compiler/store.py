@@ -40,7 +40,7 @@ class AdapterStore(nn.Module):
         for adapter in plan:
             owner = _make_containers(self, adapter.site.name)
             for name, shape in adapter.parameter_shapes.items():
-                values = torch.zeros(shape, dtype=adapter.dtype, device=devices[adapter.site.name])
+                values = torch.zeros(shape, dtype=adapter.dtype, device=devices[adapter.site.weight])
                 owner.register_parameter(name, nn.Parameter(values))
         self._flatten()
 

@@ -54,6 +54,8 @@ def merge_weight(weight: torch.Tensor, adapter: PlannedAdapter, parameters: Mapp
             f"site {adapter.site.name} is on the meta device, which holds no values; expected a weight and an adapter "
             "with values; load them before folding"
         )
+    if adapter.site.rows is not None:
+        return _merge_into_rows(weight, adapter, parameters)
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     with torch.no_grad():
         # In place: a large model is folded weight by weight, and this sum is what memory must hold.
@@ -98,13 +100,25 @@ class FoldAdaptersPass(GraphPass):
 def _replace_weight(graph_module: GraphModule, adapter: PlannedAdapter, used: Set[str]) -> None:
     names = adapter.parameter_shapes
     parameters = {name: _parameter(graph_module, adapter, name) for name in names}
-    targets = [MODULE_PREFIX + name for name in (adapter.site.name, *adapter.site.aliases)]
+    targets = [MODULE_PREFIX + name for name in (adapter.site.weight, *adapter.site.aliases)]
     targets = [target for target in targets if target in used]
     merged = merge_weight(graph_module.get_parameter(targets[0]), adapter, parameters)
     replacement = nn.Parameter(merged.weight, requires_grad=False)
     for target in targets:
         owner, _, leaf = target.rpartition(".")
         setattr(graph_module.get_submodule(owner), leaf, replacement)
+
+
+def _merge_into_rows(
+    weight: torch.Tensor, adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor]
+) -> MergedWeight:
+    """The weight with the sum in the rows that the adapter covers; the others keep their bits."""
+    merged = weight.detach().clone(memory_format=torch.contiguous_format)
+    rows = adapter.site.view_rows(merged)
+    site = dataclasses.replace(adapter.site, shape=tuple(rows.shape), transposed=False, op="linear", rows=None)
+    part = merge_weight(rows, dataclasses.replace(adapter, site=site), parameters)
+    rows.copy_(part.weight)
+    return MergedWeight(site=adapter.site.name, weight=merged, rounding_error=part.rounding_error)
 
 
 def _parameter(graph_module: GraphModule, adapter: PlannedAdapter, name: str) -> torch.Tensor:

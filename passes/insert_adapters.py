@@ -3,10 +3,12 @@
 For each weight of the plan that a graph uses:
 
     y = x Wᵀ  (linear, matmul, mm, addmm on the whole weight)   →   y + form(x)
+    y = x Wₑ  for each e of a stack (bmm, matmul)                →   y + form(x)
     y = W[x]  (embedding), y = x ∗ W (ungrouped convolution)    →   y + form(x)
     any other use, or any use of a part of W                     →   W + ΔW in place of W
 
-One use of the second kind makes the weight form serve all uses of that weight in that graph.
+One use of the last kind makes the weight form serve all uses of that weight in that graph. An adapter for
+some rows of W fills up with zeros what it adds to a product, or to W.
 Parameters reach the bodies of ``no_grad`` and autocast regions as further operands. Refused: a
 plan whose parameters the graph module does not hold, and weights whose shape differs from the plan.
 """
@@ -23,6 +25,7 @@ from passes.base import GraphPass, PassResult, PreconditionError, find_graph_mod
 from passes.capture import MODULE_PREFIX
 from passes.forms.base import NodeEmitter
 from passes.plan import AdapterPlan, PlannedAdapter
+from passes.sites import AdapterSite
 from passes.weight_uses import GraphUse, find_body_reference, find_weight_uses
 
 aten = torch.ops.aten
@@ -56,7 +59,7 @@ class InsertAdaptersPass(GraphPass):
         for name, first in self.aliases.items():
             targets.setdefault(first, []).append(MODULE_PREFIX + name)
         for adapter in self.plan:
-            for target in (target for target in targets.get(adapter.site.name, []) if target in used):
+            for target in (target for target in targets.get(adapter.site.weight, []) if target in used):
                 _assert_shape(graph_module, target, adapter.site.shape, adapter)
                 for name, shape in adapter.parameter_shapes.items():
                     _assert_shape(graph_module, _parameter_target(adapter, name), shape, adapter)
@@ -65,16 +68,17 @@ class InsertAdaptersPass(GraphPass):
         """Insert each adapter that is not there yet."""
         present = find_adapted_sites(graph_module)
         uses = find_weight_uses(graph_module, self.aliases)
-        wanted = [a for a in self.plan if uses.get(a.site.name) and a.site.name not in present and not a.is_empty]
+        wanted = [a for a in self.plan if uses.get(a.site.weight) and a.site.name not in present and not a.is_empty]
         for adapter in wanted:
-            _insert(graph_module, adapter, uses[adapter.site.name])
+            _insert(graph_module, adapter, uses[adapter.site.weight])
         return PassResult(graph_module=graph_module, modified=bool(wanted))
 
     def ensures(self, graph_module: GraphModule) -> None:
         """Every graph lints and every planned weight that the graph uses has its adapter."""
         super().ensures(graph_module)
         used = {name for name, found in find_weight_uses(graph_module, self.aliases).items() if found}
-        missing = {a.site.name for a in self.plan if not a.is_empty} & used - find_adapted_sites(graph_module)
+        wanted = {a.site.name for a in self.plan if not a.is_empty and a.site.weight in used}
+        missing = wanted - find_adapted_sites(graph_module)
         if missing:
             raise ValueError(f"no adapter was inserted at {', '.join(sorted(missing))}")
 
@@ -88,12 +92,19 @@ def find_adapted_sites(graph_module: GraphModule) -> set[str]:
 
 def _insert(graph_module: GraphModule, adapter: PlannedAdapter, uses: Sequence[GraphUse]) -> None:
     parameters = _fetch_parameters(graph_module, adapter)
-    if all(use.activation is not None for use in uses):
+    if all(_runs_on_activations(use, adapter) for use in uses):
         for use in uses:
             _insert_on_activations(use, adapter, parameters)
     else:
         for source in dict.fromkeys(use.source for use in uses):
             _insert_on_weight(source, adapter, parameters)
+
+
+def _runs_on_activations(use: GraphUse, adapter: PlannedAdapter) -> bool:
+    """Whether x ΔWᵀ can be added to what the operator gives; rows of a weight are columns of a product only."""
+    if use.activation is None:
+        return False
+    return adapter.site.rows is None or (use.kind == "product" and use.transposed == adapter.site.transposed)
 
 
 def _fetch_parameters(graph_module: GraphModule, adapter: PlannedAdapter) -> dict[str, Node]:
@@ -125,15 +136,22 @@ def _emit_update(emitter: NodeEmitter, use: GraphUse, adapter: PlannedAdapter, p
     if use.kind == "lookup":
         return form.emit_lookup(emitter, use.node, parameters, scale)
     x = _cast(emitter, use.activation, adapter.dtype)
+    if use.kind == "stack":
+        return form.emit_stack(emitter, use.node, x, parameters, scale, adapter.site.shape, reverse=use.transposed)
     if use.kind == "convolution":
         return form.emit_convolution(emitter, use.node, x, parameters, scale, adapter.site.shape)
-    return form.emit_activation(emitter, x, parameters, scale, reverse=use.transposed != adapter.site.transposed)
+    update = form.emit_activation(emitter, x, parameters, scale, reverse=use.transposed != adapter.site.transposed)
+    if adapter.site.rows is None:
+        return update
+    return emitter.emit(aten.constant_pad_nd.default, update, _padding(adapter.site))
 
 
 def _insert_on_weight(source: Node, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> None:
     last = max([source, *parameters.values()])
     emitter = NodeEmitter(after=last, site=adapter.site.name)
     update = adapter.form.emit_weight(emitter, parameters, adapter.scale)
+    if adapter.site.rows is not None:
+        update = emitter.emit(aten.constant_pad_nd.default, update, [0, 0, *_padding(adapter.site)])
     if adapter.site.transposed:
         update = emitter.emit(aten.t.default, update)
     if len(adapter.site.shape) != 2:
@@ -141,6 +159,12 @@ def _insert_on_weight(source: Node, adapter: PlannedAdapter, parameters: Mapping
     if adapter.site.dtype != adapter.dtype:
         update = emitter.emit(aten.type_as.default, update, source)
     _substitute(emitter, source, update)
+
+
+def _padding(site: AdapterSite) -> list[int]:
+    """How many rows of the weight stand before and behind those of the site."""
+    first, end = site.rows or (0, site.weight_rows)
+    return [first, site.weight_rows - end]
 
 
 def _substitute(emitter: NodeEmitter, node: Node, update: Node) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from passes.base import SiteError
 from passes.forms import AdapterForm, SvdForm
@@ -55,14 +56,17 @@ class PlannedAdapter:
         return self.form.parameter_shapes(self.site.out_features, self.site.in_features, self.rank)
 
     def delta(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """ΔW in the shape and layout of the weight, in the dtype of the parameters."""
+        """ΔW in the shape and layout of the weight, in the dtype of the parameters; 0 in rows it does not cover."""
         delta = self.form.delta(parameters, self.scale)
+        if self.site.rows is not None:
+            first, end = self.site.rows
+            delta = functional.pad(delta, (0, 0, first, self.site.weight_rows - end))
         return (delta.t() if self.site.transposed else delta).reshape(self.site.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterPlan:
-    """The adapters of a model, in model order, at most one a weight."""
+    """The adapters of a model, in model order, at most one for each row of a weight."""
 
     adapters: tuple[PlannedAdapter, ...]
 
@@ -71,12 +75,27 @@ class AdapterPlan:
         doubled = sorted(name for name, count in Counter(names).items() if count > 1)
         if doubled:
             raise SiteError(f"more than one adapter planned for {', '.join(doubled)}; expected one a weight")
+        for weight, adapters in self.by_weight.items():
+            _assert_disjoint(weight, adapters)
 
     def __iter__(self) -> Iterator[PlannedAdapter]:
         return iter(self.adapters)
 
     def __len__(self) -> int:
         return len(self.adapters)
+
+    @property
+    def live(self) -> AdapterPlan:
+        """Those of which something is left."""
+        return AdapterPlan(adapters=tuple(adapter for adapter in self.adapters if not adapter.is_empty))
+
+    @property
+    def by_weight(self) -> dict[str, tuple[PlannedAdapter, ...]]:
+        """The adapters of each weight: one, or several for different rows."""
+        found: dict[str, tuple[PlannedAdapter, ...]] = {}
+        for adapter in self.adapters:
+            found[adapter.site.weight] = (*found.get(adapter.site.weight, ()), adapter)
+        return found
 
     def to_json(self) -> str:
         """The plan as text; the weights it was made for are known by name and shape."""
@@ -101,6 +120,13 @@ class AdapterPlan:
             raise SiteError(f"this is not an adapter plan ({type(error).__name__}: {error})") from error
 
 
+def _assert_disjoint(weight: str, adapters: Sequence[PlannedAdapter]) -> None:
+    ranges = sorted(adapter.site.rows or (0, adapter.site.weight_rows) for adapter in adapters)
+    ends = [0, *(end for _, end in ranges)]
+    if any(not before <= first < end for before, (first, end) in zip(ends, ranges, strict=False)):
+        raise SiteError(f"the adapters planned for {weight} cover rows {ranges}; expected ranges that do not overlap")
+
+
 def _to_dict(adapter: PlannedAdapter) -> dict[str, Any]:
     site = {field.name: getattr(adapter.site, field.name) for field in dataclasses.fields(adapter.site)}
     own = {"form": adapter.form.name, "rank": adapter.rank, "scale": adapter.scale}
@@ -109,7 +135,8 @@ def _to_dict(adapter: PlannedAdapter) -> dict[str, Any]:
 
 def _from_dict(entry: Mapping[str, Any]) -> PlannedAdapter:
     fields = {field.name: entry[field.name] for field in dataclasses.fields(AdapterSite)}
-    fields |= {"shape": tuple(entry["shape"]), "aliases": tuple(entry["aliases"])}
+    rows = entry["rows"] if entry["rows"] is None else tuple(entry["rows"])
+    fields |= {"shape": tuple(entry["shape"]), "aliases": tuple(entry["aliases"]), "rows": rows}
     return PlannedAdapter(
         site=AdapterSite(**{**fields, "dtype": getattr(torch, entry["dtype"])}),
         form=_FORMS[entry["form"]](),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,8 @@ class AdapterRule:
         size: least and greatest number of values of the weight, ``None`` for no bound.
         rank: rank of the adapters; by default the configuration's.
         alpha: ΔW = alpha / rank · P diag(λ) Q; by default the configuration's.
+        split: give a packed weight an adapter for each of its parts: how many equal ones, or their sizes, in rows of
+            ΔW (output features); ``"matrices"`` for each matrix of a stacked weight, such as one an expert.
         exclude: adapt none of the weights.
         required: raise if the rule decides about no weight.
         expect: raise unless the rule decides about this many weights.
@@ -52,6 +55,7 @@ class AdapterRule:
     size: tuple[int | None, int | None] | None = None
     rank: int | None = None
     alpha: float | None = None
+    split: int | tuple[int, ...] | str | None = None
     exclude: bool = False
     required: bool = True
     expect: int | None = None
@@ -83,6 +87,34 @@ class AdapterRule:
             and (self.module is None or any(_is_class(owner, wanted) for wanted in _as_tuple(self.module)))
             and self._fits(site)
         )
+
+    def split_site(self, site: AdapterSite) -> list[AdapterSite]:
+        """The site, or the sites for its parts, which have names of their own.
+
+        Raises:
+            SiteError: the weight cannot be split so.
+        """
+        if self.split is None:
+            return [site]
+        sizes = self._find_sizes(site)
+        if len(sizes) < 2 or min(sizes) < 1 or sum(sizes) != site.weight_rows:
+            raise SiteError(
+                f"site {site.name}: split={self.split!r} does not split the {site.weight_rows} rows of a weight of "
+                f"shape {site.shape}; expected a number that divides them, sizes that add up to them, or 'matrices' "
+                "for a weight of three dimensions"
+            )
+        ends = list(itertools.accumulate(sizes))
+        rows = zip((0, *ends), ends, strict=False)
+        return [dataclasses.replace(site, name=f"{site.name}.rows_{a}_{b}", rows=(a, b)) for a, b in rows]
+
+    def _find_sizes(self, site: AdapterSite) -> tuple[int, ...]:
+        if isinstance(self.split, tuple):
+            return self.split
+        if self.split == "matrices":
+            parts = site.shape[0] if len(site.shape) == 3 and not site.transposed and "conv" not in site.op else 0
+        else:
+            parts = int(self.split or 0)
+        return (site.weight_rows // parts,) * parts if parts else ()
 
     def assert_decided(self, names: Sequence[str], candidates: Sequence[AdapterSite]) -> None:
         """Raise :class:`SiteError` if the rule decides about too few or too many weights.
@@ -137,6 +169,11 @@ class AdapterRule:
             raise self._error("alpha", "a number above 0")
         if self.expect is not None and (type(self.expect) is not int or self.expect < 0):
             raise self._error("expect", "a number of weights")
+        sizes = (self.split,) if isinstance(self.split, int) else self.split
+        if sizes not in (None, "matrices") and not (
+            isinstance(sizes, tuple) and sizes and all(type(n) is int and n > 0 for n in sizes)
+        ):
+            raise self._error("split", "a number of equal parts, a tuple of sizes, or 'matrices'")
         if self.exclude and (self.rank is not None or self.alpha is not None):
             raise self._error("exclude", "no rank and no alpha beside it")
 

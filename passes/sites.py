@@ -34,7 +34,7 @@ class AdapterSite:
     """A weight that can carry an adapter.
 
     Attributes:
-        name: the weight's qualified name (the first, if it is tied).
+        name: the weight's qualified name (the first, if it is tied); for rows of it ``<weight>.rows_<first>_<end>``.
         shape: the weight's shape.
         dtype: the weight's dtype.
         transposed: the weight is stored [in, out] (``x @ W``), not [out, in] (``x @ W.T``).
@@ -42,6 +42,7 @@ class AdapterSite:
         aliases: further names of the same Parameter.
         role: what the weight is for, see :mod:`passes.roles`; ``linear`` where no graph was searched.
         depth: the number of the block that uses it, see :mod:`passes.blocks`; ``None`` outside blocks.
+        rows: the rows (output features) that it covers, from the first to before the end; ``None`` for all.
     """
 
     name: str
@@ -52,6 +53,12 @@ class AdapterSite:
     aliases: tuple[str, ...] = ()
     role: str = "linear"
     depth: int | None = None
+    rows: tuple[int, int] | None = None
+
+    @property
+    def weight(self) -> str:
+        """The qualified name of the weight itself."""
+        return self.name if self.rows is None else self.name.rpartition(".")[0]
 
     @property
     def size(self) -> int:
@@ -59,14 +66,25 @@ class AdapterSite:
         return math.prod(self.shape)
 
     @property
-    def out_features(self) -> int:
-        """d1, the rows of ΔW; the leading dimensions of stacked matrices count as one."""
+    def weight_rows(self) -> int:
+        """Output features of the whole weight; the leading dimensions of stacked matrices count as one."""
         return self._matrix_shape[1 if self.transposed else 0]
+
+    @property
+    def out_features(self) -> int:
+        """d1, the rows of ΔW."""
+        return self.weight_rows if self.rows is None else self.rows[1] - self.rows[0]
 
     @property
     def in_features(self) -> int:
         """d2, the columns of ΔW; the trailing dimensions of a convolution kernel count as one."""
         return self._matrix_shape[0 if self.transposed else 1]
+
+    def view_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """The rows that the site covers, [out, in], as a view of a contiguous tensor of the weight's shape."""
+        matrix = weight.view(self._matrix_shape)
+        first, end = self.rows or (0, self.weight_rows)
+        return (matrix.t() if self.transposed else matrix)[first:end]
 
     @property
     def _matrix_shape(self) -> tuple[int, int]:
@@ -233,10 +251,14 @@ def _search(
         rule.assert_decided([name for name, chosen in rules.items() if chosen is rule], list(candidates))
     reasons = {site.name: reason for site, reason in candidates.items() if reason is not None}
     against = {**rejected, **reasons}
+    chosen: dict[AdapterSite, AdapterRule | None] = {}
+    for site in (site for site in candidates if site.name not in reasons):
+        rule = rules.get(site.name)
+        chosen |= dict.fromkeys([site] if rule is None else rule.split_site(site), rule)
     return SiteSearch(
-        sites=tuple(site for site in candidates if site.name not in reasons),
+        sites=tuple(chosen),
         rejected={name: against[name] for name in weights if name in against},
-        rules={name: rule for name, rule in rules.items() if name not in reasons},
+        rules={site.name: rule for site, rule in chosen.items() if rule is not None},
         others=tuple(site for site in candidates if site.name in reasons),
     )
 
@@ -252,7 +274,8 @@ def _judge_uses(name: str, weight: nn.Parameter, uses: Sequence[WeightUse]) -> A
     if not any(use.reaches_output and use.has_gradient for use in uses):
         return "used under no_grad only, so it gets no gradient"
     other = next((use.op for use in uses if not use.is_linear), None)
-    products = [use for use in uses if isinstance(use, GraphUse) and use.activation is not None]
+    on_activations = [use for use in uses if isinstance(use, GraphUse) and use.activation is not None]
+    products = [use for use in on_activations if use.kind == "product"]
     return AdapterSite(
         name=name,
         shape=tuple(weight.shape),

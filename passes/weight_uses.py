@@ -20,7 +20,7 @@ from passes.dataflow import find_nodes_reaching_output, operator_name
 
 aten = torch.ops.aten
 
-_TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.mT.default, aten.adjoint.default}
+_TRANSPOSES = {aten.t.default, aten.mT.default, aten.adjoint.default}
 _SAME_VALUE = {
     aten.alias.default,
     aten.clone.default,
@@ -32,6 +32,7 @@ _SAME_VALUE = {
     aten._to_copy.default,
 }
 _PARTS = {
+    aten.numpy_T.default,
     aten.slice.Tensor,
     aten.select.int,
     aten.narrow.default,
@@ -87,9 +88,10 @@ class GraphUse(WeightUse):
         node: the operator.
         source: the node that stands for the whole weight in the outermost graph.
         regions: the region calls that lead from the outermost graph to ``node``, outermost first.
-        operand: the position of ``x`` among the operator's arguments where it is a product, a look-up or
+        operand: the position of ``x`` among the operator's arguments where it is a product, a stack, a look-up or
             a convolution with the whole weight, so that an adapter can run on activations; else ``None``.
-        kind: ``product`` (``x @ W`` or ``x @ W.T``), ``lookup`` (rows of W) or ``convolution``.
+        kind: ``product`` (``x @ W`` or ``x @ W.T``), ``stack`` (the same for each matrix of a stack), ``lookup``
+            (rows of W) or ``convolution``.
     """
 
     node: Node
@@ -169,17 +171,24 @@ def _follow(user: Node, path: _Path) -> _Path | None:
 
 
 def _swaps_two_dimensions(user: Node) -> bool:
-    if not _is_matrix(user.args[0]):
+    """Whether it swaps the two dimensions of a matrix, or of each of a stack of matrices."""
+    dims = _count_dims(user.args[0])
+    if dims not in (2, 3):
         return False
+    last, before = dims - 1, dims - 2
+    if user.target is aten.numpy_T.default:
+        return last == 1
     if user.target is aten.transpose.int:
-        return user.args[1] % 2 != user.args[2] % 2  # type: ignore[operator]
-    return user.target is aten.permute.default and [d % 2 for d in user.args[1]] == [1, 0]  # type: ignore[union-attr,operator]
+        return {d % dims for d in user.args[1:]} == {last, before}  # type: ignore[operator]
+    if user.target is not aten.permute.default:
+        return False
+    return [d % dims for d in user.args[1]] == [*range(before), last, before]  # type: ignore[union-attr,operator]
 
 
-def _is_matrix(value: Any) -> bool:
-    """Whether ``value`` is known to be a tensor of two dimensions; a chunked weight is a list."""
+def _count_dims(value: Any) -> int:
+    """The number of dimensions if ``value`` is known to be a tensor, else 0; a chunked weight is a list."""
     example = value.meta.get("val") if isinstance(value, Node) else None
-    return isinstance(example, torch.Tensor) and example.dim() == 2
+    return example.dim() if isinstance(example, torch.Tensor) else 0
 
 
 def _find_body(owner: GraphModule, user: Node) -> GraphModule | None:
@@ -229,7 +238,9 @@ def _describe(user: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> Grap
     op = operator_name(user)
     operand, stored_in_out = _match_product(user, path.value)
     kind = "product"
-    if operand is None and not path.transposed:
+    if _match_stack(user, path.value):
+        operand, stored_in_out, kind = 0, True, "stack"
+    elif operand is None and not path.transposed:
         operand, kind = _match_lookup(user, path.value)
     chain = (*path.regions, user)
     return GraphUse(
@@ -258,8 +269,17 @@ def _match_product(user: Node, weight: Node) -> tuple[int | None, bool]:
     else:
         return None, False
     once = sum(argument is weight for argument in arguments) == 1
-    is_product = isinstance(arguments[operand], Node) and _is_matrix(weight) and once
+    is_product = isinstance(arguments[operand], Node) and _count_dims(weight) == 2 and once
     return (operand, stored_in_out) if is_product else (None, False)
+
+
+def _match_stack(user: Node, weight: Node) -> bool:
+    """Whether ``user`` multiplies each matrix of a stack of x by one of the weight.
+
+    Not ``_grouped_mm``: its kernels want rows of 16 bytes or multiples, which a rank seldom gives.
+    """
+    is_product = user.target in (aten.bmm.default, aten.matmul.default) and user.args[1] is weight is not user.args[0]
+    return is_product and _count_dims(weight) == 3 and _count_dims(user.args[0]) >= 2
 
 
 def _match_lookup(user: Node, weight: Node) -> tuple[int | None, str]:

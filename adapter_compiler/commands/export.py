@@ -76,12 +76,13 @@ def _with_adapters(model: nn.Module, folder: Path) -> nn.Module:
         return model
     saved = read_saved_adapters(folder)
     tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    missing = [name for name in (*saved.adapters, *saved.replacements) if name not in tensors]
+    adapted = saved.plan.by_weight
+    missing = [name for name in (*adapted, *saved.replacements) if name not in tensors]
     if missing:
         raise CheckpointError(f"{folder}: the model has no weight {missing[0]}; the adapters belong to another model")
     with torch.no_grad():
-        for site in saved.adapters:
-            tensors[site].copy_(saved.merge(site, tensors[site]))
+        for name in adapted:
+            tensors[name].copy_(saved.merge(name, tensors[name]))
         for name, key in saved.replacements.items():
             tensors[name].copy_(saved.tensor(key))
     return model

@@ -60,4 +60,5 @@ def _describe(adapter: SavedAdapter) -> dict[str, Any]:
         "scale": planned.scale,
         "shape": list(planned.site.shape),
         "transposed": planned.site.transposed,
+        "rows": list(planned.site.rows) if planned.site.rows else None,
     }

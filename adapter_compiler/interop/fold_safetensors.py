@@ -131,7 +131,12 @@ def fold_safetensors(base: Path, saved: SavedAdapters, out: Path, progress: Prog
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What folding will do: weight in the base → its site, and weight in the base → the tensor that replaces it."""
+    """What folding will do.
+
+    Attributes:
+        merged: weight in the base → its first name in the model.
+        replaced: weight in the base → the tensor of the file that replaces it.
+    """
 
     merged: Mapping[str, str]
     replaced: Mapping[str, str]
@@ -144,18 +149,18 @@ def plan_changes(saved: SavedAdapters, places: Mapping[str, TensorPlace], base: 
         CheckpointError: a site has no weight in the base, or one of another shape.
     """
     merged: dict[str, str] = {}
-    for site, adapter in saved.adapters.items():
-        names = [name for name in (site, *adapter.planned.site.aliases) if name in places]
+    for site, (adapter, *_) in saved.plan.by_weight.items():
+        names = [name for name in (site, *adapter.site.aliases) if name in places]
         if not names:
             raise CheckpointError(
                 f"{base}: no weight {site}, which {saved.path} adapts; it has {', '.join(list(places)[:4])}, …; "
                 "it belongs to another model"
             )
         for name in names:
-            if places[name].shape != adapter.planned.site.shape:
+            if places[name].shape != adapter.site.shape:
                 raise CheckpointError(
                     f"{base}: {name} has shape {list(places[name].shape)}, the adapter was trained on "
-                    f"{list(adapter.planned.site.shape)}; it belongs to another model"
+                    f"{list(adapter.site.shape)}; it belongs to another model"
                 )
             merged[name] = site
     replaced = {name: key for name, key in saved.replacements.items() if name in places}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from adapter_compiler.checkpoint import FILE_NAME
 from adapter_compiler.errors import CheckpointError
 from passes.fold_adapters import merge_weight
 from passes.forms import AdapterForm
-from passes.plan import PlannedAdapter
+from passes.plan import AdapterPlan, PlannedAdapter
 from passes.sites import AdapterSite
 
 #: Values of a weight that are summed at once: two megabytes in float64.
@@ -72,7 +72,18 @@ class SavedAdapters:
             tensor: torch.Tensor = file.get_tensor(key)
             return tensor
 
-    def merge(self, site: str, weight: torch.Tensor) -> torch.Tensor:
+    @property
+    def plan(self) -> AdapterPlan:
+        """The adapters in the file's order."""
+        return AdapterPlan(adapters=tuple(adapter.planned for adapter in self.adapters.values()))
+
+    def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight of this name with every ΔW for it; see :meth:`merge_one`."""
+        for planned in self.plan.by_weight[name]:
+            weight = self.merge_one(planned.site.name, weight)
+        return weight
+
+    def merge_one(self, site: str, weight: torch.Tensor) -> torch.Tensor:
         """W + ΔW, bit for bit what :meth:`AdaptedModel.fold` gives; a large weight is overwritten by rows.
 
         Each value of P diag(λ) Q is the same sum over the rank, whichever rows are computed together.
@@ -88,7 +99,8 @@ class SavedAdapters:
             )
         parameters = self.parameters_of(site)
         rows = max(1, _VALUES_AT_A_TIME // max(1, planned.site.in_features))
-        if planned.form.name != "svd" or planned.site.transposed or weight.shape[0] <= rows:
+        is_small = weight.shape[0] <= rows or planned.site.rows is not None
+        if planned.form.name != "svd" or planned.site.transposed or is_small:
             return merge_weight(weight, planned, parameters).weight
         for start in range(0, weight.shape[0], rows):
             block = weight[start : start + rows]
@@ -172,14 +184,18 @@ def _read_own(path: Path) -> SavedAdapters:
     aliases: dict[str, list[str]] = {}
     for alias, first in header.get("aliases", {}).items():
         aliases.setdefault(first, []).append(alias)
-    adapters = {name: _read_site(path, name, entry, shapes, aliases.get(name, [])) for name, entry in sites.items()}
+    adapters = {name: _read_site(path, name, entry, shapes, aliases) for name, entry in sites.items()}
     prefix = "module."
     replacements = {key.removeprefix(prefix): key for key in shapes if key.startswith(prefix)}
     return SavedAdapters(path=path, kind="adapter-compiler", adapters=adapters, replacements=replacements)
 
 
 def _read_site(
-    path: Path, name: str, entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], aliases: list[str]
+    path: Path,
+    name: str,
+    entry: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    aliases: Mapping[str, Sequence[str]],
 ) -> SavedAdapter:
     prefix = f"adapters.{name}."
     tensors = {key.removeprefix(prefix): key for key in shapes if key.startswith(prefix)}
@@ -190,8 +206,9 @@ def _read_site(
         shape=tuple(entry["shape"]),
         dtype=torch.float32,
         transposed=bool(entry["transposed"]),
-        aliases=tuple(aliases),
+        rows=tuple(entry["rows"]) if entry.get("rows") else None,
     )
+    site = dataclasses.replace(site, aliases=tuple(aliases.get(site.weight, ())))
     planned = PlannedAdapter(
         site=site,
         form=find_form(entry["form"]),

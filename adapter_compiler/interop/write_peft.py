@@ -17,11 +17,13 @@ from adapter_compiler.errors import ConfigError
 from adapter_compiler.files import written_beside
 from adapter_compiler.interop.read_peft import PEFT_EPSILON, PEFT_PREFIX, PEFT_WEIGHTS
 from adapter_compiler.interop.saved_adapters import PEFT_CONFIG, SavedAdapters
-from adapter_compiler.onnx.factors import factor_update
-from passes.plan import PlannedAdapter
+from adapter_compiler.onnx.factors import factor_weight
+from passes.plan import AdapterPlan, PlannedAdapter
 
 #: What a folder may be written as.
 PEFT_KINDS = ("lora", "adalora")
+
+_ParametersOf = Callable[[PlannedAdapter], Mapping[str, torch.Tensor]]
 
 _LAYERS = ("Linear", "Conv1D", "NonDynamicallyQuantizableLinear")
 
@@ -75,7 +77,7 @@ def convert_to_peft(saved: SavedAdapters, folder: str | Path, *, kind: str = "lo
 
 def write_peft_folder(
     plan: Sequence[PlannedAdapter],
-    parameters_of: Callable[[PlannedAdapter], Mapping[str, torch.Tensor]],
+    parameters_of: _ParametersOf,
     trained: Mapping[str, torch.Tensor],
     folder: Path,
     *,
@@ -95,7 +97,8 @@ def write_peft_folder(
     """
     _assert_kind(kind)
     make = _as_lora if kind == "lora" else _as_adalora
-    sites = [site for a in plan if (site := make(a, parameters_of(a))).P.shape[1]]
+    weights = AdapterPlan(adapters=tuple(plan)).by_weight.values()
+    sites = [site for adapters in weights if (site := make(adapters, parameters_of)).P.shape[1]]
     if not sites:
         raise ConfigError("no triplet is alive at any site, so there is nothing to write")
     rank = max(site.P.shape[1] for site in sites)
@@ -120,7 +123,7 @@ def _assert_kind(kind: str) -> None:
 
 
 def _assert_is_layer(adapted: AdaptedModel, adapter: PlannedAdapter) -> None:
-    module, _, leaf = adapter.site.name.rpartition(".")
+    module, _, leaf = adapter.site.weight.rpartition(".")
     kind = type(adapted.module.get_submodule(module)).__name__
     if leaf != "weight" or kind not in _LAYERS:
         raise ConfigError(
@@ -128,13 +131,16 @@ def _assert_is_layer(adapted: AdaptedModel, adapter: PlannedAdapter) -> None:
         )
 
 
-def _as_lora(adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor]) -> PeftSite:
-    left, right = factor_update(adapter, parameters)
-    module = _find_module(adapter)
-    return PeftSite(module=module, P=left.float(), lam=torch.ones(left.shape[1]), Q=right.float())
+def _as_lora(adapters: Sequence[PlannedAdapter], parameters_of: _ParametersOf) -> PeftSite:
+    left, right = factor_weight(adapters, parameters_of)
+    return PeftSite(module=_find_module(adapters[0]), P=left.float(), lam=torch.ones(left.shape[1]), Q=right.float())
 
 
-def _as_adalora(adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor]) -> PeftSite:
+def _as_adalora(adapters: Sequence[PlannedAdapter], parameters_of: _ParametersOf) -> PeftSite:
+    adapter = adapters[0]
+    parameters = parameters_of(adapter)
+    if adapter.site.rows is not None:
+        raise ConfigError(f"site {adapter.site.name} covers some rows of its weight, AdaLoRA all; write LoRA")
     if parameters.keys() != {"P", "lam", "Q"}:
         raise ConfigError(f"site {adapter.site.name} has the form {adapter.form.name!r}, AdaLoRA is 'svd'; write LoRA")
     own = {name: tensor.detach().cpu() for name, tensor in parameters.items()}
@@ -142,7 +148,7 @@ def _as_adalora(adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor])
 
 
 def _find_module(adapter: PlannedAdapter) -> str:
-    module, _, leaf = adapter.site.name.rpartition(".")
+    module, _, leaf = adapter.site.weight.rpartition(".")
     if leaf != "weight" or len(adapter.site.shape) != 2:
         raise ConfigError(
             f"site {adapter.site.name} of shape {list(adapter.site.shape)} is not the weight of a linear layer, and "

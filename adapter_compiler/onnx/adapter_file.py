@@ -12,21 +12,21 @@ import torch
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import CheckpointError, ConfigError
 from adapter_compiler.files import written_beside
-from adapter_compiler.onnx.factors import factor_update
+from adapter_compiler.onnx.factors import factor_weight
 from adapter_compiler.onnx.values import from_ort_value, to_ort_value
 
 _ADAPTER_VERSION = 1
 
 
-def input_names(site: str) -> tuple[str, str]:
-    """Names of the inputs A [in, r] and B [r, out] of a site, with ΔWᵀ = A B."""
-    return f"{site}.adapter_A", f"{site}.adapter_B"
+def input_names(weight: str) -> tuple[str, str]:
+    """Names of the inputs A [in, r] and B [r, out] of a weight, with ΔWᵀ = A B."""
+    return f"{weight}.adapter_A", f"{weight}.adapter_B"
 
 
 def save_onnx_adapter(adapted: AdaptedModel, path: str | Path) -> Path:
     """Write the adapters of ``adapted`` for a file that was exported with ``adapters="runtime"``.
 
-    λ and the scale are folded in, pruned triplets are left out, so each site has its own rank. Parameters
+    λ and the scale are folded in, pruned triplets are left out, so each weight has its own rank. Parameters
     that train fully (``AdapterConfig(trainable=...)``) go along.
 
     Args:
@@ -58,11 +58,11 @@ def write_adapter_file(adapted: AdaptedModel, path: Path) -> Path:
 def find_adapter_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
     """What goes into the file, by the name of the input, in the dtype of the weights."""
     tensors: dict[str, torch.Tensor] = {}
-    for adapter in adapted.plan:
-        left, right = factor_update(adapter, adapted.adapters.parameters_of(adapter))
-        first, second = input_names(adapter.site.name)
-        tensors[first] = right.t().contiguous().to(adapter.site.dtype)
-        tensors[second] = left.t().contiguous().to(adapter.site.dtype)
+    for weight, adapters in adapted.plan.by_weight.items():
+        left, right = factor_weight(adapters, adapted.adapters.parameters_of)
+        first, second = input_names(weight)
+        tensors[first] = right.t().contiguous().to(adapters[0].site.dtype)
+        tensors[second] = left.t().contiguous().to(adapters[0].site.dtype)
     trained = {name: p.detach().cpu() for name, p in adapted.module.named_parameters() if p.requires_grad}
     return {**tensors, **trained}
 

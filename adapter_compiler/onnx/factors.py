@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch.nn import functional
 
 from passes.plan import PlannedAdapter
 
@@ -28,3 +29,16 @@ def factor_update(adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor
     smallest = torch.finfo(torch.float64).eps * max(delta.shape) * values[:1]
     live = values > smallest
     return left[:, live] * values[live], right[live]
+
+
+def factor_weight(
+    adapters: Sequence[PlannedAdapter], parameters_of: Callable[[PlannedAdapter], Mapping[str, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for all adapters of a weight together: those of some rows have zeros in the others."""
+    lefts, rights = [], []
+    for adapter in adapters:
+        left, right = factor_update(adapter, parameters_of(adapter))
+        first, end = adapter.site.rows or (0, adapter.site.weight_rows)
+        lefts.append(functional.pad(left, (0, 0, first, adapter.site.weight_rows - end)))
+        rights.append(right)
+    return torch.cat(lefts, dim=1), torch.cat(rights)

@@ -12,6 +12,7 @@ import torch
 from adapter_compiler.errors import CheckpointError, ExportError
 from adapter_compiler.onnx.initializers import InitializerFile
 from adapter_compiler.onnx.metadata import read_metadata, set_metadata
+from passes.plan import AdapterPlan
 
 
 class FoldSource(Protocol):
@@ -26,10 +27,14 @@ class FoldSource(Protocol):
         """The sites."""
 
     @property
+    def plan(self) -> AdapterPlan:
+        """The same, with the weights that they belong to."""
+
+    @property
     def replacements(self) -> Mapping[str, str]:
         """Weights that were trained fully, and their tensors."""
 
-    def merge(self, site: str, weight: torch.Tensor) -> torch.Tensor:
+    def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """W + ΔW."""
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -58,6 +63,7 @@ def fold_onnx(
     description = read_metadata(source.model, base.name)
     if description["adapters"] == "merged":
         raise ExportError(f"{base.name} already has adapters merged into it; fold into an export of the base model")
+    adapted = saved.plan.by_weight
     weights = _find_targets(description["weights"], saved, base)
     shutil.copyfile(base, draft)
     for name in source.external_files():
@@ -66,7 +72,7 @@ def fold_onnx(
     _rename_external_data(file, draft, base.name)
     for done, (name, initializer) in enumerate(weights.items(), 1):
         old = file.read(initializer)
-        if name in saved.adapters:
+        if name in adapted:
             file.write(initializer, saved.merge(name, old))
         else:
             _replace(file, initializer, saved.tensor(saved.replacements[name]), old)
@@ -83,10 +89,11 @@ def _find_targets(weights: Mapping[str, Any], saved: FoldSource, base: Path) -> 
     known = {alias: entry["initializer"] for entry in weights.values() for alias in entry["aliases"]}
     known |= {name: entry["initializer"] for name, entry in weights.items()}
     targets: dict[str, str] = {}
-    for name in (*saved.adapters, *saved.replacements):
+    adapted = saved.plan.by_weight
+    for name in (*adapted, *saved.replacements):
         if name in known:
             targets[name] = known[name]
-        elif name in saved.adapters:
+        elif name in adapted:
             raise CheckpointError(
                 f"{base.name}: weight {name}, which {saved.path} adapts, does not stand in the file as a whole; "
                 "the adapters belong to another model, or the exporter folded the weight into something else"

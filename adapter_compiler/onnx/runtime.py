@@ -31,17 +31,17 @@ def add_runtime_adapters(draft: Path, adapted: AdaptedModel, weights: Mapping[st
         weights: where its weights stand in the file.
 
     Returns:
-        For the file's metadata: by site, the names and widths of its inputs.
+        For the file's metadata: by weight, the names and widths of its inputs.
 
     Raises:
         ExportError: an adapted weight does not stand in the file as a whole.
     """
     model = onnx.load(draft, load_external_data=False)
     sites: dict[str, Any] = {}
-    for adapter in adapted.plan:
-        site = _describe_site(adapter, weights)
+    for name, (adapter, *_) in adapted.plan.by_weight.items():
+        site = _describe_site(name, adapter, weights)
         insert_onnx_adapter(model, site)
-        sites[adapter.site.name] = {
+        sites[name] = {
             "left": site.left,
             "right": site.right,
             "in": site.in_features,
@@ -79,12 +79,12 @@ def verify_runtime_adapters(
     return [*errors, *more], refused
 
 
-def _describe_site(adapter: PlannedAdapter, weights: Mapping[str, Any]) -> OnnxSite:
+def _describe_site(name: str, adapter: PlannedAdapter, weights: Mapping[str, Any]) -> OnnxSite:
     site = adapter.site
-    left, right = input_names(site.name)
+    left, right = input_names(name)
     return OnnxSite(
-        initializer=_find_initializer(site.name, weights),
-        out_features=site.out_features,
+        initializer=_find_initializer(name, weights),
+        out_features=site.weight_rows,
         in_features=site.in_features,
         transposed=site.transposed,
         left=left,

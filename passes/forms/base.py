@@ -72,6 +72,23 @@ class AdapterForm(abc.ABC):
         """Nodes for ``convolution`` of x with ΔW in place of the weight of shape ``kernel``, without its bias."""
 
     @abc.abstractmethod
+    def emit_stack(
+        self,
+        emitter: NodeEmitter,
+        product: Node,
+        x: Node,
+        parameters: Mapping[str, Node],
+        scale: float,
+        stack: Sequence[int],
+        *,
+        reverse: bool,
+    ) -> Node:
+        """Nodes for ``product`` (``bmm``, ``matmul``) of x with the matrices of ΔW in place of the weight's.
+
+        The weight has the shape ``stack``; ``product`` is x Wₑ if ``reverse``, else x Wₑᵀ.
+        """
+
+    @abc.abstractmethod
     def emit_weight(self, emitter: NodeEmitter, parameters: Mapping[str, Node], scale: float) -> Node:
         """Nodes for ΔW, [out, in]."""
 

@@ -74,6 +74,28 @@ class SvdForm(AdapterForm):
         hidden = emitter.emit(target, x, down, None, *options)
         return emitter.emit(_POINTWISE[spatial], emitter.emit(aten.mul.Tensor, hidden, scaled), up)
 
+    def emit_stack(
+        self,
+        emitter: NodeEmitter,
+        product: Node,
+        x: Node,
+        parameters: Mapping[str, Node],
+        scale: float,
+        stack: Sequence[int],
+        *,
+        reverse: bool,
+    ) -> Node:
+        """((x Qᵀ) ∘ sλ) Pₑᵀ; reversed ((x Pₑ) ∘ sλ) Q. Each matrix has its own rows of P; Q is shared."""
+        scaled = emitter.emit(aten.mul.Tensor, parameters["lam"], scale)
+        rows = emitter.emit(aten.reshape.default, parameters["P"], [*stack[:2], -1])
+        if reverse:
+            hidden = emitter.emit(product.target, x, rows)
+            hidden = emitter.emit(aten.mul.Tensor, hidden, scaled)
+            return emitter.emit(aten.matmul.default, hidden, parameters["Q"])
+        hidden = emitter.emit(aten.linear.default, x, parameters["Q"])
+        hidden = emitter.emit(aten.mul.Tensor, hidden, scaled)
+        return emitter.emit(product.target, hidden, emitter.emit(aten.transpose.int, rows, 1, 2))
+
     def emit_weight(self, emitter: NodeEmitter, parameters: Mapping[str, Node], scale: float) -> Node:
         """(P ∘ sλ) Q."""
         scaled = emitter.emit(aten.mul.Tensor, parameters["lam"], scale)
