@@ -19,7 +19,7 @@ from adapter_compiler.ownership import (
     assert_not_lazy,
     clone_parameter,
     copy_module,
-    read_gradient_flags,
+    replace_at,
     share_parameter,
 )
 from adapter_compiler.regions import RegionTree, find_boundaries
@@ -81,8 +81,10 @@ def compile_with_adapters(
     config = AdapterConfig() if config is None else config
     example = _check_arguments(model, example_args, example_kwargs, config, plan)
     assert_not_lazy(model)
-    flags = read_gradient_flags(model)
-    trainable = _find_trainable(model, config)
+    untied = _find_untied(model, config.untie)
+    aliases = {**find_parameter_aliases(model), **{name: name for name in untied}}
+    flags = {name: model.get_parameter(name).requires_grad for name in aliases}
+    trainable = _find_trainable(aliases, config)
 
     def own_parameter(name: str, parameter: nn.Parameter) -> nn.Parameter:
         if name in trainable:
@@ -90,6 +92,8 @@ def compile_with_adapters(
         return share_parameter(parameter)
 
     own = model if config.inplace else copy_module(model, own_parameter)
+    for name in untied:
+        replace_at(own, name, own_parameter(name, own.get_parameter(name)))
     for name, parameter in own.named_parameters():
         parameter.requires_grad_(name in trainable and parameter.is_floating_point())
     regions = RegionTree(own, config.context(), _find_boundaries(own, config))
@@ -214,9 +218,25 @@ def _assemble(
     )
 
 
-def _find_trainable(model: nn.Module, config: AdapterConfig) -> frozenset[str]:
+def _find_untied(model: nn.Module, globs: Sequence[str]) -> list[str]:
+    """Further names of tied parameters that are to have parameters of their own.
+
+    Raises:
+        SiteError: a glob matches no such name.
+    """
+    tied = [name for name, first in find_parameter_aliases(model).items() if name != first]
+    for pattern in globs:
+        if find_matching_glob(tied, (pattern,)) is None:
+            raise SiteError(
+                f"untie={pattern!r} matches no further name of a tied parameter, expected a glob that does; mend it or "
+                f"leave it out; there are: {abbreviate(tied)}"
+            )
+    return [name for name in tied if find_matching_glob([name], globs) is not None]
+
+
+def _find_trainable(aliases: Mapping[str, str], config: AdapterConfig) -> frozenset[str]:
     """First qualified names of the parameters that ``config.trainable`` names."""
-    aliases, trainable = find_parameter_aliases(model), config.selection.trainable
+    trainable = config.selection.trainable
     for pattern in trainable:
         if find_matching_glob(aliases, (pattern,)) is None:
             raise SiteError(

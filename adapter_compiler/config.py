@@ -37,6 +37,9 @@ class AdapterConfig:
             used by matrix products only (an embedding, a convolution) adapts it too.
         exclude: a glob or globs of weights that are left alone.
         trainable: a glob or globs of other parameters trained fully, such as a new head.
+        untie: a glob or globs of further names of tied parameters (``lm_head.weight``): each gets a parameter of its
+            own, with the same values, so that it can have an adapter of its own or none. A folded model then holds
+            two weights; tell its code not to tie them again (transformers: ``config.tie_word_embeddings``).
         rules: which weights by name, role, module, depth or size get which rank and alpha, or none; the first
             rule that matches a weight decides, and ``sites`` decides where none does.
         init_std: standard deviation of P and Q at the start.
@@ -60,6 +63,7 @@ class AdapterConfig:
     sites: str | tuple[str, ...] = ALL_LINEAR
     exclude: str | tuple[str, ...] = ()
     trainable: str | tuple[str, ...] = ()
+    untie: str | tuple[str, ...] = ()
     rules: tuple[AdapterRule, ...] = ()
     init_std: float = 0.02
     dtype: torch.dtype | None = None
@@ -84,7 +88,7 @@ class AdapterConfig:
                 f"AdapterConfig(dtype={self.dtype!r}): expected a floating-point torch.dtype or None, "
                 "as in dtype=torch.float32"
             )
-        for name in ("exclude", "trainable"):
+        for name in ("exclude", "trainable", "untie"):
             object.__setattr__(self, name, _as_globs(self, name))
         object.__setattr__(self, "regions", _as_regions(self.regions))
         object.__setattr__(self, "rules", _as_rules(self.rules))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ def replace_parameter(parameter: nn.Parameter, values: torch.Tensor, *, requires
     return fresh
 
 
-def read_gradient_flags(module: nn.Module) -> Mapping[str, bool]:
-    """``requires_grad`` of each parameter by its first qualified name."""
-    return {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+def replace_at(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a Parameter at a qualified name, and at no other name of the one it takes the place of."""
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = parameter

@@ -70,6 +70,12 @@ def test_the_code_of_the_readme_does_what_it_says(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_code_about_choosing_sites_runs() -> None:
+    scope: dict[str, Any] = {"__name__": "choosing_sites"}
+    exec(compile(read_python("docs/choosing_sites.md"), "docs/choosing_sites.md", "exec", dont_inherit=True), scope)
+    assert scope["text"].startswith("{")
+
+
 def test_the_readme_lists_every_public_name() -> None:
     rows = re.findall(r"^\| `(\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert sorted(rows) == sorted(ac.__all__)

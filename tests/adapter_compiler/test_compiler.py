@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adapter_compiler as ac
+from adapter_compiler.errors import SiteError
 
 
 class Net(nn.Module):
@@ -204,3 +205,42 @@ def test_the_report_reads_as_text_and_as_plain_data(net: Net) -> None:
     assert report.to_dict()["trainable_share"] == report.trainable_share
     assert "4 adapted weights" in str(report)
     assert "train(args[0]: float32[4, 6])" in str(report)
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        result: Tensor = self.head(torch.tanh(self.body(self.embed(tokens))))
+        return result
+
+
+def test_a_tied_weight_has_one_adapter_or_on_request_two_weights() -> None:
+    model, tokens = Tied(), torch.randint(0, 11, (2, 5))
+    both = ac.compile_with_adapters(model, (tokens,), config=ac.AdapterConfig(sites="*"))
+    assert [site.name for site in both.sites] == ["embed.weight", "body.weight"]
+    untied = ac.compile_with_adapters(model, (tokens,), config=ac.AdapterConfig(untie="head.weight"))
+    assert [site.name for site in untied.sites] == ["body.weight", "head.weight"]
+    assert untied.module.get_parameter("head.weight").data_ptr() == model.embed.weight.data_ptr()
+    torch.testing.assert_close(untied(tokens), model(tokens))
+    with torch.no_grad():
+        untied.adapters.get_parameter("head.weight.lam").fill_(1.0)
+    folded = untied.fold()
+    assert torch.equal(folded.get_parameter("embed.weight"), model.embed.weight)
+    assert not torch.equal(folded.get_parameter("head.weight"), model.embed.weight)
+    torch.testing.assert_close(folded(tokens), untied(tokens), rtol=1e-5, atol=1e-5)
+    assert model.head.weight is model.embed.weight
+
+
+def test_an_untied_weight_can_be_trained_fully_alone() -> None:
+    model, tokens = Tied(), torch.randint(0, 11, (2, 5))
+    config = ac.AdapterConfig(untie="head", trainable="head")
+    adapted = ac.compile_with_adapters(model, (tokens,), config=config)
+    assert [name for name, p in adapted.module.named_parameters() if p.requires_grad] == ["head.weight"]
+    with pytest.raises(SiteError, match=r"untie='body' matches no further name of a tied .* there are: head.weight"):
+        ac.compile_with_adapters(model, (tokens,), config=ac.AdapterConfig(untie="body"))
