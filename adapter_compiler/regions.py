@@ -262,8 +262,9 @@ class RegionTree:
         assert weight is not None and self.context.store is not None
         with self.watching(paused=True), torch.autocast(weight.device.type, enabled=False):
             adapter = self._adapters[name]
-            delta = adapter.delta(self.context.store.parameters_of(adapter))
-            return weight + delta.to(weight.dtype)
+            parameters = self.context.store.parameters_of(adapter)
+            total = weight + adapter.delta(parameters).to(weight.dtype)
+            return adapter.rescale(total, parameters)
 
     def _watch_python(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[WeightUse]]:
         self._watch = WatchWeights({name: p for name, p in self.module.named_parameters() if p.dim() >= 2})

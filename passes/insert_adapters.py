@@ -6,7 +6,11 @@ For each weight of the plan that a graph uses:
     y = W[x]  (embedding), y = x ∗ W (ungrouped convolution)    →   y + form(x)
     any other use, or any use of a part of W                     →   W + ΔW in place of W
 
-One use of the second kind makes the weight form serve all uses of that weight in that graph.
+One use of the last kind makes the weight form serve all uses of that weight in that graph. Forms that rescale
+the rows of the sum, W' = c ∘ (W + ΔW), are inserted with c made once a graph and weight:
+
+    y = x Wᵀ + b                                                 →   y + (c - 1) ∘ (y - b) + c ∘ form(x)
+
 Parameters reach the bodies of ``no_grad`` and autocast regions as further operands. Refused: a
 plan whose parameters the graph module does not hold, and weights whose shape differs from the plan.
 """
@@ -35,7 +39,7 @@ STORE_PREFIX = "adapters."
 class InsertAdaptersPass(GraphPass):
     """Insert the adapters of ``plan`` into a captured graph.
 
-    Contract: with λ = 0 the outputs stay bit for bit the same; every node that the pass adds carries
+    Contract: where ΔW = 0 the outputs stay bit for bit the same; every node that the pass adds carries
     ``meta["adapter_site"]``; the last one of each insertion carries ``meta["adapter_replaces"]``, the
     name of the node whose value it stands for. A site whose adapter is already there is left alone, and so is
     one whose adapter has rank 0.
@@ -88,12 +92,26 @@ def find_adapted_sites(graph_module: GraphModule) -> set[str]:
 
 def _insert(graph_module: GraphModule, adapter: PlannedAdapter, uses: Sequence[GraphUse]) -> None:
     parameters = _fetch_parameters(graph_module, adapter)
-    if all(use.activation is not None for use in uses):
+    if all(_fits_activations(use, adapter) for use in uses):
+        factors: dict[Node, Node] = {}
         for use in uses:
-            _insert_on_activations(use, adapter, parameters)
+            if adapter.form.rescales and use.source not in factors:
+                factors[use.source] = _emit_factor(use.source, adapter, parameters)
+            _insert_on_activations(use, adapter, parameters, factors.get(use.source))
     else:
         for source in dict.fromkeys(use.source for use in uses):
             _insert_on_weight(source, adapter, parameters)
+
+
+def _fits_activations(use: GraphUse, adapter: PlannedAdapter) -> bool:
+    """Whether an adapter can run on what the use reads. A convolution with no kernels left has no operator."""
+    if use.activation is None:
+        return False
+    if adapter.rank == 0 and use.kind == "convolution":
+        return False
+    # W' in the other direction scales x and not y, so that x W, which is there, is of no use.
+    is_reverse = use.kind == "product" and use.transposed != adapter.site.transposed
+    return not (adapter.form.rescales and is_reverse)
 
 
 def _fetch_parameters(graph_module: GraphModule, adapter: PlannedAdapter) -> dict[str, Node]:
@@ -109,14 +127,71 @@ def _fetch_parameters(graph_module: GraphModule, adapter: PlannedAdapter) -> dic
     return fetched
 
 
-def _insert_on_activations(use: GraphUse, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> None:
+def _emit_factor(source: Node, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> Node:
+    """C of a form that rescales, [out], in the outermost graph."""
+    emitter = NodeEmitter(after=max([source, *parameters.values()]), site=adapter.site.name)
+    matrix = _emit_matrix(emitter, source, adapter)
+    return adapter.form.emit_factor(emitter, matrix, parameters, adapter.scale)
+
+
+def _emit_matrix(emitter: NodeEmitter, source: Node, adapter: PlannedAdapter) -> Node:
+    """W as [out, in] in the adapter's dtype."""
+    site, matrix = adapter.site, source
+    if site.dtype != adapter.dtype:
+        matrix = emitter.emit(aten.to.dtype, matrix, adapter.dtype)
+    if site.transposed:
+        return emitter.emit(aten.t.default, matrix)
+    if len(site.shape) != 2:
+        return emitter.emit(aten.reshape.default, matrix, [site.out_features, site.in_features])
+    return matrix
+
+
+def _insert_on_activations(
+    use: GraphUse, adapter: PlannedAdapter, parameters: Mapping[str, Node], factor: Node | None
+) -> None:
     inner = {name: _bring_into(use.regions, node, adapter) for name, node in parameters.items()}
     output = use.node
     emitter = NodeEmitter(after=output, site=adapter.site.name)
     update = _emit_update(emitter, use, adapter, inner)
+    if factor is not None:
+        factor = _shape_factor(emitter, use, _bring_into(use.regions, factor, adapter), adapter)
+        update = _emit_rescaled(emitter, _emit_without_bias(emitter, use, adapter), update, factor)
     if _dtype_of(output) != adapter.dtype:
         update = emitter.emit(aten.type_as.default, update, output)
     _substitute(emitter, output, update)
+
+
+def _shape_factor(emitter: NodeEmitter, use: GraphUse, factor: Node, adapter: PlannedAdapter) -> Node:
+    """C so that it multiplies the output: along the features, along the channels, or for the entries looked up."""
+    if use.kind == "lookup":
+        x, *options = use.node.args[1:]
+        columns = emitter.emit(aten.unsqueeze.default, factor, 1)
+        return emitter.emit(aten.embedding.default, columns, x, *options[:1])
+    if use.kind == "convolution":
+        return emitter.emit(aten.reshape.default, factor, [-1, *[1] * (len(adapter.site.shape) - 2)])
+    return factor
+
+
+def _emit_without_bias(emitter: NodeEmitter, use: GraphUse, adapter: PlannedAdapter) -> Node:
+    """Y - b."""
+    arguments, bias = use.node.args, None
+    if use.node.target is aten.addmm.default:
+        bias, beta = arguments[0], use.node.kwargs.get("beta", 1)
+        if beta != 1:
+            bias = emitter.emit(aten.mul.Tensor, bias, beta)
+    elif use.kind in ("product", "convolution") and len(arguments) > 2:
+        bias = arguments[2]
+    if not isinstance(bias, Node):
+        return use.node
+    if use.kind == "convolution":
+        bias = emitter.emit(aten.reshape.default, bias, [-1, *[1] * (len(adapter.site.shape) - 2)])
+    return emitter.emit(aten.sub.Tensor, use.node, bias)
+
+
+def _emit_rescaled(emitter: NodeEmitter, base: Node, update: Node, factor: Node) -> Node:
+    """C ∘ (base + update) - base, such that it is exactly zero where c is 1 and the update 0."""
+    change = emitter.emit(aten.mul.Tensor, base, emitter.emit(aten.sub.Scalar, factor, 1))
+    return emitter.emit(aten.add.Tensor, change, emitter.emit(aten.mul.Tensor, update, factor))
 
 
 def _emit_update(emitter: NodeEmitter, use: GraphUse, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> Node:
@@ -134,6 +209,10 @@ def _insert_on_weight(source: Node, adapter: PlannedAdapter, parameters: Mapping
     last = max([source, *parameters.values()])
     emitter = NodeEmitter(after=last, site=adapter.site.name)
     update = adapter.form.emit_weight(emitter, parameters, adapter.scale)
+    if adapter.form.rescales:
+        matrix = _emit_matrix(emitter, source, adapter)
+        factor = adapter.form.emit_factor(emitter, matrix, parameters, adapter.scale)
+        update = _emit_rescaled(emitter, matrix, update, emitter.emit(aten.unsqueeze.default, factor, 1))
     if adapter.site.transposed:
         update = emitter.emit(aten.t.default, update)
     if len(adapter.site.shape) != 2:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from passes.base import SiteError
-from passes.forms import AdapterForm, SvdForm
+from passes.forms import AdapterForm, find_form
 from passes.sites import AdapterSite
 
 #: Written into saved plans; a reader refuses those of another version.
 _VERSION = 1
-_FORMS: dict[str, type[AdapterForm]] = {"svd": SvdForm}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +25,8 @@ class PlannedAdapter:
     Attributes:
         site: the weight it belongs to.
         form: what it computes.
-        rank: number of triplets; one of 0 is known by name but not inserted.
-        scale: s in ΔW = s · P diag(λ) Q.
+        rank: number of triplets, or the rank of B A; one of 0 is known by name but not inserted.
+        scale: s in ΔW = s · P diag(λ) Q or s · B A.
         dtype: dtype of its parameters.
     """
 
@@ -46,8 +45,8 @@ class PlannedAdapter:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is left of it: its parameters have no elements and no graph holds it."""
-        return self.rank == 0
+        """Whether nothing is left of it, so that no graph holds it."""
+        return self.form.is_empty(self.rank)
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -56,8 +55,15 @@ class PlannedAdapter:
 
     def delta(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """ΔW in the shape and layout of the weight, in the dtype of the parameters."""
-        delta = self.form.delta(parameters, self.scale)
-        return (delta.t() if self.site.transposed else delta).reshape(self.site.shape)
+        return self.site.from_matrix(self.form.delta(parameters, self.scale))
+
+    def rescale(self, total: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """W' of W + ΔW, in the shape and layout of the weight; where the form does not rescale, it is that."""
+        if not self.form.rescales:
+            return total
+        rows = self.site.to_matrix(total)
+        factor = self.form.factor(rows, parameters)
+        return self.site.from_matrix(rows * factor.to(rows.dtype).unsqueeze(1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +118,7 @@ def _from_dict(entry: Mapping[str, Any]) -> PlannedAdapter:
     fields |= {"shape": tuple(entry["shape"]), "aliases": tuple(entry["aliases"])}
     return PlannedAdapter(
         site=AdapterSite(**{**fields, "dtype": getattr(torch, entry["dtype"])}),
-        form=_FORMS[entry["form"]](),
+        form=find_form(entry["form"]),
         rank=entry["rank"],
         scale=float(entry["scale"]),
         dtype=getattr(torch, entry["adapter_dtype"]),

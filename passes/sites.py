@@ -68,6 +68,14 @@ class AdapterSite:
         """d2, the columns of ΔW; the trailing dimensions of a convolution kernel count as one."""
         return self._matrix_shape[0 if self.transposed else 1]
 
+    def to_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight, or its gradient, as [out, in]; a view where that can be."""
+        return weight.t() if self.transposed else weight.reshape(self.out_features, self.in_features)
+
+    def from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        """What is [out, in] in the shape and layout of the weight."""
+        return (matrix.t() if self.transposed else matrix).reshape(self.shape)
+
     @property
     def _matrix_shape(self) -> tuple[int, int]:
         if "conv" in self.op:
