@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.config import AdapterConfig
 from adapter_compiler.errors import AdapterCompilerError, CaptureError, ConfigError, SiteError
-from adapter_compiler.initialisers import initialise_gaussian
+from adapter_compiler.initialisers import prepare_start, start_adapter
 from adapter_compiler.ownership import (
     assert_not_lazy,
     clone_parameter,
@@ -25,7 +25,7 @@ from adapter_compiler.ownership import (
 from adapter_compiler.regions import RegionTree, find_boundaries
 from adapter_compiler.store import AdapterStore
 from passes.calls import describe_refusal, sort_keywords
-from passes.forms import SvdForm
+from passes.forms import FORMS
 from passes.module_state import is_without_memory
 from passes.plan import AdapterPlan, PlannedAdapter
 from passes.rules import AdapterRule
@@ -51,7 +51,7 @@ def compile_with_adapters(
     config: AdapterConfig | None = None,
     plan: AdapterPlan | None = None,
 ) -> AdaptedModel:
-    """Insert SVD adapters (AdaLoRA) into a model.
+    """Insert adapters into a model: AdaLoRA's unless ``config.kind`` says otherwise.
 
     With an example, the model is captured now, in its present training mode, and sites are found by
     what the graph does with each weight; where it does not capture whole, the largest parts that do
@@ -103,6 +103,7 @@ def compile_with_adapters(
         regions, uses = _discover_planned(regions, own, config, *_on_device_of(own, example))
         search = find_sites(uses, own, config.selection)
     planned = plan_adapters(search, config) if plan is None else match_plan(plan, own)
+    planned = prepare_start(planned, config.start)
     return _assemble(own, search, planned, config, flags, regions)
 
 
@@ -147,18 +148,19 @@ def _discover(regions: RegionTree, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def plan_adapters(search: SiteSearch, config: AdapterConfig) -> AdapterPlan:
-    """An adapter for every site: the SVD form with the rank that its rule or the configuration says, if it fits."""
+    """An adapter for every site, of the kind and with the rank that its rule or the configuration says, if it fits."""
     return AdapterPlan(adapters=tuple(_plan_one(site, search.rules.get(site.name), config) for site in search.sites))
 
 
 def _plan_one(site: AdapterSite, rule: AdapterRule | None, config: AdapterConfig) -> PlannedAdapter:
     rank = config.rank if rule is None or rule.rank is None else rule.rank
     alpha = config.alpha if rule is None or rule.alpha is None else rule.alpha
+    kind = config.kind if rule is None or rule.kind is None else rule.kind
     return PlannedAdapter(
         site=site,
-        form=SvdForm(),
+        form=FORMS[kind],
         rank=min(rank, site.largest_rank),
-        scale=alpha / rank,
+        scale=config.scale_for(alpha, rank),
         dtype=config.dtype_for(site),
     )
 
@@ -206,7 +208,7 @@ def _assemble(
         )
     store = AdapterStore(plan, {name: p.device for name, p in own.named_parameters()})
     for adapter in plan:
-        initialise_gaussian(store.parameters_of(adapter), config.init_std)
+        start_adapter(adapter, store.parameters_of(adapter), own.get_parameter(adapter.site.weight), config.start)
     logger.info("%d sites in %s, %d weights without adapter", len(plan), type(own).__name__, len(search.rejected))
     regions.adopt(plan, store)
     planned = plan.by_weight

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
 from adapter_compiler.errors import ConfigError
-from adapter_compiler.options import accept_aliases, assert_boolean, assert_integer, assert_number
+from adapter_compiler.initialisers import StartOptions, assert_known_start
+from adapter_compiler.options import accept_aliases, assert_boolean, assert_choice, assert_integer, assert_number
+from adapter_compiler.peft_options import translate_peft_options
 from adapter_compiler.variants import AdapterContext
+from passes.forms import FORMS
 from passes.rules import AdapterRule
 from passes.sites import ALL_LINEAR, AdapterSite, SiteSelection
 
+#: How ``alpha`` and ``rank`` give the scale.
+SCALINGS = ("alpha/r", "rslora")
+
 
 @accept_aliases(
+    translate_peft_options,
     r="rank",
     init_r="rank",
     lora_alpha="alpha",
@@ -29,9 +37,15 @@ class AdapterConfig:
     """Which weights are adapted, and how. PEFT's names for the options are accepted too.
 
     Attributes:
+        kind: what an adapter computes: ``"svd"`` (AdaLoRA, P diag(λ) Q), ``"lora"`` (B A), ``"dora"`` (LoRA and a
+            magnitude for each row) or ``"dora-svd"``. Ranks can be pruned where there is a λ.
         rank: triplets each site starts with (AdaLoRA's initial rank); a weight with a smaller
             dimension gets as many as fit.
         alpha: ΔW = alpha / rank · P diag(λ) Q. The scale stays as it is when ranks shrink.
+        scaling: ``"alpha/r"``, or ``"rslora"`` for alpha / √rank (arXiv 2312.03732).
+        init: how adapters start, see :mod:`adapter_compiler.initialisers`; by default ``"gaussian"`` for the kinds
+            with λ and ``"kaiming"`` for the others. What needs data is done by
+            :func:`~adapter_compiler.initialise_adapters` afterwards.
         gamma: weight γ of the orthogonality regulariser ‖PᵀP − I‖² + ‖QQᵀ − I‖² (paper, eq. 4).
         sites: ``"all-linear"``, or a glob or globs over weight names. Naming a weight that is not
             used by matrix products only (an embedding, a convolution) adapts it too.
@@ -42,7 +56,7 @@ class AdapterConfig:
             two weights; tell its code not to tie them again (transformers: ``config.tie_word_embeddings``).
         rules: which weights by name, role, module, depth or size get which rank and alpha, or none; the first
             rule that matches a weight decides, and ``sites`` decides where none does.
-        init_std: standard deviation of P and Q at the start.
+        init_std: standard deviation of P and Q, or of A, at the start with ``init="gaussian"``.
         dtype: dtype of the adapters; by default the weight's, but float32 for half-precision weights.
         fused: run each adapter and its base layer as one function; the numbers differ by rounding only.
         recompute: where ``fused``, compute activations that are cheap to get (GELU, SiLU, layer normalisation)
@@ -57,8 +71,11 @@ class AdapterConfig:
         ConfigError: a value cannot work, or an option is unknown.
     """
 
+    kind: str = "svd"
     rank: int = 12
     alpha: float = 16.0
+    scaling: str = "alpha/r"
+    init: str | None = None
     gamma: float = 0.1
     sites: str | tuple[str, ...] = ALL_LINEAR
     exclude: str | tuple[str, ...] = ()
@@ -75,6 +92,9 @@ class AdapterConfig:
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
+        assert_choice(self, "kind", tuple(FORMS))
+        assert_choice(self, "scaling", SCALINGS)
+        assert_known_start(self.init)
         assert_integer(self, "rank", least=1)
         assert_integer(self, "max_variants", least=1)
         assert_number(self, "alpha", above=0)
@@ -102,8 +122,12 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """S in ΔW = s · P diag(λ) Q."""
-        return self.alpha / self.rank
+        """S in ΔW = s · P diag(λ) Q, where no rule says otherwise."""
+        return self.scale_for(self.alpha, self.rank)
+
+    def scale_for(self, alpha: float, rank: int) -> float:
+        """The scale for an alpha and a rank."""
+        return alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
     @property
     def selection(self) -> SiteSelection:
@@ -120,6 +144,11 @@ class AdapterConfig:
         return AdapterContext(
             limit=self.max_variants, fused=self.fused, recompute=self.recompute, checkpointed=self.checkpoint
         )
+
+    @property
+    def start(self) -> StartOptions:
+        """The options that say how adapters start."""
+        return StartOptions(name=self.init, std=self.init_std)
 
     def dtype_for(self, site: AdapterSite) -> torch.dtype:
         """The dtype of the adapter at ``site``."""

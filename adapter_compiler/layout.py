@@ -87,16 +87,16 @@ class FlatLayout:
         return FlatLayout(buffers=tuple(self.buffers[i] for i in kept), stacks=tuple(stacks))
 
 
-def plan_layout(parameters: Mapping[Key, torch.Tensor], families: Mapping[str, Hashable]) -> FlatLayout:
+def plan_layout(parameters: Mapping[Key, torch.Tensor], families: Mapping[Key, Hashable]) -> FlatLayout:
     """Arrange parameters.
 
     Args:
         parameters: what to arrange; only shapes, dtypes and devices matter.
-        families: by site; different families never share a buffer.
+        families: of each; different families never share a buffer.
     """
     members: dict[tuple[torch.dtype, torch.device, Hashable], list[Key]] = {}
     for key, parameter in parameters.items():
-        members.setdefault((parameter.dtype, parameter.device, families[key[0]]), []).append(key)
+        members.setdefault((parameter.dtype, parameter.device, families[key]), []).append(key)
     buffers, stacks = [], []
     for index, ((dtype, device, family), keys) in enumerate(members.items()):
         ordered = sorted(keys, key=lambda key: _order(key, parameters[key]))

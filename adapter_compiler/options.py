@@ -18,9 +18,12 @@ from adapter_compiler.errors import ConfigError
 T = TypeVar("T")
 
 
-def accept_aliases(**aliases: str) -> Callable[[type[T]], type[T]]:
+def accept_aliases(
+    translate: Callable[[dict[str, Any]], dict[str, Any]] | None = None, /, **aliases: str
+) -> Callable[[type[T]], type[T]]:
     """Let a keyword-only dataclass take other names for its fields, as ``init_r=12`` for ``rank=12``.
 
+    ``translate`` puts options whose values differ too, as ``use_rslora=True``, into the fields' own terms first.
     Unknown names raise :class:`ConfigError` with the nearest known one.
     """
 
@@ -30,7 +33,8 @@ def accept_aliases(**aliases: str) -> Callable[[type[T]], type[T]]:
 
         @functools.wraps(generated)
         def initialise(self: T, **options: Any) -> None:
-            generated(self, **_resolve(cls.__name__, options, fields, aliases))
+            own = options if translate is None else translate(options)
+            generated(self, **_resolve(cls.__name__, own, fields, aliases))
 
         cls.__init__ = initialise  # type: ignore[method-assign,assignment]
         return cls

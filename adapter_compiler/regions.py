@@ -261,11 +261,11 @@ class RegionTree:
         weight = self.module.get_submodule(path)._parameters[leaf]
         assert weight is not None and self.context.store is not None
         with self.watching(paused=True), torch.autocast(weight.device.type, enabled=False):
-            effective: torch.Tensor = weight
+            total: torch.Tensor = weight
             for adapter in self._adapters[name]:
-                delta = adapter.delta(self.context.store.parameters_of(adapter))
-                effective = effective + delta.to(weight.dtype)
-            return effective
+                parameters = self.context.store.parameters_of(adapter)
+                total = adapter.rescale(total + adapter.delta(parameters).to(weight.dtype), parameters)
+            return total
 
     def _watch_python(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[WeightUse]]:
         self._watch = WatchWeights({name: p for name, p in self.module.named_parameters() if p.dim() >= 2})

@@ -19,7 +19,7 @@ from passes.plan import AdapterPlan, PlannedAdapter
 
 Self = TypeVar("Self", bound="AdapterStore")
 
-#: The family of adapters whose triplets a rank budget can prune, and that of all others.
+#: The family of parameters that make up triplets, which a rank budget can prune, and that of all others.
 TRIPLETS, OTHERS = "triplets", "others"
 
 _TRIPLET_NAMES = {"P", "lam", "Q"}
@@ -36,13 +36,39 @@ class AdapterStore(nn.Module):
     def __init__(self, plan: AdapterPlan, devices: Mapping[str, torch.device]) -> None:
         """Allocate the parameters, zeros, on the device of each weight."""
         super().__init__()
-        self._names = {adapter.site.name: tuple(adapter.parameter_shapes) for adapter in plan}
+        self._names: dict[str, tuple[str, ...]] = {}
         for adapter in plan:
-            owner = _make_containers(self, adapter.site.name)
-            for name, shape in adapter.parameter_shapes.items():
-                values = torch.zeros(shape, dtype=adapter.dtype, device=devices[adapter.site.weight])
-                owner.register_parameter(name, nn.Parameter(values))
+            self._register(adapter, devices[adapter.site.weight])
         self._flatten()
+
+    @torch.no_grad()
+    def adopt(self, plan: AdapterPlan) -> None:
+        """Hold what the forms of another plan for the same sites need.
+
+        Parameters that both have keep their identity and, where the shapes agree, their values; new ones are zero.
+        """
+        mine = self.keyed_parameters
+        resized: dict[Key, torch.Tensor] = {}
+        for adapter in plan:
+            site = adapter.site.name
+            for name in set(self._names[site]) - adapter.parameter_shapes.keys():
+                delattr(self.get_submodule(site), name)
+            for name, shape in adapter.parameter_shapes.items():
+                if (site, name) in mine and mine[site, name].shape != shape:
+                    resized[site, name] = mine[site, name].new_zeros(shape)
+            self._register(adapter, mine[site, self._names[site][0]].device)
+        self._flatten()
+        self.resize(resized)
+
+    def _register(self, adapter: PlannedAdapter, device: torch.device) -> None:
+        """Make the parameters of one adapter that are not there yet, zeros."""
+        owner = _make_containers(self, adapter.site.name)
+        for name, shape in adapter.parameter_shapes.items():
+            if owner._parameters.get(name) is None:
+                values = torch.zeros(shape, dtype=adapter.dtype, device=device)
+                trains = name not in adapter.form.frozen
+                owner.register_parameter(name, nn.Parameter(values, requires_grad=trains))
+        self._names[adapter.site.name] = tuple(adapter.parameter_shapes)
 
     def parameters_of(self, adapter: PlannedAdapter) -> dict[str, nn.Parameter]:
         """The parameters of one adapter by name."""
@@ -55,9 +81,18 @@ class AdapterStore(nn.Module):
         return {key: owner._parameters[key[1]] for key, owner in self._owners}  # type: ignore[misc]
 
     @property
-    def families(self) -> dict[str, str]:
-        """By site, whether a rank budget can prune it."""
-        return {site: TRIPLETS if set(names) >= _TRIPLET_NAMES else OTHERS for site, names in self._names.items()}
+    def families(self) -> dict[Key, str]:
+        """By parameter, whether it is part of triplets that a rank budget can prune."""
+        return {
+            (site, name): TRIPLETS if name in _TRIPLET_NAMES <= set(names) else OTHERS
+            for site, names in self._names.items()
+            for name in names
+        }
+
+    @property
+    def prunable_sites(self) -> tuple[str, ...]:
+        """The sites that have triplets."""
+        return tuple(site for site, names in self._names.items() if set(names) >= _TRIPLET_NAMES)
 
     @property
     def flat(self) -> tuple[FlatLayout, list[torch.Tensor]] | None:

@@ -29,7 +29,7 @@ class MergedWeight:
 
     Attributes:
         site: the weight's name.
-        weight: W + ΔW in the weight's own dtype and layout.
+        weight: the adapted weight in the weight's own dtype and layout.
         rounding_error: largest |cast - exact| over the elements.
     """
 
@@ -39,7 +39,7 @@ class MergedWeight:
 
 
 def merge_weight(weight: torch.Tensor, adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor]) -> MergedWeight:
-    """W + ΔW, computed in float64 where the device has it and cast once.
+    """W + ΔW, rescaled where the form says so, computed in float64 where the device has it and cast once.
 
     Args:
         weight: the frozen weight, of the site's shape.
@@ -59,7 +59,8 @@ def merge_weight(weight: torch.Tensor, adapter: PlannedAdapter, parameters: Mapp
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     with torch.no_grad():
         # In place: a large model is folded weight by weight, and this sum is what memory must hold.
-        exact = adapter.delta({k: v.detach().to(wide) for k, v in parameters.items()}).add_(weight.detach())
+        values = {k: v.detach().to(wide) for k, v in parameters.items()}
+        exact = adapter.rescale(adapter.delta(values).add_(weight.detach()), values)
         merged = exact.to(weight.dtype, copy=True)
         error = float(exact.sub_(merged).abs_().max()) if merged.numel() else 0.0
     return MergedWeight(site=adapter.site.name, weight=merged, rounding_error=error)
@@ -114,7 +115,7 @@ def _merge_into_rows(
 ) -> MergedWeight:
     """The weight with the sum in the rows that the adapter covers; the others keep their bits."""
     merged = weight.detach().clone(memory_format=torch.contiguous_format)
-    rows = adapter.site.view_rows(merged)
+    rows = adapter.site.to_matrix(merged)
     site = dataclasses.replace(adapter.site, shape=tuple(rows.shape), transposed=False, op="linear", rows=None)
     part = merge_weight(rows, dataclasses.replace(adapter, site=site), parameters)
     rows.copy_(part.weight)

@@ -6,8 +6,9 @@
     with ``recompute``, where x = gelu(h), silu(h) or layer_norm(h, …)
                                                             →  fused_linears(x, …, again=(gelu, h))
 
-Refused, and left as inserted: adapters in weight form, the reverse direction of a weight that is used
-both ways, forms other than SVD, and grouping across an in-place operation that may change x.
+The same for LoRA, which is the SVD form without λ: P = B and Q = A. Refused, and left as inserted: adapters in
+weight form, the reverse direction of a weight that is used both ways, other forms, and grouping across an
+in-place operation that may change x.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ class _Product:
 
 @dataclasses.dataclass(frozen=True)
 class _Insertion:
-    """The nodes of one adapter as :class:`~passes.forms.svd.SvdForm` emits them on activations."""
+    """The nodes of one adapter as :class:`~passes.forms.svd.SvdForm` or LoRA (without λ) emits them on activations."""
 
     total: Node
     output: Node
     down: Node
     P: Node
-    lam: Node
+    lam: Node | None
     Q: Node
     scale: float
 
@@ -110,7 +111,7 @@ def _find_insertions(body: GraphModule) -> Iterator[_Insertion]:
 
 
 def _match(total: Node) -> _Insertion | None:
-    """Recognise y + linear(linear(x, Q) * (lam * s), P), with casts of x and of the sum."""
+    """Recognise y + linear(linear(x, Q) * (lam * s), P) or … * s, P), with casts of x and of the sum."""
     output, update = total.args
     if _is_call(update, aten.type_as.default):
         update = update.args[0]
@@ -120,9 +121,14 @@ def _match(total: Node) -> _Insertion | None:
     if not _is_call(hidden, aten.mul.Tensor):
         return None
     down, scaled = hidden.args
-    if not _is_call(down, aten.linear.default) or not _is_call(scaled, aten.mul.Tensor):
+    if not _is_call(down, aten.linear.default):
         return None
-    lam, scale = scaled.args
+    if _is_call(scaled, aten.mul.Tensor):
+        lam, scale = scaled.args
+    elif isinstance(scaled, (int, float)):
+        lam, scale = None, scaled
+    else:
+        return None
     return _Insertion(total, output, down, P, lam, down.args[1], scale)  # type: ignore[arg-type]
 
 
@@ -147,7 +153,7 @@ def _group(insertions: list[_Insertion]) -> list[list[_Insertion]]:
 def _may_join(first: _Insertion, one: _Insertion) -> bool:
     """Whether ``one`` can move up to ``first``: its operands exist there and nothing is written in between."""
     operands = [node for node in (*one.output.all_input_nodes, one.P, one.lam, one.Q) if node is not one.x]
-    if any(not node < first.output for node in operands):
+    if any(node is not None and not node < first.output for node in operands):
         return False
     if one.P.meta.get("val") != first.P.meta.get("val"):
         return False

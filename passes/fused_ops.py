@@ -1,4 +1,4 @@
-"""Base layer and SVD adapter as one differentiable function each: fewer kernels, less saved memory.
+"""Base layer and SVD or LoRA adapter as one differentiable function each: fewer kernels, less saved memory.
 
 What autograd would save for a site on its own is x, x Qᵀ, (x Qᵀ) ∘ sλ and the shapes; these functions save
 x and x Qᵀ. Backward adds into one gradient of x instead of summing one tensor a branch.
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-#: Operands of one site in :func:`fused_linears`: weight, bias, P, λ, Q.
+#: Operands of one site in :func:`fused_linears`: weight, bias, P, λ, Q. λ is ``None`` for LoRA: P = B, Q = A.
 OPERANDS_PER_SITE = 5
 
 
@@ -34,7 +34,7 @@ def fused_linears(
     Args:
         x: [..., in].
         scales: s of each site.
-        operands: for each site W [out, in], b [out] or ``None``, P [out, r], λ [r], Q [r, in].
+        operands: for each site W [out, in], b [out] or ``None``, P [out, r], λ [r] or ``None``, Q [r, in].
         again: a function and arguments that give x once more, from tensors that are kept for backward
             anyway; x itself is then not kept. Under autocast, which backward does not repeat, it is.
 
@@ -47,9 +47,9 @@ def fused_linears(
 
 
 def fused_update(
-    y: torch.Tensor, x: torch.Tensor, P: torch.Tensor, lam: torch.Tensor, Q: torch.Tensor, scale: float
+    y: torch.Tensor, x: torch.Tensor, P: torch.Tensor, lam: torch.Tensor | None, Q: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Add the update s ((x Qᵀ) ∘ λ) Pᵀ to y, for x [..., in] and y [..., out] of any origin."""
+    """Add the update s ((x Qᵀ) ∘ λ) Pᵀ to y, for x [..., in] and y [..., out] of any origin; λ = ``None`` is 1."""
     return _FusedUpdate.apply(y, x, P, lam, Q, scale)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -128,7 +128,7 @@ class _FusedUpdate(torch.autograd.Function):
         y: torch.Tensor,
         x: torch.Tensor,
         P: torch.Tensor,
-        lam: torch.Tensor,
+        lam: torch.Tensor | None,
         Q: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
@@ -180,17 +180,17 @@ def _plain_linears(scales: Sequence[float]) -> Callable[..., list[torch.Tensor]]
 
 
 def _plain_update(scale: float) -> Callable[..., list[torch.Tensor]]:
-    def run(x: torch.Tensor, P: torch.Tensor, lam: torch.Tensor, Q: torch.Tensor) -> list[torch.Tensor]:
-        hidden = torch.nn.functional.linear(x.to(P.dtype), Q) * (lam * scale)
+    def run(x: torch.Tensor, P: torch.Tensor, lam: torch.Tensor | None, Q: torch.Tensor) -> list[torch.Tensor]:
+        hidden = torch.nn.functional.linear(x.to(P.dtype), Q) * (scale if lam is None else lam * scale)
         return [torch.nn.functional.linear(hidden, P)]
 
     return run
 
 
 class _Factors(NamedTuple):
-    """Gradients of P, λ and Q by site, and that of x Qᵀ of all sites, [Σr, rows]."""
+    """Gradients of P, λ (``None`` where there is none) and Q by site, and that of x Qᵀ of all sites, [Σr, rows]."""
 
-    by_site: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    by_site: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]
     reading: torch.Tensor
 
 
@@ -217,7 +217,9 @@ def _factor_gradients(
     through = torch.empty_like(hidden)
     for g, out, site in zip(wide, _split(through, sites), sites, strict=True):
         torch.mm(_cast(site[2], dtype).t(), g.t(), out=out)
-    dlam = _scale(_split(torch.linalg.vecdot(through, hidden), sites), scales)
+    dlam: list[torch.Tensor | None] = [None] * len(sites)
+    if any(site[3] is not None for site in sites):
+        dlam = list(_scale(_split(torch.linalg.vecdot(through, hidden), sites), scales))
     dP = [
         _transpose_scaled(part @ g, column, site[2])
         for g, part, column, site in zip(wide, _split(hidden, sites), _split(lambdas, sites), sites, strict=True)
@@ -225,7 +227,7 @@ def _factor_gradients(
     through.mul_(lambdas)
     dQ = _split(through @ _cast(rows, dtype), sites)
     by_site = [
-        (p, _cast(d, lam.dtype), _cast(q, Q.dtype))
+        (p, None if lam is None or d is None else _cast(d, lam.dtype), _cast(q, Q.dtype))
         for p, d, q, (_, _, _, lam, Q) in zip(dP, dlam, dQ, sites, strict=True)
     ]
     return _Factors(by_site, through)
@@ -263,8 +265,11 @@ def _stack(factors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _scale_lambdas(sites: Sequence[Any], scales: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    """S λ of all sites as a column, [Σr, 1]."""
-    parts = _scale([site[3] for site in sites], scales)
+    """S λ of all sites as a column, [Σr, 1]; s where there is no λ."""
+    parts = [
+        site[4].new_full((len(site[4]),), scale) if site[3] is None else site[3] * scale
+        for site, scale in zip(sites, scales, strict=True)
+    ]
     return _stack(parts, dtype).unsqueeze(1)
 
 

@@ -8,7 +8,11 @@ For each weight of the plan that a graph uses:
     any other use, or any use of a part of W                     →   W + ΔW in place of W
 
 One use of the last kind makes the weight form serve all uses of that weight in that graph. An adapter for
-some rows of W fills up with zeros what it adds to a product, or to W.
+some rows of W fills up with zeros what it adds to a product, or to W. Forms that rescale the rows of the
+sum, W' = c ∘ (W + ΔW), are inserted with c made once a graph and weight:
+
+    y = x Wᵀ + b                                                 →   y + (c - 1) ∘ (y - b) + c ∘ form(x)
+
 Parameters reach the bodies of ``no_grad`` and autocast regions as further operands. Refused: a
 plan whose parameters the graph module does not hold, and weights whose shape differs from the plan.
 """
@@ -38,7 +42,7 @@ STORE_PREFIX = "adapters."
 class InsertAdaptersPass(GraphPass):
     """Insert the adapters of ``plan`` into a captured graph.
 
-    Contract: with λ = 0 the outputs stay bit for bit the same; every node that the pass adds carries
+    Contract: where ΔW = 0 the outputs stay bit for bit the same; every node that the pass adds carries
     ``meta["adapter_site"]``; the last one of each insertion carries ``meta["adapter_replaces"]``, the
     name of the node whose value it stands for. A site whose adapter is already there is left alone, and so is
     one whose adapter has rank 0.
@@ -92,19 +96,28 @@ def find_adapted_sites(graph_module: GraphModule) -> set[str]:
 
 def _insert(graph_module: GraphModule, adapter: PlannedAdapter, uses: Sequence[GraphUse]) -> None:
     parameters = _fetch_parameters(graph_module, adapter)
-    if all(_runs_on_activations(use, adapter) for use in uses):
+    if all(_fits_activations(use, adapter) for use in uses):
+        factors: dict[Node, Node] = {}
         for use in uses:
-            _insert_on_activations(use, adapter, parameters)
+            if adapter.form.rescales and use.source not in factors:
+                factors[use.source] = _emit_factor(use.source, adapter, parameters)
+            _insert_on_activations(use, adapter, parameters, factors.get(use.source))
     else:
         for source in dict.fromkeys(use.source for use in uses):
             _insert_on_weight(source, adapter, parameters)
 
 
-def _runs_on_activations(use: GraphUse, adapter: PlannedAdapter) -> bool:
-    """Whether x ΔWᵀ can be added to what the operator gives; rows of a weight are columns of a product only."""
+def _fits_activations(use: GraphUse, adapter: PlannedAdapter) -> bool:
+    """Whether an adapter can run on what the use reads. A convolution with no kernels left has no operator."""
     if use.activation is None:
         return False
-    return adapter.site.rows is None or (use.kind == "product" and use.transposed == adapter.site.transposed)
+    if adapter.rank == 0 and use.kind == "convolution":
+        return False
+    is_reverse = use.kind == "product" and use.transposed != adapter.site.transposed
+    if adapter.form.rescales:
+        # W' in the other direction scales x and not y, so that x W, which is there, is of no use.
+        return not is_reverse and use.kind != "stack"
+    return adapter.site.rows is None or (use.kind == "product" and not is_reverse)
 
 
 def _fetch_parameters(graph_module: GraphModule, adapter: PlannedAdapter) -> dict[str, Node]:
@@ -120,14 +133,71 @@ def _fetch_parameters(graph_module: GraphModule, adapter: PlannedAdapter) -> dic
     return fetched
 
 
-def _insert_on_activations(use: GraphUse, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> None:
+def _emit_factor(source: Node, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> Node:
+    """C of a form that rescales, [out], in the outermost graph."""
+    emitter = NodeEmitter(after=max([source, *parameters.values()]), site=adapter.site.name)
+    matrix = _emit_matrix(emitter, source, adapter)
+    return adapter.form.emit_factor(emitter, matrix, parameters, adapter.scale)
+
+
+def _emit_matrix(emitter: NodeEmitter, source: Node, adapter: PlannedAdapter) -> Node:
+    """W as [out, in] in the adapter's dtype."""
+    site, matrix = adapter.site, source
+    if site.dtype != adapter.dtype:
+        matrix = emitter.emit(aten.to.dtype, matrix, adapter.dtype)
+    if site.transposed:
+        return emitter.emit(aten.t.default, matrix)
+    if len(site.shape) != 2:
+        return emitter.emit(aten.reshape.default, matrix, [site.out_features, site.in_features])
+    return matrix
+
+
+def _insert_on_activations(
+    use: GraphUse, adapter: PlannedAdapter, parameters: Mapping[str, Node], factor: Node | None
+) -> None:
     inner = {name: _bring_into(use.regions, node, adapter) for name, node in parameters.items()}
     output = use.node
     emitter = NodeEmitter(after=output, site=adapter.site.name)
     update = _emit_update(emitter, use, adapter, inner)
+    if factor is not None:
+        factor = _shape_factor(emitter, use, _bring_into(use.regions, factor, adapter), adapter)
+        update = _emit_rescaled(emitter, _emit_without_bias(emitter, use, adapter), update, factor)
     if _dtype_of(output) != adapter.dtype:
         update = emitter.emit(aten.type_as.default, update, output)
     _substitute(emitter, output, update)
+
+
+def _shape_factor(emitter: NodeEmitter, use: GraphUse, factor: Node, adapter: PlannedAdapter) -> Node:
+    """C so that it multiplies the output: along the features, along the channels, or for the entries looked up."""
+    if use.kind == "lookup":
+        x, *options = use.node.args[1:]
+        columns = emitter.emit(aten.unsqueeze.default, factor, 1)
+        return emitter.emit(aten.embedding.default, columns, x, *options[:1])
+    if use.kind == "convolution":
+        return emitter.emit(aten.reshape.default, factor, [-1, *[1] * (len(adapter.site.shape) - 2)])
+    return factor
+
+
+def _emit_without_bias(emitter: NodeEmitter, use: GraphUse, adapter: PlannedAdapter) -> Node:
+    """Y - b."""
+    arguments, bias = use.node.args, None
+    if use.node.target is aten.addmm.default:
+        bias, beta = arguments[0], use.node.kwargs.get("beta", 1)
+        if beta != 1:
+            bias = emitter.emit(aten.mul.Tensor, bias, beta)
+    elif use.kind in ("product", "convolution") and len(arguments) > 2:
+        bias = arguments[2]
+    if not isinstance(bias, Node):
+        return use.node
+    if use.kind == "convolution":
+        bias = emitter.emit(aten.reshape.default, bias, [-1, *[1] * (len(adapter.site.shape) - 2)])
+    return emitter.emit(aten.sub.Tensor, use.node, bias)
+
+
+def _emit_rescaled(emitter: NodeEmitter, base: Node, update: Node, factor: Node) -> Node:
+    """C ∘ (base + update) - base, such that it is exactly zero where c is 1 and the update 0."""
+    change = emitter.emit(aten.mul.Tensor, base, emitter.emit(aten.sub.Scalar, factor, 1))
+    return emitter.emit(aten.add.Tensor, change, emitter.emit(aten.mul.Tensor, update, factor))
 
 
 def _emit_update(emitter: NodeEmitter, use: GraphUse, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> Node:
@@ -150,6 +220,10 @@ def _insert_on_weight(source: Node, adapter: PlannedAdapter, parameters: Mapping
     last = max([source, *parameters.values()])
     emitter = NodeEmitter(after=last, site=adapter.site.name)
     update = adapter.form.emit_weight(emitter, parameters, adapter.scale)
+    if adapter.form.rescales:
+        matrix = _emit_matrix(emitter, source, adapter)
+        factor = adapter.form.emit_factor(emitter, matrix, parameters, adapter.scale)
+        update = _emit_rescaled(emitter, matrix, update, emitter.emit(aten.unsqueeze.default, factor, 1))
     if adapter.site.rows is not None:
         update = emitter.emit(aten.constant_pad_nd.default, update, [0, 0, *_padding(adapter.site)])
     if adapter.site.transposed:

@@ -9,15 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from passes.base import SiteError
-from passes.forms import AdapterForm, SvdForm
+from passes.forms import AdapterForm, find_form
 from passes.sites import AdapterSite
 
 #: Written into saved plans; a reader refuses those of another version.
 _VERSION = 1
-_FORMS: dict[str, type[AdapterForm]] = {"svd": SvdForm}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +25,8 @@ class PlannedAdapter:
     Attributes:
         site: the weight it belongs to.
         form: what it computes.
-        rank: number of triplets; one of 0 is known by name but not inserted.
-        scale: s in ΔW = s · P diag(λ) Q.
+        rank: number of triplets, or the rank of B A; one of 0 is known by name but not inserted.
+        scale: s in ΔW = s · P diag(λ) Q or s · B A.
         dtype: dtype of its parameters.
     """
 
@@ -44,11 +42,16 @@ class PlannedAdapter:
                 f"site {self.site.name}: rank {self.rank} does not fit a weight of {self.site.out_features} × "
                 f"{self.site.in_features}; expected 0 to {self.site.largest_rank}"
             )
+        if self.site.rows is not None and self.form.rescales:
+            raise SiteError(
+                f"site {self.site.name} covers some rows of its weight, and the form {self.form.name!r} rescales whole "
+                "weights; expected a form that only adds, as 'svd' or 'lora'; choose one, or leave split out"
+            )
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is left of it: its parameters have no elements and no graph holds it."""
-        return self.rank == 0
+        """Whether nothing is left of it, so that no graph holds it."""
+        return self.form.is_empty(self.rank)
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -57,11 +60,15 @@ class PlannedAdapter:
 
     def delta(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """ΔW in the shape and layout of the weight, in the dtype of the parameters; 0 in rows it does not cover."""
-        delta = self.form.delta(parameters, self.scale)
-        if self.site.rows is not None:
-            first, end = self.site.rows
-            delta = functional.pad(delta, (0, 0, first, self.site.weight_rows - end))
-        return (delta.t() if self.site.transposed else delta).reshape(self.site.shape)
+        return self.site.from_matrix(self.form.delta(parameters, self.scale))
+
+    def rescale(self, total: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """W' of W + ΔW, in the shape and layout of the weight; where the form does not rescale, it is that."""
+        if not self.form.rescales:
+            return total
+        rows = self.site.to_matrix(total)
+        factor = self.form.factor(rows, parameters)
+        return self.site.from_matrix(rows * factor.to(rows.dtype).unsqueeze(1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +146,7 @@ def _from_dict(entry: Mapping[str, Any]) -> PlannedAdapter:
     fields |= {"shape": tuple(entry["shape"]), "aliases": tuple(entry["aliases"]), "rows": rows}
     return PlannedAdapter(
         site=AdapterSite(**{**fields, "dtype": getattr(torch, entry["dtype"])}),
-        form=_FORMS[entry["form"]](),
+        form=find_form(entry["form"]),
         rank=entry["rank"],
         scale=float(entry["scale"]),
         dtype=getattr(torch, entry["adapter_dtype"]),

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from passes.base import SiteError
+from passes.forms import FORMS
 from passes.roles import ROLES
 from passes.sites import AdapterSite, abbreviate, find_matching_glob
 
@@ -34,6 +35,7 @@ class AdapterRule:
         op: a glob or globs over the site's operator, such as ``linear`` or ``embedding``.
         depth: the number of the block, or ``(first, last)``, both included; needs an example.
         size: least and greatest number of values of the weight, ``None`` for no bound.
+        kind: what the adapters compute, such as ``svd`` or ``lora``; by default the configuration's.
         rank: rank of the adapters; by default the configuration's.
         alpha: ΔW = alpha / rank · P diag(λ) Q; by default the configuration's.
         split: give a packed weight an adapter for each of its parts: how many equal ones, or their sizes, in rows of
@@ -53,6 +55,7 @@ class AdapterRule:
     op: str | tuple[str, ...] | None = None
     depth: int | tuple[int, int] | None = None
     size: tuple[int | None, int | None] | None = None
+    kind: str | None = None
     rank: int | None = None
     alpha: float | None = None
     split: int | tuple[int, ...] | str | None = None
@@ -163,6 +166,8 @@ class AdapterRule:
             raise self._error("size", "(least, greatest), each a number of values or None")
 
     def _check_numbers(self) -> None:
+        if self.kind is not None and self.kind not in FORMS:
+            raise self._error("kind", f"one of {', '.join(FORMS)}")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise self._error("rank", "an integer of at least 1")
         if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and self.alpha > 0):  # type: ignore[redundant-expr]
@@ -174,8 +179,8 @@ class AdapterRule:
             isinstance(sizes, tuple) and sizes and all(type(n) is int and n > 0 for n in sizes)
         ):
             raise self._error("split", "a number of equal parts, a tuple of sizes, or 'matrices'")
-        if self.exclude and (self.rank is not None or self.alpha is not None):
-            raise self._error("exclude", "no rank and no alpha beside it")
+        if self.exclude and any(option is not None for option in (self.kind, self.rank, self.alpha)):
+            raise self._error("exclude", "no kind, no rank and no alpha beside it")
 
     def _error(self, option: str, expected: str) -> SiteError:
         return SiteError(f"AdapterRule({option}={getattr(self, option)!r}): expected {expected}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from passes.base import SiteError
 from passes.blocks import find_layer_numbers
@@ -80,11 +81,17 @@ class AdapterSite:
         """d2, the columns of ΔW; the trailing dimensions of a convolution kernel count as one."""
         return self._matrix_shape[0 if self.transposed else 1]
 
-    def view_rows(self, weight: torch.Tensor) -> torch.Tensor:
-        """The rows that the site covers, [out, in], as a view of a contiguous tensor of the weight's shape."""
-        matrix = weight.view(self._matrix_shape)
-        first, end = self.rows or (0, self.weight_rows)
-        return (matrix.t() if self.transposed else matrix)[first:end]
+    def to_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The rows of the weight, or of its gradient, that the site covers, as [out, in]; a view where that can be."""
+        matrix = weight.t() if self.transposed else weight.reshape(self._matrix_shape)
+        return matrix if self.rows is None else matrix[self.rows[0] : self.rows[1]]
+
+    def from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        """What is [out, in] in the shape and layout of the weight; 0 in rows that the site does not cover."""
+        if self.rows is not None:
+            first, end = self.rows
+            matrix = functional.pad(matrix, (0, 0, first, self.weight_rows - end))
+        return (matrix.t() if self.transposed else matrix).reshape(self.shape)
 
     @property
     def _matrix_shape(self) -> tuple[int, int]:

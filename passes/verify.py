@@ -15,8 +15,8 @@ from passes.plan import AdapterPlan
 class VerifyAdaptersPass(GraphPass):
     """Changes nothing; raises if the adapted graph breaks an invariant.
 
-    Checked: only sites of the plan are tagged; every planned weight is frozen; every adapter
-    parameter requires grad; every insertion is read by something.
+    Checked: only sites of the plan are tagged; every adapter parameter requires grad, but the starting values
+    that some forms keep; every insertion is read by something.
     """
 
     plan: AdapterPlan
@@ -29,8 +29,10 @@ class VerifyAdaptersPass(GraphPass):
         for adapter in (adapter for adapter in self.plan if adapter.site.name in present):
             for name in adapter.parameter_shapes:
                 target = f"{STORE_PREFIX}{adapter.site.name}.{name}"
-                if not graph_module.get_parameter(target).requires_grad:
-                    raise PostconditionError(f"{target} does not require grad, so it cannot be trained")
+                is_frozen = name in adapter.form.frozen
+                if graph_module.get_parameter(target).requires_grad == is_frozen:
+                    reason = "requires grad, but must not train" if is_frozen else "does not require grad"
+                    raise PostconditionError(f"{target} {reason}; leave the flags of adapters as they are")
         for body in find_graph_modules(graph_module):
             _assert_insertions_are_read(body)
         return PassResult(graph_module=graph_module, modified=False)

@@ -64,7 +64,7 @@ class TripletBank:
     def __init__(self, store: AdapterStore) -> None:
         """The triplets of a store as it stands now; see :meth:`is_current`."""
         families = store.families
-        self.parameters = {k: p for k, p in store.keyed_parameters.items() if families[k[0]] == TRIPLETS}
+        self.parameters = {k: p for k, p in store.keyed_parameters.items() if families[k] == TRIPLETS}
         self.sites = tuple(dict.fromkeys(site for site, _ in self.parameters))
         # Compaction changes the parameters under a bank, which must still be able to say how it was.
         self.shapes = {site: self.parameters[site, "lam"].shape for site in self.sites}

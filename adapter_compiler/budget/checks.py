@@ -14,7 +14,6 @@ from adapter_compiler.budget.bank import TripletBank
 from adapter_compiler.budget.distributed import gather_full
 from adapter_compiler.budget.schedule import BudgetSchedule
 from adapter_compiler.errors import BudgetError, NonFiniteGradientError
-from adapter_compiler.store import TRIPLETS
 
 logger = logging.getLogger(__name__)
 
@@ -130,15 +129,26 @@ def assert_kinds(adapted: object, optimizer: object, schedule: object) -> None:
 
 def assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedule: BudgetSchedule) -> None:
     """Raise :class:`BudgetError` unless the optimizer holds all adapters and the target is within their ranks."""
-    families = adapted.adapters.families
-    prunable = [adapter for adapter in adapted.plan if families[adapter.site.name] == TRIPLETS]
+    sites = set(adapted.adapters.prunable_sites)
+    prunable = [adapter for adapter in adapted.plan if adapter.site.name in sites]
     if not prunable:
-        raise BudgetError("no site has an adapter of triplets P, λ, Q; expected the SVD form at one site at least")
+        kinds = ", ".join(sorted({adapter.form.name for adapter in adapted.plan}))
+        raise BudgetError(
+            f"the adapters are of the kind {kinds}, which has no λ to prune by, expected triplets P, λ, Q at one site "
+            "at least; compile with AdapterConfig(kind='svd') or kind='dora-svd', or train without a RankBudget"
+        )
+    if others := [adapter.site.name for adapter in adapted.plan if adapter.site.name not in sites]:
+        logger.warning(
+            "%d of %d sites have no λ (first: %s); their ranks stay, and the budget is for the others",
+            len(others),
+            len(adapted.plan),
+            others[0],
+        )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [
         adapter.site.name
         for adapter in prunable
-        if not all(id(p) in held for p in adapted.adapters.parameters_of(adapter).values())
+        if not all(id(p) in held for p in adapted.adapters.parameters_of(adapter).values() if p.requires_grad)
     ]
     if missing:
         raise BudgetError(

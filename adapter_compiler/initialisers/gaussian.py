@@ -1,18 +1,16 @@
-"""AdaLoRA's own start: P and Q normal, λ zero (arXiv 2303.10512, section 3.1)."""
+"""AdaLoRA's own start: P and Q normal, λ zero (arXiv 2303.10512, section 3.1); for LoRA, A normal and B zero."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import nn
+
+from adapter_compiler.initialisers.base import StartingFactors, StartOptions
+from passes.plan import PlannedAdapter
 
 
-def initialise_gaussian(parameters: Mapping[str, nn.Parameter], std: float) -> None:
-    """P, Q ~ N(0, std²) from torch's global generator, λ = 0, so that ΔW = 0."""
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if name == "lam":
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, std)
+def draw_gaussian(adapter: PlannedAdapter, weight: torch.Tensor, options: StartOptions) -> StartingFactors:
+    """Both factors N(0, std²) from torch's global generator, ΔW = 0."""
+    site = adapter.site
+    left = torch.empty(site.out_features, adapter.rank, dtype=adapter.dtype, device=weight.device)
+    right = torch.empty(adapter.rank, site.in_features, dtype=adapter.dtype, device=weight.device)
+    return StartingFactors(left=left.normal_(0.0, options.std), right=right.normal_(0.0, options.std))

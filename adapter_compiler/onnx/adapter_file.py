@@ -12,7 +12,7 @@ import torch
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import CheckpointError, ConfigError
 from adapter_compiler.files import written_beside
-from adapter_compiler.onnx.factors import factor_weight
+from adapter_compiler.onnx.factors import assert_additive, factor_weight
 from adapter_compiler.onnx.values import from_ort_value, to_ort_value
 
 _ADAPTER_VERSION = 1
@@ -34,7 +34,7 @@ def save_onnx_adapter(adapted: AdaptedModel, path: str | Path) -> Path:
         path: the file to write, usually named ``*.onnx_adapter``.
 
     Raises:
-        ConfigError: ``adapted`` is no adapted model.
+        ConfigError: ``adapted`` is no adapted model, or has adapters that are no low-rank addition (DoRA).
     """
     if not isinstance(adapted, AdaptedModel):
         raise ConfigError(f"save_onnx_adapter got a {type(adapted).__name__}, expected an AdaptedModel")
@@ -57,6 +57,7 @@ def write_adapter_file(adapted: AdaptedModel, path: Path) -> Path:
 
 def find_adapter_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
     """What goes into the file, by the name of the input, in the dtype of the weights."""
+    assert_additive(adapted.plan)
     tensors: dict[str, torch.Tensor] = {}
     for weight, adapters in adapted.plan.by_weight.items():
         left, right = factor_weight(adapters, adapted.adapters.parameters_of)

@@ -18,6 +18,7 @@ from adapter_compiler.onnx.bisect import find_first_departure
 from adapter_compiler.onnx.cases import DRAWS, find_cases
 from adapter_compiler.onnx.casting import open_with_casts
 from adapter_compiler.onnx.exportable import NamedOutputs, prepare_base, prepare_merged, to_cpu
+from adapter_compiler.onnx.factors import assert_additive
 from adapter_compiler.onnx.inputs import bind_to_names, spell_names
 from adapter_compiler.onnx.metadata import describe_file, write_metadata
 from adapter_compiler.onnx.report import ExportAttempt, ExportReport, OutputError
@@ -61,12 +62,13 @@ def export_onnx(
         opset: the ONNX operator set; by default the exporter's.
         adapters: ``"merged"`` folds them into the weights. ``"runtime"`` leaves an input for each of them, with
             a default of rank 0, so that the file alone is the base model and
-            :func:`~adapter_compiler.onnx.adapter_file.save_onnx_adapter` writes what goes in.
+            :func:`~adapter_compiler.onnx.adapter_file.save_onnx_adapter` writes what goes in. DoRA cannot be one.
 
     Returns:
         A report with ``path``, ``max_abs_error`` and the error of each output on each input.
 
     Raises:
+        ConfigError: the arguments do not fit together, or adapters are no low-rank additions.
         ExportError: the model does not export; no file is left.
         VerificationError: the file does not load or departs from PyTorch; no file is left.
     """
@@ -123,6 +125,8 @@ def _prepare(
             f"export_onnx(adapters='runtime') got a {type(model).__name__}, expected an AdaptedModel; "
             "compile_with_adapters makes one"
         )
+    if adapters == "runtime" and isinstance(model, AdaptedModel):
+        assert_additive(model.plan)
     prepared = prepare_merged(model) if adapters == "merged" else prepare_base(model)
     call = bind_to_names(prepared, to_cpu(args), to_cpu(dict(kwargs or {})))
     return NamedOutputs(prepared), call

@@ -7,24 +7,51 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.nn import functional
 
-from passes.plan import PlannedAdapter
+from adapter_compiler.errors import ConfigError
+from passes.forms.dora import MAGNITUDE
+from passes.forms.offset import START
+from passes.plan import AdapterPlan, PlannedAdapter
 
 
 def factor_update(adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """L [out, r] and R [r, in] with ΔW = L R, in float64 on the CPU.
 
-    The SVD form is read off; any other form's ΔW is taken apart by a singular value decomposition, to its
-    numerical rank. r is the number of triplets that are alive, which may be 0.
+    SVD and LoRA are read off, an offset from the start stands beside them as further columns and rows; any other
+    form's ΔW is taken apart by a singular value decomposition, to its numerical rank. r is the number of triplets that
+    are alive, which may be 0. Of a form that rescales the sum W + ΔW, only ΔW is given.
 
     Args:
         adapter: the plan for the site.
         parameters: the adapter's parameters by name, as they are now.
     """
     wide = {name: value.detach().to("cpu", torch.float64) for name, value in parameters.items()}
-    if adapter.form.name == "svd" and wide.keys() == {"P", "lam", "Q"}:
+    wide.pop(MAGNITUDE, None)
+    start = {name.removesuffix(START): wide.pop(name) for name in list(wide) if name.endswith(START)}
+    left, right = _factor(adapter, wide)
+    if start:
+        # The start may have had another rank than is left now.
+        before, after = _factor(adapter, start)
+        left, right = torch.cat([left, -before], dim=1), torch.cat([right, after])
+    return left, right
+
+
+def assert_additive(plan: AdapterPlan) -> None:
+    """Raise :class:`ConfigError` for a site whose adapted weight is no sum of W and a low-rank matrix."""
+    for adapter in plan:
+        if adapter.form.rescales:
+            raise ConfigError(
+                f"site {adapter.site.name} has the form {adapter.form.name!r}, which rescales the weight, so it is no "
+                "low-rank addition that a file could take at run time; export with adapters='merged'"
+            )
+
+
+def _factor(adapter: PlannedAdapter, wide: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    if wide.keys() == {"A", "B"}:
+        return wide["B"] * adapter.scale, wide["A"]
+    if wide.keys() == {"P", "lam", "Q"}:
         live = wide["lam"] != 0
         return wide["P"][:, live] * (wide["lam"][live] * adapter.scale), wide["Q"][live]
-    delta = adapter.form.delta(wide, adapter.scale)
+    delta = adapter.form.core.delta(wide, adapter.scale)
     left, values, right = torch.linalg.svd(delta, full_matrices=False)
     smallest = torch.finfo(torch.float64).eps * max(delta.shape) * values[:1]
     live = values > smallest

@@ -126,6 +126,14 @@ def _count_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def _count_live(rank: int, parameters: Mapping[str, torch.Tensor]) -> int:
+    """Triplets whose λ is not zero; forms without λ live whole."""
+    lam = parameters.get("lam")
+    if lam is None:
+        return rank
+    return 0 if lam.is_meta else int(torch.count_nonzero(lam.detach()))
+
+
 def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
     """The report of an adapted model as it stands."""
     errors = adapted.fold_report.rounding_error if adapted.fold_report else {}
@@ -145,7 +153,7 @@ def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
                 op=adapter.site.op,
                 form=adapter.form.name,
                 rank=adapter.rank,
-                live=int(torch.count_nonzero(parameters["lam"].detach())) if not parameters["lam"].is_meta else 0,
+                live=_count_live(adapter.rank, parameters),
                 parameters=sum(p.numel() for p in parameters.values()),
                 in_graphs=sum(adapter.site.name in variant.sites for variant in variants),
                 rounding_error=errors.get(adapter.site.name),

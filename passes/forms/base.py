@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+aten = torch.ops.aten
+
 
 @dataclasses.dataclass
 class NodeEmitter:
@@ -41,9 +43,32 @@ class AdapterForm(abc.ABC):
 
     A form is written on activations, for each kind of use, and on the weight, and all must agree:
     ``emit_activation`` gives x ΔWᵀ, to be added to the output, ``emit_weight`` ΔW, to be added to the weight.
+    A form that also scales the rows of the result, W' = c ∘ (W + ΔW), says so with :attr:`rescales` and gives c.
+
+    Attributes:
+        name: how configurations, plans and files call it; :func:`passes.forms.find_form` gives the form back.
     """
 
     name: str
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters that are kept but do not train."""
+        return frozenset()
+
+    @property
+    def rescales(self) -> bool:
+        """Whether the adapted weight is c ∘ (W + ΔW) by rows, so that it is no sum of W and a low-rank matrix."""
+        return False
+
+    @property
+    def core(self) -> AdapterForm:
+        """The form without what an initialiser has added to it."""
+        return self
+
+    def is_empty(self, rank: int) -> bool:
+        """Whether an adapter of this rank leaves the weight as it is, whatever its parameters are."""
+        return rank == 0
 
     @abc.abstractmethod
     def parameter_shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -95,3 +120,11 @@ class AdapterForm(abc.ABC):
     @abc.abstractmethod
     def delta(self, parameters: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
         """ΔW as a new tensor, [out, in], in the dtype of the parameters; the caller may write into it."""
+
+    def emit_factor(self, emitter: NodeEmitter, weight: Node, parameters: Mapping[str, Node], scale: float) -> Node:
+        """Where the form :attr:`rescales`: nodes for c, [out], given W as [out, in] in the parameters' dtype."""
+        raise NotImplementedError(f"the form {self.name} does not rescale")
+
+    def factor(self, total: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Where the form :attr:`rescales`: c, [out], given W + ΔW as [out, in]."""
+        raise NotImplementedError(f"the form {self.name} does not rescale")

@@ -9,11 +9,9 @@ import torch
 from torch.fx import Node
 
 from passes.forms.base import AdapterForm, NodeEmitter
+from passes.forms.emit import emit_rows, emit_stacked_products, emit_two_convolutions
 
 aten = torch.ops.aten
-
-#: The convolution over each number of spatial dimensions.
-_POINTWISE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +42,9 @@ class SvdForm(AdapterForm):
         return emitter.emit(aten.linear.default, hidden, parameters["P"])
 
     def emit_lookup(self, emitter: NodeEmitter, lookup: Node, parameters: Mapping[str, Node], scale: float) -> Node:
-        """(P[x] ∘ sλ) Q; as in the weight itself, no gradient comes from the padding row."""
-        x, *options = lookup.args[1:]
+        """(P[x] ∘ sλ) Q."""
         scaled = emitter.emit(aten.mul.Tensor, parameters["lam"], scale)
-        rows = emitter.emit(aten.embedding.default, parameters["P"], x, *options[:1])
-        update = emitter.emit(aten.matmul.default, emitter.emit(aten.mul.Tensor, rows, scaled), parameters["Q"])
-        padding = options[0] if options else -1
-        if padding == -1:
-            return update
-        is_padding = emitter.emit(aten.unsqueeze.default, emitter.emit(aten.eq.Scalar, x, padding), -1)
-        return emitter.emit(aten.where.self, is_padding, emitter.emit(aten.detach.default, update), update)
+        return emit_rows(emitter, lookup, parameters["P"], scaled, parameters["Q"])
 
     def emit_convolution(
         self,
@@ -64,15 +55,9 @@ class SvdForm(AdapterForm):
         scale: float,
         kernel: Sequence[int],
     ) -> Node:
-        """Convolve with the rows of Q as r kernels, scale the r channels by sλ, mix them by P as a 1×1 kernel."""
-        target, options = convolution.target, convolution.args[3:6]
-        spatial = len(kernel) - 2
-        down = emitter.emit(aten.reshape.default, parameters["Q"], [-1, *kernel[1:]])
-        up = emitter.emit(aten.reshape.default, parameters["P"], [kernel[0], -1, *[1] * spatial])
+        """The rows of Q as r kernels, then sλ, then P as a 1×1 kernel."""
         scaled = emitter.emit(aten.mul.Tensor, parameters["lam"], scale)
-        scaled = emitter.emit(aten.reshape.default, scaled, [-1, *[1] * spatial])
-        hidden = emitter.emit(target, x, down, None, *options)
-        return emitter.emit(_POINTWISE[spatial], emitter.emit(aten.mul.Tensor, hidden, scaled), up)
+        return emit_two_convolutions(emitter, convolution, x, parameters["P"], scaled, parameters["Q"], kernel)
 
     def emit_stack(
         self,
@@ -85,16 +70,10 @@ class SvdForm(AdapterForm):
         *,
         reverse: bool,
     ) -> Node:
-        """((x Qᵀ) ∘ sλ) Pₑᵀ; reversed ((x Pₑ) ∘ sλ) Q. Each matrix has its own rows of P; Q is shared."""
+        """((x Qᵀ) ∘ sλ) Pₑᵀ; reversed ((x Pₑ) ∘ sλ) Q."""
         scaled = emitter.emit(aten.mul.Tensor, parameters["lam"], scale)
-        rows = emitter.emit(aten.reshape.default, parameters["P"], [*stack[:2], -1])
-        if reverse:
-            hidden = emitter.emit(product.target, x, rows)
-            hidden = emitter.emit(aten.mul.Tensor, hidden, scaled)
-            return emitter.emit(aten.matmul.default, hidden, parameters["Q"])
-        hidden = emitter.emit(aten.linear.default, x, parameters["Q"])
-        hidden = emitter.emit(aten.mul.Tensor, hidden, scaled)
-        return emitter.emit(product.target, hidden, emitter.emit(aten.transpose.int, rows, 1, 2))
+        left, right = parameters["P"], parameters["Q"]
+        return emit_stacked_products(emitter, product, x, left, scaled, right, stack, reverse=reverse)
 
     def emit_weight(self, emitter: NodeEmitter, parameters: Mapping[str, Node], scale: float) -> Node:
         """(P ∘ sλ) Q."""

@@ -69,7 +69,7 @@ def test_a_dtype_a_buffer() -> None:
         ("b", "P"): torch.zeros(4, 2, dtype=torch.float64),
         ("c", "P"): torch.zeros(4, 2),
     }
-    layout = plan_layout(parameters, {"a": 0, "b": 0, "c": 1})
+    layout = plan_layout(parameters, {("a", "P"): 0, ("a", "lam"): 0, ("b", "P"): 0, ("c", "P"): 1})
     assert [(b.dtype, b.family) for b in layout.buffers] == [(torch.float32, 0), (torch.float64, 0), (torch.float32, 1)]
     assert layout.select(1).stacks[0].keys == (("c", "P"),)
 

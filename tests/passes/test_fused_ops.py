@@ -52,7 +52,36 @@ def draw_update() -> tuple[Tensor, ...]:
     return draw(2, 4, 5), draw(2, 4, 3), draw(5, 2), draw(2), draw(2, 3)
 
 
-CASES = [(linears, draw_operands), (update, draw_update)]
+def mixed(x: Tensor, W: Tensor, P1: Tensor, lam: Tensor, Q1: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+    """A site with λ beside one without, as LoRA has it."""
+    return fused_linears(x, SCALES, W, None, P1, lam, Q1, W, None, B, None, A)
+
+
+def mixed_formula(x: Tensor, W: Tensor, P: Tensor, lam: Tensor, Q: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+    first = F.linear(x, W) + SCALES[0] * F.linear(F.linear(x, Q) * lam, P)
+    return first, F.linear(x, W) + SCALES[1] * F.linear(F.linear(x, A), B)
+
+
+def draw_mixed() -> tuple[Tensor, ...]:
+    return draw(2, 4, 3), draw(5, 3, grad=False), draw(5, 2), draw(2), draw(2, 3), draw(5, 1), draw(1, 3)
+
+
+def lora_update(y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    return fused_update(y, x, B, None, A, 0.5)
+
+
+def draw_lora_update() -> tuple[Tensor, ...]:
+    return draw(2, 4, 5), draw(2, 4, 3), draw(5, 2), draw(2, 3)
+
+
+CASES = [(linears, draw_operands), (update, draw_update), (mixed, draw_mixed), (lora_update, draw_lora_update)]
+
+
+def test_without_lambda_it_is_the_formula_of_lora() -> None:
+    operands = draw_mixed()
+    torch.testing.assert_close(mixed(*operands), mixed_formula(*operands))
+    y, x, B, A = draw_lora_update()
+    torch.testing.assert_close(lora_update(y, x, B, A), y + 0.5 * F.linear(F.linear(x, A), B))
 
 
 @pytest.mark.parametrize(("fused", "operands"), CASES)

@@ -230,9 +230,9 @@ return (add_tensor,)""",
         FETCH
         + """\
 conv1d = aten.conv1d.default(tensors_0, module_weight, None, [2])
+mul_tensor = aten.mul.Tensor(adapters_weight_lam, 0.5)
 reshape_default = aten.reshape.default(adapters_weight_q, [-1, 2, 3])
 reshape_default_1 = aten.reshape.default(adapters_weight_p, [5, -1, 1])
-mul_tensor = aten.mul.Tensor(adapters_weight_lam, 0.5)
 reshape_default_2 = aten.reshape.default(mul_tensor, [-1, 1])
 conv1d_default = aten.conv1d.default(tensors_0, reshape_default, None, [2])
 mul_tensor_1 = aten.mul.Tensor(conv1d_default, reshape_default_2)

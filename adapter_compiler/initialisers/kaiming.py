@@ -1,0 +1,17 @@
+"""LoRA's own start: A uniform as in ``nn.Linear``, B zero (the authors' code, followed by PEFT)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from adapter_compiler.initialisers.base import StartingFactors, StartOptions
+from passes.plan import PlannedAdapter
+
+
+def draw_kaiming(adapter: PlannedAdapter, weight: torch.Tensor, options: StartOptions) -> StartingFactors:
+    """The right factor kaiming-uniform with a = √5, so within ±1/√in, ΔW = 0; a left one is orthonormal."""
+    right = torch.empty(adapter.rank, adapter.site.in_features, dtype=adapter.dtype, device=weight.device)
+    torch.nn.init.kaiming_uniform_(right, a=math.sqrt(5))
+    return StartingFactors(left=None, right=right)

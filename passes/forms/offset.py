@@ -1,0 +1,119 @@
+"""An update counted from where it started: ΔW = form(θ) − form(θ₀), with θ₀ kept.
+
+Initialisers such as PiSSA and LoRA-GA start with a ΔW that is not zero and take it out of the frozen weight, so
+that the model starts as it was. Keeping the starting values instead is the same mathematics, and the frozen weight
+stays the user's own: it is not rounded, not copied, and an adapter file fits the original model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch.fx import Node
+
+from passes.forms.base import AdapterForm, NodeEmitter
+
+aten = torch.ops.aten
+
+T = TypeVar("T")
+
+#: What the name of a parameter ends with that holds a starting value.
+START = "_start"
+
+
+@dataclasses.dataclass(frozen=True)
+class OffsetForm(AdapterForm):
+    """Another form, from which its own value at the start is subtracted.
+
+    Attributes:
+        inner: the form.
+        start_rank: rank at the start; the starting values keep it when ranks shrink.
+    """
+
+    inner: AdapterForm
+    start_rank: int
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Such as ``lora-offset8``."""
+        return f"{self.inner.name}-offset{self.start_rank}"
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The starting values."""
+        return self.inner.frozen | {name + START for name in self.inner.parameter_shapes(1, 1, 1)}
+
+    @property
+    def core(self) -> AdapterForm:
+        """The form without the starting values."""
+        return self.inner.core
+
+    def is_empty(self, rank: int) -> bool:
+        """Never while there are starting values: they still are subtracted when all ranks are gone."""
+        return self.inner.is_empty(rank) and self.start_rank == 0
+
+    def parameter_shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the form's own parameters, and of the starting values."""
+        start = self.inner.parameter_shapes(out_features, in_features, self.start_rank)
+        own = self.inner.parameter_shapes(out_features, in_features, rank)
+        return own | {name + START: shape for name, shape in start.items()}
+
+    def emit_activation(
+        self, emitter: NodeEmitter, x: Node, parameters: Mapping[str, Node], scale: float, *, reverse: bool
+    ) -> Node:
+        """The difference of both."""
+        now = self.inner.emit_activation(emitter, x, parameters, scale, reverse=reverse)
+        start = self.inner.emit_activation(emitter, x, self._at_start(parameters), scale, reverse=reverse)
+        return emitter.emit(aten.sub.Tensor, now, start)
+
+    def emit_lookup(self, emitter: NodeEmitter, lookup: Node, parameters: Mapping[str, Node], scale: float) -> Node:
+        """The difference of both."""
+        now = self.inner.emit_lookup(emitter, lookup, parameters, scale)
+        start = self.inner.emit_lookup(emitter, lookup, self._at_start(parameters), scale)
+        return emitter.emit(aten.sub.Tensor, now, start)
+
+    def emit_convolution(
+        self,
+        emitter: NodeEmitter,
+        convolution: Node,
+        x: Node,
+        parameters: Mapping[str, Node],
+        scale: float,
+        kernel: Sequence[int],
+    ) -> Node:
+        """The difference of both."""
+        now = self.inner.emit_convolution(emitter, convolution, x, parameters, scale, kernel)
+        start = self.inner.emit_convolution(emitter, convolution, x, self._at_start(parameters), scale, kernel)
+        return emitter.emit(aten.sub.Tensor, now, start)
+
+    def emit_stack(
+        self,
+        emitter: NodeEmitter,
+        product: Node,
+        x: Node,
+        parameters: Mapping[str, Node],
+        scale: float,
+        stack: Sequence[int],
+        *,
+        reverse: bool,
+    ) -> Node:
+        """The difference of both."""
+        now = self.inner.emit_stack(emitter, product, x, parameters, scale, stack, reverse=reverse)
+        start = self.inner.emit_stack(emitter, product, x, self._at_start(parameters), scale, stack, reverse=reverse)
+        return emitter.emit(aten.sub.Tensor, now, start)
+
+    def emit_weight(self, emitter: NodeEmitter, parameters: Mapping[str, Node], scale: float) -> Node:
+        """The difference of both."""
+        now = self.inner.emit_weight(emitter, parameters, scale)
+        return emitter.emit(aten.sub.Tensor, now, self.inner.emit_weight(emitter, self._at_start(parameters), scale))
+
+    def delta(self, parameters: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
+        """The difference of both."""
+        return self.inner.delta(parameters, scale) - self.inner.delta(self._at_start(parameters), scale)
+
+    def _at_start(self, parameters: Mapping[str, T]) -> dict[str, T]:
+        """The starting values under the names of the form's own parameters."""
+        return {name.removesuffix(START): value for name, value in parameters.items() if name.endswith(START)}
