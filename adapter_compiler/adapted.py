@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from adapter_compiler.adapter_holder import AdapterHolder
 from adapter_compiler.config import AdapterConfig
 from adapter_compiler.ownership import (
     clone_parameter,
@@ -50,7 +51,7 @@ class FoldReport:
         return max(self.rounding_error.values(), default=0.0)
 
 
-class AdaptedModel(nn.Module):
+class AdaptedModel(AdapterHolder):
     """A module whose chosen weights carry adapters. Made by ``compile_with_adapters``.
 
     Calls run captured graphs: one for each call signature, training mode and set of fixed shapes,
@@ -59,8 +60,8 @@ class AdaptedModel(nn.Module):
 
     Attributes:
         module: the user's module (a copy that shares the weights' storage, unless ``inplace``).
-        adapters: the adapters' parameters, ``adapters.<weight's name>.{P, lam, Q}``.
-        plan: which site has which adapter.
+        adapters: the active adapter's parameters, ``<weight's name>.{P, lam, Q}``.
+        plan: which site has which adapter, in the active one.
         config: the options it was compiled with.
         rejected: why each other weight carries no adapter, by name.
         unadapted_sites: those of the other weights that could carry one.
@@ -78,10 +79,7 @@ class AdaptedModel(nn.Module):
         gradient_flags: Mapping[str, bool],
         regions: RegionTree,
     ) -> None:
-        super().__init__()
-        self.module = module
-        self.adapters = store
-        self.plan = plan
+        super().__init__(module, plan, store)
         self.config = config
         self.rejected = search.rejected
         self.unadapted_sites = search.others
@@ -124,8 +122,7 @@ class AdaptedModel(nn.Module):
             plan: adapters of the same sites or of some of them, with any ranks.
             store: their parameters; by default those there are.
         """
-        self.plan = plan
-        self.adapters = self.adapters if store is None else store
+        self._adopt(plan, store)
         self._regions.adopt(plan, self.adapters)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -177,17 +174,19 @@ class AdaptedModel(nn.Module):
         """What was adapted and what was not, with reasons; ``print`` it or read its fields."""
         return describe_adapters(self)
 
-    def save(self, directory: str | Path) -> Path:
-        """Write the adapters and fully trained parameters; see :func:`adapter_compiler.checkpoint.save_adapters`."""
+    def save(self, directory: str | Path, *, name: str | None = None) -> Path:
+        """Write an adapter (the active one, or ``name``); see :func:`adapter_compiler.checkpoint.save_adapters`."""
         from adapter_compiler.checkpoint import save_adapters
 
-        return save_adapters(self, directory)
+        return save_adapters(self, directory, name=name)
 
     def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """``.to()``, ``.cuda()``, ``.double()``…: graphs hold devices and dtypes, so they are captured anew."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._regions.clear()
-        self.rebuild(_follow_dtypes(self.plan, self.module, self.adapters))
+        plans = self.adapter_set.plans
+        plans.update({name: _follow_dtypes(plan, self.module, self.store_of(name)) for name, plan in plans.items()})
+        self.rebuild(self.plan)
         return self
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:

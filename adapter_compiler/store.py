@@ -38,7 +38,7 @@ class AdapterStore(nn.Module):
         super().__init__()
         self._names = {adapter.site.name: tuple(adapter.parameter_shapes) for adapter in plan}
         for adapter in plan:
-            owner = _make_containers(self, adapter.site.name)
+            owner = make_containers(self, adapter.site.name)
             for name, shape in adapter.parameter_shapes.items():
                 values = torch.zeros(shape, dtype=adapter.dtype, device=devices[adapter.site.name])
                 owner.register_parameter(name, nn.Parameter(values))
@@ -118,7 +118,8 @@ class AdapterStore(nn.Module):
         self._flatten()
 
 
-def _make_containers(root: nn.Module, path: str) -> nn.Module:
+def make_containers(root: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path below ``root``, made of empty ones where there is none."""
     for part in path.split("."):
         if part not in root._modules:
             root.add_module(part, nn.Module())

@@ -19,12 +19,20 @@ def factor_update(adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor
         adapter: the plan for the site.
         parameters: the adapter's parameters by name, as they are now.
     """
+    P, lam, Q = factor_triplets(adapter, parameters)
+    return P * (lam * adapter.scale), Q
+
+
+def factor_triplets(
+    adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """P [out, r], λ [r] and Q [r, in] with ΔW = s P diag(λ) Q, as in :func:`factor_update`."""
     wide = {name: value.detach().to("cpu", torch.float64) for name, value in parameters.items()}
     if adapter.form.name == "svd" and wide.keys() == {"P", "lam", "Q"}:
         live = wide["lam"] != 0
-        return wide["P"][:, live] * (wide["lam"][live] * adapter.scale), wide["Q"][live]
+        return wide["P"][:, live], wide["lam"][live], wide["Q"][live]
     delta = adapter.form.delta(wide, adapter.scale)
     left, values, right = torch.linalg.svd(delta, full_matrices=False)
     smallest = torch.finfo(torch.float64).eps * max(delta.shape) * values[:1]
     live = values > smallest
-    return left[:, live] * values[live], right[live]
+    return left[:, live], values[live] / adapter.scale, right[live]
