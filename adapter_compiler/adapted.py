@@ -20,13 +20,15 @@ from adapter_compiler.ownership import (
     copy_module,
     detach_computed_attributes,
     replace_parameter,
-    share_parameter,
+    share_unpacked,
 )
+from adapter_compiler.quantisation import QuantisationReport, WeightError, quantise_base
 from adapter_compiler.regions import Region, RegionTree
 from adapter_compiler.report.adapters import AdapterReport, describe_adapters
 from adapter_compiler.store import AdapterStore
 from adapter_compiler.variants import Variant
 from passes.fold_adapters import merge_weight
+from passes.packed_weights import moved_weights
 from passes.plan import AdapterPlan
 from passes.sites import AdapterSite, SiteSearch
 
@@ -41,9 +43,11 @@ class FoldReport:
 
     Attributes:
         rounding_error: by site, the largest |W + ΔW as stored - W + ΔW in float64|.
+        quantisation_error: by weight that was quantised, how far the W that went into the sum is from the original.
     """
 
     rounding_error: Mapping[str, float]
+    quantisation_error: Mapping[str, WeightError] = dataclasses.field(default_factory=dict)
 
     @property
     def largest(self) -> float:
@@ -66,6 +70,7 @@ class AdaptedModel(AdapterHolder):
         rejected: why each other weight carries no adapter, by name.
         unadapted_sites: those of the other weights that could carry one.
         fold_report: rounding errors of the last :meth:`fold`.
+        quantisation_report: what was quantised, with its errors and the memory before and after.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class AdaptedModel(AdapterHolder):
         self.rejected = search.rejected
         self.unadapted_sites = search.others
         self.fold_report: FoldReport | None = None
+        self.quantisation_report: QuantisationReport | None = None
         self.training = module.training
         self._gradient_flags = gradient_flags
         self._regions = regions
@@ -125,6 +131,26 @@ class AdaptedModel(AdapterHolder):
         self._adopt(plan, store)
         self._regions.adopt(plan, self.adapters)
 
+    def quantise_base(self, kind: str) -> QuantisationReport:
+        """Keep the frozen weights under adapters in few bits, as ``AdapterConfig(quantise=kind)`` does from the start.
+
+        Do it after an initialiser that changes frozen weights, and before training: outputs change by what the
+        code changes of the weights.
+
+        Args:
+            kind: ``"nf4"`` or ``"int8"``.
+
+        Raises:
+            ConfigError: the kind is unknown, or there is nothing to quantise (any more).
+            MissingDependencyError: bitsandbytes is not installed.
+        """
+        self.quantisation_report = quantise_base(self, kind)
+        return self.quantisation_report
+
+    def replace_weights(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Put packed weights, by name, in the place of the frozen ones; :meth:`rebuild` then makes use of them."""
+        self._regions.replace_weights(weights)
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The adapters' parameters, then those that ``AdapterConfig(trainable=...)`` names."""
         return [p for p in (*self.adapters.parameters(), *self.module.parameters()) if p.requires_grad]
@@ -144,7 +170,7 @@ class AdaptedModel(AdapterHolder):
         Returns:
             A copy of the user's class with its state-dict keys, buffers, ``requires_grad`` flags and
             present training mode, which shares nothing with this object. Sums are made in float64
-            and cast once; :attr:`fold_report` then holds the rounding errors.
+            and cast once; :attr:`fold_report` then holds the rounding errors. Quantised weights are unpacked.
         """
         adapters = {adapter.site.name: adapter for adapter in self.plan if not adapter.is_empty}
         errors: dict[str, float] = {}
@@ -158,12 +184,13 @@ class AdaptedModel(AdapterHolder):
             return replace_parameter(parameter, merged.weight, requires_grad=flag)
 
         folded = self._copy_as_written(merge)
-        self.fold_report = FoldReport(rounding_error=errors)
+        quantised = {} if self.quantisation_report is None else self.quantisation_report.errors
+        self.fold_report = FoldReport(rounding_error=errors, quantisation_error=quantised)
         return folded
 
     def copy_base(self) -> nn.Module:
-        """The user's own model without adapters: a copy over the same weights, which are frozen in it."""
-        return self._copy_as_written(lambda _, parameter: share_parameter(parameter))
+        """The user's own model without adapters: a copy over the same weights, frozen (and unpacked)."""
+        return self._copy_as_written(lambda _, parameter: share_unpacked(parameter))
 
     def _copy_as_written(self, make_parameter: Callable[[str, nn.Parameter], nn.Parameter]) -> nn.Module:
         """A copy of the module without what regions put into it while it runs as Python."""
@@ -182,7 +209,8 @@ class AdaptedModel(AdapterHolder):
 
     def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """``.to()``, ``.cuda()``, ``.double()``…: graphs hold devices and dtypes, so they are captured anew."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with moved_weights(self.module, fn):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._regions.clear()
         plans = self.adapter_set.plans
         plans.update({name: _follow_dtypes(plan, self.module, self.store_of(name)) for name, plan in plans.items()})

@@ -99,7 +99,10 @@ def compile_with_adapters(
         regions, uses = _discover_planned(regions, own, config, *_on_device_of(own, example))
         search = find_sites(uses, own, config.selection)
     planned = plan_adapters(search, config) if plan is None else match_plan(plan, own)
-    return _assemble(own, search, planned, config, flags, regions)
+    adapted = _assemble(own, search, planned, config, flags, regions)
+    if config.quantise is not None and not is_without_memory(own):
+        adapted.quantise_base(config.quantise)
+    return adapted
 
 
 def _find_boundaries(model: nn.Module, config: AdapterConfig) -> list[str]:

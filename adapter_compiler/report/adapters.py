@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from passes.packed_weights import count_bytes
+
 if TYPE_CHECKING:
     from adapter_compiler.adapted import AdaptedModel
 
@@ -123,7 +125,7 @@ def _gigabytes(count: int) -> str:
 
 
 def _count_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(count_bytes(tensor) for tensor in tensors)
 
 
 def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
