@@ -15,6 +15,7 @@ from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.config import AdapterConfig
 from adapter_compiler.errors import AdapterCompilerError, CaptureError, ConfigError, SiteError
 from adapter_compiler.initialisers import initialise_gaussian
+from adapter_compiler.interop.bitsandbytes_models import adopt_bitsandbytes_linears, has_bitsandbytes_linears
 from adapter_compiler.ownership import (
     assert_not_lazy,
     clone_parameter,
@@ -90,6 +91,8 @@ def compile_with_adapters(
         return share_parameter(parameter)
 
     own = model if config.inplace else copy_module(model, own_parameter)
+    if has_bitsandbytes_linears(model):
+        adopt_bitsandbytes_linears(own, model)
     for name, parameter in own.named_parameters():
         parameter.requires_grad_(name in trainable and parameter.is_floating_point())
     regions = RegionTree(own, config.context(), _find_boundaries(own, config))

@@ -110,6 +110,8 @@ def _find_sites(adapted: AdaptedModel) -> list[AdapterSite]:
 
 
 def _find_reason_against(site: AdapterSite, parameter: nn.Parameter) -> str | None:
+    if isinstance(parameter, PackedWeight):
+        return "it is quantised already"
     if parameter.requires_grad:
         return "it is trained"
     if parameter.is_meta:

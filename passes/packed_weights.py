@@ -75,10 +75,10 @@ class PackedWeight(torch.Tensor):
     takes no part in autograd itself: products with it give gradients of their other operand.
     """
 
-    __slots__ = ("is_transposed", "values")
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __slots__ = ("is_transposed", "packed")
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    values: PackedValues
+    packed: PackedValues
     is_transposed: bool
 
     @staticmethod
@@ -89,33 +89,33 @@ class PackedWeight(torch.Tensor):
         shape = values.shape[::-1] if is_transposed else values.shape
         dtype = values.dtype if dtype is None else dtype
         made: PackedWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=values.device)
-        made.values = values
+        made.packed = values
         made.is_transposed = is_transposed
         return made
 
     def unpack(self) -> torch.Tensor:
         """The values as a plain tensor."""
-        dense = self.values.unpack().to(self.dtype)
+        dense = self.packed.unpack().to(self.dtype)
         return dense.t() if self.is_transposed else dense
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"PackedWeight({type(self.values).__name__}, shape={tuple(self.shape)}, dtype={self.dtype})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"PackedWeight({type(self.packed).__name__}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
-        copied = self._with(values=copy.deepcopy(self.values, memo))
+        copied = self._with(values=copy.deepcopy(self.packed, memo))
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.values, self.dtype, self.is_transposed, self.__dict__)
+        return _rebuild, (self.packed, self.dtype, self.is_transposed, self.__dict__)
 
     def _with(self, **changed: Any) -> PackedWeight:
-        options = {"values": self.values, "dtype": self.dtype, "is_transposed": self.is_transposed, **changed}
+        options = {"values": self.packed, "dtype": self.dtype, "is_transposed": self.is_transposed, **changed}
         return PackedWeight(options.pop("values"), **options)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Keep what can stay packed; unpack for everything else."""
         kwargs = kwargs or {}
         first = args[0] if args else None
@@ -147,13 +147,13 @@ def _convert(
 ) -> torch.Tensor:
     if dtype is not None and not dtype.is_floating_point:
         return weight.unpack().to(dtype=dtype, device=device)
-    moved = weight.values if device is None else weight.values.to(torch.device(device))
+    moved = weight.packed if device is None else weight.packed.to(torch.device(device))
     return weight._with(values=moved, dtype=weight.dtype if dtype is None else dtype)
 
 
 def _overwrite(weight: PackedWeight, source: torch.Tensor) -> PackedWeight:
     """Take over the code of another weight, as loading a state dict does."""
-    mine, theirs = weight.values, source.values if isinstance(source, PackedWeight) else None
+    mine, theirs = weight.packed, source.packed if isinstance(source, PackedWeight) else None
     if theirs is None or type(theirs) is not type(mine) or theirs.shape != mine.shape:
         kind = type(theirs).__name__ if theirs is not None else f"plain {source.dtype}"
         raise TypeError(
@@ -199,7 +199,7 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) 
 
 def count_bytes(tensor: torch.Tensor) -> int:
     """Memory of a tensor's values, packed or not."""
-    return tensor.values.nbytes if isinstance(tensor, PackedWeight) else tensor.numel() * tensor.element_size()
+    return tensor.packed.nbytes if isinstance(tensor, PackedWeight) else tensor.numel() * tensor.element_size()
 
 
 @contextlib.contextmanager

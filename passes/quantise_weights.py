@@ -70,7 +70,7 @@ class QuantiseWeightsPass(GraphPass):
         found = {}
         for node in graph_module.graph.find_nodes(op="get_attr"):
             name = self.aliases.get(str(node.target).removeprefix(MODULE_PREFIX))
-            if name in self.weights:
+            if name is not None and name in self.weights:
                 found[str(node.target)] = self.weights[name]
         return found
 
@@ -134,7 +134,7 @@ def _look_up(owner: nn.Module, target: str) -> object:
 
 def _rewrite(node: Node) -> None:
     product = match_product(node)
-    assert product is not None
+    assert product is not None and isinstance(product.x, Node)
     graph, weight = node.graph, product.weight
     with graph.inserting_before(node):
         if product.is_transposed:
