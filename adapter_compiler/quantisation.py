@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,7 @@ def quantise_base(adapted: AdaptedModel, kind: str) -> QuantisationReport:
         packed = pack_parameter(parameter, quantiser)
         assert isinstance(packed, PackedWeight)
         errors[site.name] = measure_error(parameter.detach(), packed)
+        _assert_finite(site.name, kind, errors[site.name])
         adapted.replace_weights({site.name: packed})
         del parameter
     if not errors:
@@ -121,6 +123,14 @@ def _find_reason_against(site: AdapterSite, parameter: nn.Parameter) -> str | No
     if len(site.shape) != 2:
         return f"it has {len(site.shape)} dimensions, expected 2"
     return None
+
+
+def _assert_finite(name: str, kind: str, error: WeightError) -> None:
+    if not math.isfinite(error.largest):
+        raise ConfigError(
+            f"{name} cannot be kept as {kind!r}: its unpacked values have inf or nan, expected finite ones; the weight "
+            "has some itself or exceeds float16; exclude it from the sites"
+        )
 
 
 def _count_model_bytes(module: nn.Module) -> int:

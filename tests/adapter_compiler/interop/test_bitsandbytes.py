@@ -92,8 +92,8 @@ def test_the_codes_are_those_of_their_layers(net: Net, kind: str) -> None:
         assert torch.equal(values_of(adapted, name), values_of(adopted, name))
     if kind == "nf4":
         for name in ("up", "down"):
-            layer = quantise_by_hand(net, kind).get_submodule(name)
-            theirs = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+            weight: Any = quantise_by_hand(net, kind).get_parameter(f"{name}.weight")
+            theirs = bnb.functional.dequantize_4bit(weight, weight.quant_state)
             assert torch.equal(values_of(adapted, f"{name}.weight"), theirs)
 
 
