@@ -24,6 +24,7 @@ from passes.packed_weights import PackedValues, PackedWeight, as_parameter
 logger = logging.getLogger(__name__)
 
 _MODULES = "bitsandbytes.nn.modules"
+_NOTES = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 def has_bitsandbytes_linears(model: nn.Module) -> bool:
@@ -54,7 +55,18 @@ def adopt_bitsandbytes_linears(own: nn.Module, model: nn.Module) -> None:
             if child is mine:
                 owner, _, leaf = path.rpartition(".")
                 own.get_submodule(owner)._modules[leaf] = replacement
+    _forget_quantisation(own)
     logger.info("%d layers of bitsandbytes run as linear layers over the same codes", len(layers))
+
+
+def _forget_quantisation(own: nn.Module) -> None:
+    """Take away transformers' notes on how the model was loaded, which would be wrong once it is folded and saved."""
+    for module in own.modules():
+        for note in _NOTES:
+            module.__dict__.pop(note, None)
+        config = module.__dict__.get("config")
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
 
 
 def _find_kind(module: nn.Module) -> str | None:

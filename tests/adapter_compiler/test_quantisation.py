@@ -262,6 +262,20 @@ def test_python_between_graphs_sees_unpacked_values() -> None:
     assert all(p.grad is not None for p in adapted.adapters.parameters())
 
 
+def test_a_packed_projection_and_disabled_adapters() -> None:
+    """``in_proj_weight`` is used by rows; without adapters, nn.MultiheadAttention takes its own way to the weights."""
+    torch.manual_seed(0)
+    adapted = compile_net(nn.TransformerEncoderLayer(64, 4, 96, dropout=0, batch_first=True))
+    assert "self_attn.in_proj_weight" in find_packed_weights(adapted.module)
+    base = adapted.copy_base()
+    randomise(adapted)
+    for training in (True, False):
+        adapted.train(training)
+        torch.testing.assert_close(adapted(X), adapted.fold()(X), rtol=1e-4, atol=1e-5)
+        with adapted.disable_adapters(), torch.no_grad():
+            torch.testing.assert_close(adapted(X), base.train(training)(X), rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_not_a_matrix_of_products_stays(net: Net) -> None:
     adapted = compile_net(net, sites=("table", "query"), trainable="head.*")
     assert set(find_packed_weights(adapted.module)) == {"query.weight"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,6 +152,44 @@ def test_their_layers_are_adapted_captured_and_folded(net: Net, kind: str, *, in
     folded = adapted.fold()
     assert type(folded.get_submodule("up")) is nn.Linear
     torch.testing.assert_close(folded(X), adapted(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_that_transformers_loads_quantised(tmp_path: Path, bits: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=40, num_key_value_heads=2, use_cache=False, **sizes)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    loading = transformers.BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=loading, device_map="cpu", dtype=torch.float32
+    )
+    ids = torch.randint(0, 40, (2, 9))
+    expected = model(input_ids=ids).logits
+    adapted = ac.compile_with_adapters(model, example_kwargs={"input_ids": ids}, config=ac.AdapterConfig(rank=RANK))
+    assert len(find_packed_weights(adapted.module)) == 7
+    assert not any(region.refused for region in adapted.regions)
+    # Their 8-bit layers round activations too, ours do not.
+    torch.testing.assert_close(adapted(input_ids=ids).logits, expected, rtol=1e-4, atol={4: 1e-5, 8: 5e-3}[bits])
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.normal_(0, 0.3)
+    expected = adapted(input_ids=ids).logits
+    folded: Any = adapted.fold()
+    folded.save_pretrained(tmp_path / "folded")
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "folded")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert model.is_quantized
 
 
 def test_layers_without_codes_are_refused() -> None:
