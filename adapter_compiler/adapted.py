@@ -28,7 +28,7 @@ from adapter_compiler.report.adapters import AdapterReport, describe_adapters
 from adapter_compiler.store import AdapterStore
 from adapter_compiler.variants import Variant
 from passes.fold_adapters import merge_weight
-from passes.packed_weights import moved_weights
+from passes.packed_weights import find_packed_weights, moved_weights
 from passes.plan import AdapterPlan
 from passes.sites import AdapterSite, SiteSearch
 
@@ -146,6 +146,11 @@ class AdaptedModel(AdapterHolder):
         """
         self.quantisation_report = quantise_base(self, kind)
         return self.quantisation_report
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel must not broadcast: codes are no plain memory, and never change."""
+        return [f"module.{name}" for name in find_packed_weights(self.module)]
 
     def replace_weights(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Put packed weights, by name, in the place of the frozen ones; :meth:`rebuild` then makes use of them."""

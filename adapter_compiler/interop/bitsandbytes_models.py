@@ -64,7 +64,7 @@ def _forget_quantisation(own: nn.Module) -> None:
     for module in own.modules():
         for note in _NOTES:
             module.__dict__.pop(note, None)
-        config = module.__dict__.get("config")
+        config: Any = module.__dict__.get("config")
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
 

@@ -108,6 +108,8 @@ def test_full_precision_leaves_memory(net: Net, kind: str, example: bool) -> Non
     # The two tables of NF4, 272 values in each weight, weigh something at this size.
     assert saved >= values * (32 - bits) / 8 - 1100 * len(report.errors)
     assert adapted.report().model_bytes == report.bytes_after
+    assert f"{len(report.errors)} weights in {kind} (relative error up to" in str(adapted.report())
+    assert adapted.report().to_dict()["quantisation"]["bytes_before"] == report.bytes_before
     for name, error in report.errors.items():
         difference = adapted.module.get_parameter(name).clone() - original[name]
         assert error.largest == pytest.approx(float(difference.abs().max()))
@@ -320,6 +322,20 @@ def test_onnx_files_hold_the_unpacked_values(net: Net, tmp_path: Path) -> None:
     randomise(adapted)
     report = ac.export_onnx(adapted, tmp_path / "model.onnx", (X,))
     assert report.max_abs_error < 1e-4
+
+
+def test_distributed_data_parallel_leaves_the_codes_alone(net: Net, tmp_path: Path) -> None:
+    adapted = compile_net(net)
+    randomise(adapted)
+    expected = adapted(X)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(adapted)
+        assert torch.equal(wrapped(X), expected)
+        wrapped(X).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(p.grad is not None for p in adapted.trainable_parameters())
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
