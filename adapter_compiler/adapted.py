@@ -13,19 +13,22 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from adapter_compiler.adapter_holder import AdapterHolder
 from adapter_compiler.config import AdapterConfig
 from adapter_compiler.ownership import (
     clone_parameter,
     copy_module,
     detach_computed_attributes,
     replace_parameter,
-    share_parameter,
+    share_unpacked,
 )
+from adapter_compiler.quantisation import QuantisationReport, WeightError, quantise_base
 from adapter_compiler.regions import Region, RegionTree
 from adapter_compiler.report.adapters import AdapterReport, describe_adapters
 from adapter_compiler.store import AdapterStore
 from adapter_compiler.variants import Variant
 from passes.fold_adapters import merge_weight
+from passes.packed_weights import find_packed_weights, moved_weights
 from passes.plan import AdapterPlan
 from passes.sites import AdapterSite, SiteSearch
 
@@ -40,9 +43,11 @@ class FoldReport:
 
     Attributes:
         rounding_error: by site, the largest |W + ΔW as stored - W + ΔW in float64|.
+        quantisation_error: by weight that was quantised, how far the W that went into the sum is from the original.
     """
 
     rounding_error: Mapping[str, float]
+    quantisation_error: Mapping[str, WeightError] = dataclasses.field(default_factory=dict)
 
     @property
     def largest(self) -> float:
@@ -50,7 +55,7 @@ class FoldReport:
         return max(self.rounding_error.values(), default=0.0)
 
 
-class AdaptedModel(nn.Module):
+class AdaptedModel(AdapterHolder):
     """A module whose chosen weights carry adapters. Made by ``compile_with_adapters``.
 
     Calls run captured graphs: one for each call signature, training mode and set of fixed shapes,
@@ -59,12 +64,13 @@ class AdaptedModel(nn.Module):
 
     Attributes:
         module: the user's module (a copy that shares the weights' storage, unless ``inplace``).
-        adapters: the adapters' parameters, ``adapters.<weight's name>.{P, lam, Q}``.
-        plan: which site has which adapter.
+        adapters: the active adapter's parameters, ``<weight's name>.{P, lam, Q}``.
+        plan: which site has which adapter, in the active one.
         config: the options it was compiled with.
         rejected: why each other weight carries no adapter, by name.
         unadapted_sites: those of the other weights that could carry one.
         fold_report: rounding errors of the last :meth:`fold`.
+        quantisation_report: what was quantised, with its errors and the memory before and after.
     """
 
     def __init__(
@@ -78,14 +84,12 @@ class AdaptedModel(nn.Module):
         gradient_flags: Mapping[str, bool],
         regions: RegionTree,
     ) -> None:
-        super().__init__()
-        self.module = module
-        self.adapters = store
-        self.plan = plan
+        super().__init__(module, plan, store)
         self.config = config
         self.rejected = search.rejected
         self.unadapted_sites = search.others
         self.fold_report: FoldReport | None = None
+        self.quantisation_report: QuantisationReport | None = None
         self.training = module.training
         self._gradient_flags = gradient_flags
         self._regions = regions
@@ -124,9 +128,33 @@ class AdaptedModel(nn.Module):
             plan: adapters of the same sites or of some of them, with any ranks.
             store: their parameters; by default those there are.
         """
-        self.plan = plan
-        self.adapters = self.adapters if store is None else store
+        self._adopt(plan, store)
         self._regions.adopt(plan, self.adapters)
+
+    def quantise_base(self, kind: str) -> QuantisationReport:
+        """Keep the frozen weights under adapters in few bits, as ``AdapterConfig(quantise=kind)`` does from the start.
+
+        Do it after an initialiser that changes frozen weights, and before training: outputs change by what the
+        code changes of the weights.
+
+        Args:
+            kind: ``"nf4"`` or ``"int8"``.
+
+        Raises:
+            ConfigError: the kind is unknown, or there is nothing to quantise (any more).
+            MissingDependencyError: bitsandbytes is not installed.
+        """
+        self.quantisation_report = quantise_base(self, kind)
+        return self.quantisation_report
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel must not broadcast: codes are no plain memory, and never change."""
+        return [f"module.{name}" for name in find_packed_weights(self.module)]
+
+    def replace_weights(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Put packed weights, by name, in the place of the frozen ones; :meth:`rebuild` then makes use of them."""
+        self._regions.replace_weights(weights)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The adapters' parameters, then those that ``AdapterConfig(trainable=...)`` names."""
@@ -147,7 +175,7 @@ class AdaptedModel(nn.Module):
         Returns:
             A copy of the user's class with its state-dict keys, buffers, ``requires_grad`` flags and
             present training mode, which shares nothing with this object. Sums are made in float64
-            and cast once; :attr:`fold_report` then holds the rounding errors.
+            and cast once; :attr:`fold_report` then holds the rounding errors. Quantised weights are unpacked.
         """
         adapters = self.plan.live.by_weight
         errors: dict[str, float] = {}
@@ -163,12 +191,13 @@ class AdaptedModel(nn.Module):
             return replace_parameter(parameter, weight, requires_grad=flag)
 
         folded = self._copy_as_written(merge)
-        self.fold_report = FoldReport(rounding_error=errors)
+        quantised = {} if self.quantisation_report is None else self.quantisation_report.errors
+        self.fold_report = FoldReport(rounding_error=errors, quantisation_error=quantised)
         return folded
 
     def copy_base(self) -> nn.Module:
-        """The user's own model without adapters: a copy over the same weights, which are frozen in it."""
-        return self._copy_as_written(lambda _, parameter: share_parameter(parameter))
+        """The user's own model without adapters: a copy over the same weights, frozen (and unpacked)."""
+        return self._copy_as_written(lambda _, parameter: share_unpacked(parameter))
 
     def _copy_as_written(self, make_parameter: Callable[[str, nn.Parameter], nn.Parameter]) -> nn.Module:
         """A copy of the module without what regions put into it while it runs as Python."""
@@ -179,17 +208,20 @@ class AdaptedModel(nn.Module):
         """What was adapted and what was not, with reasons; ``print`` it or read its fields."""
         return describe_adapters(self)
 
-    def save(self, directory: str | Path) -> Path:
-        """Write the adapters and fully trained parameters; see :func:`adapter_compiler.checkpoint.save_adapters`."""
+    def save(self, directory: str | Path, *, name: str | None = None) -> Path:
+        """Write an adapter (the active one, or ``name``); see :func:`adapter_compiler.checkpoint.save_adapters`."""
         from adapter_compiler.checkpoint import save_adapters
 
-        return save_adapters(self, directory)
+        return save_adapters(self, directory, name=name)
 
     def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """``.to()``, ``.cuda()``, ``.double()``…: graphs hold devices and dtypes, so they are captured anew."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with moved_weights(self.module, fn):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._regions.clear()
-        self.rebuild(_follow_dtypes(self.plan, self.module, self.adapters))
+        plans = self.adapter_set.plans
+        plans.update({name: _follow_dtypes(plan, self.module, self.store_of(name)) for name, plan in plans.items()})
+        self.rebuild(self.plan)
         return self
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.files import written_beside
+from adapter_compiler.named_adapters import find_module_tensors
 
 #: Name of the file in the folder given to :func:`save_adapters`.
 FILE_NAME = "adapters.safetensors"
@@ -27,8 +28,13 @@ HEADER_KEY = "adapter_compiler"
 _FORMAT_VERSION = 1
 
 
-def save_adapters(adapted: AdaptedModel, directory: str | Path) -> Path:
+def save_adapters(adapted: AdaptedModel, directory: str | Path, *, name: str | None = None) -> Path:
     """Write ``directory/adapters.safetensors``, replacing an earlier one only when complete.
+
+    Args:
+        adapted: the model.
+        directory: a folder; it is made if need be.
+        name: which adapter of it; by default the active one.
 
     Returns:
         The file's path.
@@ -38,20 +44,22 @@ def save_adapters(adapted: AdaptedModel, directory: str | Path) -> Path:
         OSError: the folder cannot be made or written.
     """
     path = Path(directory) / FILE_NAME
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in find_saved_tensors(adapted).items()}
-    for name, tensor in tensors.items():
+    tensors = {key: tensor.detach().contiguous().clone() for key, tensor in find_saved_tensors(adapted, name).items()}
+    for key, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(
-                f"{name} is on the meta device, which holds no values; expected a tensor with values; load them first"
+                f"{key} is on the meta device, which holds no values; expected a tensor with values; load them first"
             )
-    header = {HEADER_KEY: json.dumps(_describe(adapted)), "format": "pt"}
+    header = {HEADER_KEY: json.dumps(_describe(adapted, name)), "format": "pt"}
     with written_beside(path) as draft:
         save_file(tensors, draft, metadata=header)
     return path
 
 
 def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
-    """Read what :meth:`AdaptedModel.save` wrote into ``adapted``. Nothing changes if it does not fit.
+    """Read what :meth:`AdaptedModel.save` wrote into the active adapter. Nothing changes if it does not fit.
+
+    To add it as a further adapter, with whatever ranks and sites it has, see :meth:`AdaptedModel.load_adapter`.
 
     Args:
         adapted: the same model, compiled with the same rank, alpha and sites.
@@ -82,25 +90,25 @@ def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
             target.copy_(tensors[name])
 
 
-def find_saved_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
-    """What training changes in the model itself: adapters, fully trained parameters, persistent buffers."""
-    state = adapted.module.state_dict(keep_vars=True)
-    parameters = {f"module.{name}": p for name, p in adapted.module.named_parameters() if p.requires_grad}
-    buffers = {f"module.{name}": b for name, b in adapted.module.named_buffers() if name in state}
+def find_saved_tensors(adapted: AdaptedModel, name: str | None = None) -> dict[str, torch.Tensor]:
+    """What training changes: parameters of an adapter (the active one), fully trained ones, persistent buffers."""
+    name = adapted.active_adapter if name is None else name
+    store, resting = adapted.store_of(name), adapted.adapter_set.find_resting(name)
+    tensors = find_module_tensors(adapted) if resting is None else resting
     return {
-        **{f"adapters.{name}": p for name, p in adapted.adapters.named_parameters()},
-        **parameters,
-        **buffers,
+        **{f"adapters.{key}": p for key, p in store.named_parameters()},
+        **{f"module.{key}": tensor for key, tensor in tensors.items()},
     }
 
 
-def _describe(adapted: AdaptedModel) -> dict[str, Any]:
-    aliases = {alias: adapter.site.weight for adapter in adapted.plan for alias in adapter.site.aliases}
-    return {"version": _FORMAT_VERSION, "sites": describe_sites(adapted), "aliases": aliases}
+def _describe(adapted: AdaptedModel, name: str | None) -> dict[str, Any]:
+    plan = adapted.plan if name is None else adapted.adapter_set.plans[name]
+    aliases = {alias: adapter.site.weight for adapter in plan for alias in adapter.site.aliases}
+    return {"version": _FORMAT_VERSION, "sites": describe_sites(adapted, name), "aliases": aliases}
 
 
-def describe_sites(adapted: AdaptedModel) -> dict[str, dict[str, Any]]:
-    """What a file must agree with, by site."""
+def describe_sites(adapted: AdaptedModel, name: str | None = None) -> dict[str, dict[str, Any]]:
+    """What a file of an adapter (the active one) must agree with, by site."""
     return {
         adapter.site.name: {
             "form": adapter.form.name,
@@ -110,7 +118,7 @@ def describe_sites(adapted: AdaptedModel) -> dict[str, dict[str, Any]]:
             "transposed": adapter.site.transposed,
             "rows": list(adapter.site.rows) if adapter.site.rows else None,
         }
-        for adapter in adapted.plan
+        for adapter in (adapted.plan if name is None else adapted.adapter_set.plans[name])
     }
 
 

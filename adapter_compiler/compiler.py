@@ -15,6 +15,7 @@ from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.config import AdapterConfig
 from adapter_compiler.errors import AdapterCompilerError, CaptureError, ConfigError, SiteError
 from adapter_compiler.initialisers import prepare_start, start_adapter
+from adapter_compiler.interop.bitsandbytes_models import adopt_bitsandbytes_linears, has_bitsandbytes_linears
 from adapter_compiler.ownership import (
     assert_not_lazy,
     clone_parameter,
@@ -94,6 +95,8 @@ def compile_with_adapters(
     own = model if config.inplace else copy_module(model, own_parameter)
     for name in untied:
         replace_at(own, name, own_parameter(name, own.get_parameter(name)))
+    if has_bitsandbytes_linears(model):
+        adopt_bitsandbytes_linears(own, model)
     for name, parameter in own.named_parameters():
         parameter.requires_grad_(name in trainable and parameter.is_floating_point())
     regions = RegionTree(own, config.context(), _find_boundaries(own, config))
@@ -104,7 +107,10 @@ def compile_with_adapters(
         search = find_sites(uses, own, config.selection)
     planned = plan_adapters(search, config) if plan is None else match_plan(plan, own)
     planned = prepare_start(planned, config.start)
-    return _assemble(own, search, planned, config, flags, regions)
+    adapted = _assemble(own, search, planned, config, flags, regions)
+    if config.quantise is not None and not is_without_memory(own):
+        adapted.quantise_base(config.quantise)
+    return adapted
 
 
 def _find_boundaries(model: nn.Module, config: AdapterConfig) -> list[str]:

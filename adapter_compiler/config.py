@@ -13,6 +13,7 @@ from adapter_compiler.errors import ConfigError
 from adapter_compiler.initialisers import StartOptions, assert_known_start
 from adapter_compiler.options import accept_aliases, assert_boolean, assert_choice, assert_integer, assert_number
 from adapter_compiler.peft_options import translate_peft_options
+from adapter_compiler.quantisation import KINDS
 from adapter_compiler.variants import AdapterContext
 from passes.forms import FORMS
 from passes.rules import AdapterRule
@@ -66,6 +67,9 @@ class AdapterConfig:
         regions: submodules that are captured by themselves, as classes or globs over names; by default
             the whole model is one graph where it can be. Equal ones are captured once.
         checkpoint: compute the activations inside each region again in backward instead of keeping them.
+        quantise: keep the frozen weight under each adapter in ``"nf4"`` (about 4 bits a value, double quantisation)
+            or ``"int8"``, through bitsandbytes. The given model keeps its own weights: drop it to free
+            their memory, or adapt it ``inplace``.
 
     Raises:
         ConfigError: a value cannot work, or an option is unknown.
@@ -90,6 +94,7 @@ class AdapterConfig:
     max_variants: int = 16
     regions: tuple[str | type[nn.Module], ...] = ()
     checkpoint: bool = False
+    quantise: str | None = None
 
     def __post_init__(self) -> None:
         assert_choice(self, "kind", tuple(FORMS))
@@ -103,6 +108,8 @@ class AdapterConfig:
         assert_boolean(self, "fused")
         assert_boolean(self, "recompute")
         assert_boolean(self, "inplace")
+        if self.quantise is not None:
+            assert_choice(self, "quantise", KINDS)
         if self.dtype is not None and not getattr(self.dtype, "is_floating_point", False):
             raise ConfigError(
                 f"AdapterConfig(dtype={self.dtype!r}): expected a floating-point torch.dtype or None, "

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from adapter_compiler.errors import AdapterCompilerError
+from passes.packed_weights import PackedWeight
 
 
 def copy_module(module: nn.Module, make_parameter: Callable[[str, nn.Parameter], nn.Parameter]) -> nn.Module:
@@ -63,6 +64,13 @@ def share_parameter(parameter: nn.Parameter) -> nn.Parameter:
     return shared
 
 
+def share_unpacked(parameter: nn.Parameter) -> nn.Parameter:
+    """A frozen Parameter over the same storage; of a quantised one, over its values in full precision."""
+    if not isinstance(parameter, PackedWeight):
+        return share_parameter(parameter)
+    return replace_parameter(parameter, parameter.unpack(), requires_grad=False)
+
+
 def clone_parameter(parameter: nn.Parameter, *, requires_grad: bool) -> nn.Parameter:
     """A Parameter with its own storage and the same values."""
     return replace_parameter(parameter, parameter.detach().clone(), requires_grad=requires_grad)
@@ -71,7 +79,7 @@ def clone_parameter(parameter: nn.Parameter, *, requires_grad: bool) -> nn.Param
 def replace_parameter(parameter: nn.Parameter, values: torch.Tensor, *, requires_grad: bool) -> nn.Parameter:
     """A Parameter with these values and the attributes of ``parameter``."""
     fresh = nn.Parameter(values, requires_grad=requires_grad and values.is_floating_point())
-    fresh.__dict__.update(parameter.__dict__)
+    fresh.__dict__.update({key: value for key, value in parameter.__dict__.items() if key != "_is_param"})
     return fresh
 
 

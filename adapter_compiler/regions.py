@@ -25,8 +25,10 @@ from passes.base import CaptureError, SiteError
 from passes.calls import ModuleCall, sort_keywords, split_call
 from passes.capture import CapturedGraph, capture_call
 from passes.module_state import HOOK_KINDS, restored_state, without_fast_path
+from passes.packed_weights import set_parameter
 from passes.plan import AdapterPlan, PlannedAdapter
 from passes.python_uses import WatchWeights
+from passes.quantise_weights import QuantiseWeightsPass
 from passes.regions import Rewiring, find_callable_submodules
 from passes.twins import find_twin_graph
 from passes.weight_uses import WeightUse, find_parameter_aliases, find_weight_uses
@@ -182,6 +184,17 @@ class RegionTree:
         self.context.plan, self.context.store = plan, store
         for region in self.regions.values():
             region.variants.rebuild()
+
+    def replace_weights(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Put packed weights, by first name, into the module and every graph; :meth:`adopt` then makes use of them."""
+        self.deactivate()
+        for name, first in self._aliases.items():
+            if first in weights:
+                set_parameter(self.module, name, weights[first])
+        for region in self.regions.values():
+            for variant in region.variants:
+                for graph_module in (variant.captured.graph_module, variant.adapted):
+                    QuantiseWeightsPass(weights=weights, aliases=region.aliases)(graph_module)
 
     def clear(self) -> None:
         """Forget graphs and refusals, because weights moved to another device or dtype."""

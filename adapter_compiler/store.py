@@ -62,7 +62,7 @@ class AdapterStore(nn.Module):
 
     def _register(self, adapter: PlannedAdapter, device: torch.device) -> None:
         """Make the parameters of one adapter that are not there yet, zeros."""
-        owner = _make_containers(self, adapter.site.name)
+        owner = make_containers(self, adapter.site.name)
         for name, shape in adapter.parameter_shapes.items():
             if owner._parameters.get(name) is None:
                 values = torch.zeros(shape, dtype=adapter.dtype, device=device)
@@ -153,7 +153,8 @@ class AdapterStore(nn.Module):
         self._flatten()
 
 
-def _make_containers(root: nn.Module, path: str) -> nn.Module:
+def make_containers(root: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path below ``root``, made of empty ones where there is none."""
     for part in path.split("."):
         if part not in root._modules:
             root.add_module(part, nn.Module())

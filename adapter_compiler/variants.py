@@ -25,7 +25,9 @@ from passes.calls import ModuleCall
 from passes.capture import CapturedGraph
 from passes.fuse_adapters import FuseAdaptersPass
 from passes.insert_adapters import STORE_PREFIX, InsertAdaptersPass, find_adapted_sites
+from passes.packed_weights import find_packed_weights
 from passes.plan import AdapterPlan
+from passes.quantise_weights import RecomputeWeightsPass
 from passes.verify import VerifyAdaptersPass
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ class AdapterContext:
         ]
         if self.fused:
             passes.append(FuseAdaptersPass(recompute=self.recompute))
+        if find_packed_weights(graph_module):
+            passes.append(RecomputeWeightsPass())
         return PassManager(passes=passes)(graph_module).graph_module
 
 

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from passes.base import CaptureError
 from passes.calls import ModuleCall, flatten_result
 from passes.module_state import HOOK_KINDS, canonical_kernels, is_torch_hook, restored_state
+from passes.packed_weights import find_packed_weights, hollow_weights, set_parameter
 from passes.self_check import Observation, assert_same, observe_eager, observe_run
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,14 @@ def capture_call(module: nn.Module, call: ModuleCall) -> CapturedGraph:
     _refuse_inner_hooks(module)
     expected = observe_eager(module, call)
     captured = _to_captured_graph(export_call(module, call))
+    for name, parameter in find_packed_weights(module).items():
+        if _is_used(captured.graph_module, MODULE_PREFIX + name):
+            set_parameter(captured.graph_module, MODULE_PREFIX + name, parameter)
     return check_against_eager(module, call, captured, expected)
+
+
+def _is_used(graph_module: GraphModule, target: str) -> bool:
+    return any(node.target == target for node in graph_module.graph.find_nodes(op="get_attr"))
 
 
 def check_against_eager(
@@ -211,6 +219,7 @@ def _export(wrapper: _FlatCall, call: ModuleCall, dynamic: str) -> ExportedProgr
     with contextlib.ExitStack() as stack:
         stack.enter_context(canonical_kernels())
         stack.enter_context(restored_state(wrapper.module))
+        stack.enter_context(hollow_weights(wrapper.module))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         # What export prints of a graph that it gives up on says less than the error that it raises.

@@ -24,22 +24,13 @@ from torch.fx import GraphModule, Node
 from passes.base import GraphPass, PassResult, find_graph_modules
 from passes.dataflow import is_in_place
 from passes.fused_ops import fused_linears, fused_update
+from passes.products import Product, match_product
 
 aten = torch.ops.aten
 
 
 #: Operators that are cheap to compute again, deterministic, and keep their input for backward anyway.
 _CHEAP = {aten.gelu.default, aten.silu.default, aten.layer_norm.default}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Product:
-    """A base layer: x Wᵀ + b, or x W + b if W is stored [in, out]."""
-
-    x: object
-    weight: Node
-    bias: Node | None
-    is_transposed: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +55,9 @@ class _Insertion:
         return x
 
     @property
-    def product(self) -> _Product | None:
+    def product(self) -> Product | None:
         """The base layer, if it is one that reads the same x and is read by this adapter alone."""
-        found = _match_product(self.output)
+        found = match_product(self.output)
         return found if found is not None and found.x is self.x else None
 
 
@@ -188,27 +179,6 @@ def _fuse_linears(group: list[_Insertion], *, recompute: bool) -> None:
         _stand_in(one, output)
         if not one.output.users:
             graph.erase_node(one.output)
-
-
-def _match_product(node: Node) -> _Product | None:
-    """The base layer that a node is. What was matched before insertion says that W is 2-D and x is not W."""
-    if node.target is aten.linear.default:
-        x, weight, *rest = node.args
-        is_transposed, bias = False, rest[0] if rest else None
-    elif node.target in (aten.mm.default, aten.matmul.default):
-        (x, weight), bias, is_transposed = node.args, None, True
-    elif node.target is aten.addmm.default and not node.kwargs and _is_vector(node.args[0]):
-        (bias, x, weight), is_transposed = node.args, True
-    else:
-        return None
-    if not isinstance(weight, Node) or not (bias is None or isinstance(bias, Node)):
-        return None
-    return _Product(x, weight, bias, is_transposed)
-
-
-def _is_vector(value: object) -> bool:
-    example = value.meta.get("val") if isinstance(value, Node) else None
-    return isinstance(example, torch.Tensor) and example.dim() == 1
 
 
 def _fuse_update(one: _Insertion) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from passes.base import CaptureError
 from passes.calls import ModuleCall, flatten_result
 from passes.module_state import canonical_kernels, find_state_changes, restored_state
+from passes.packed_weights import PackedWeight
 
 #: Largest accepted departure of a captured graph from eager: (relative, absolute) by dtype.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
@@ -83,7 +84,8 @@ def assert_same(owner: str, found: Observation, expected: Observation) -> float:
 
 
 def _find_probes(module: nn.Module) -> dict[str, nn.Parameter]:
-    floats = [(n, p) for n, p in module.named_parameters() if p.is_floating_point() and p.is_leaf and not p.is_meta]
+    plain = [(n, p) for n, p in module.named_parameters() if not isinstance(p, PackedWeight)]
+    floats = [(n, p) for n, p in plain if p.is_floating_point() and p.is_leaf and not p.is_meta]
     small = {name: p for name, p in floats if p.numel() <= _LARGEST_PROBE}
     smallest = min(floats, key=lambda pair: pair[1].numel(), default=None)
     return small if smallest is None else {smallest[0]: smallest[1], **small}

@@ -229,6 +229,22 @@ def find_module_sites(module: nn.Module, selection: SiteSelection) -> SiteSearch
     return _search(module, selection, judge)
 
 
+def search_known_sites(known: Iterable[AdapterSite], module: nn.Module, selection: SiteSelection) -> SiteSearch:
+    """Choose among weights that an earlier search found able to carry an adapter.
+
+    Raises:
+        SiteError: a glob of the selection matches no weight.
+    """
+    found = {site.name: site for site in known}
+
+    def judge(name: str, weight: nn.Parameter) -> AdapterSite | str:
+        if name not in found:
+            return "it could not carry an adapter when the model was compiled"
+        return dataclasses.replace(found[name], dtype=weight.dtype)
+
+    return _search(module, selection, judge)
+
+
 def _search(
     module: nn.Module, selection: SiteSelection, judge: Callable[[str, nn.Parameter], AdapterSite | str]
 ) -> SiteSearch:

@@ -46,6 +46,7 @@ def run_example(name: str, *arguments: str | Path, cwd: Path) -> subprocess.Comp
     ("name", "line"),
     [
         ("custom_attention.py", "verified on onnxruntime: example, batch 5, dimension 1 of size 41"),
+        ("qlora.py", "times less memory than float32, for both tasks together"),
         ("resume.py", "triplets: 15 at the stop, 9 at the end"),
         ("tabular.py", "worst values, onnxruntime"),
     ],

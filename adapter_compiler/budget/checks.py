@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +127,15 @@ def assert_kinds(adapted: object, optimizer: object, schedule: object) -> None:
             )
 
 
+def assert_active(adapted: AdaptedModel, name: str) -> None:
+    """Raise :class:`BudgetError` unless the adapter that a budget prunes is the active one."""
+    if adapted.active_adapter != name:
+        raise BudgetError(
+            f"this budget prunes the adapter {name!r}, but {adapted.active_adapter!r} is active; expected the same. "
+            f"Call use({name!r}) before the step, or make an optimizer and a budget for the other adapter"
+        )
+
+
 def assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedule: BudgetSchedule) -> None:
     """Raise :class:`BudgetError` unless the optimizer holds all adapters and the target is within their ranks."""
     sites = set(adapted.adapters.prunable_sites)
@@ -151,9 +160,11 @@ def assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedul
         if not all(id(p) in held for p in adapted.adapters.parameters_of(adapter).values() if p.requires_grad)
     ]
     if missing:
+        others = [name for name in adapted.adapter_names if _is_held(adapted, name, held)]
+        hint = f"it holds the adapter {others[0]!r}, but {adapted.active_adapter!r} is active; " if others else ""
         raise BudgetError(
             f"the optimizer does not hold the adapters of {len(missing)} of {len(prunable)} sites "
-            f"(first: {missing[0]}), expected all of them; make it from adapted.trainable_parameters()"
+            f"(first: {missing[0]}), expected all of them; {hint}make it from adapted.trainable_parameters()"
         )
     initial = sum(adapter.rank for adapter in prunable)
     if schedule.target_rank is not None and schedule.target_triplets(len(prunable), initial) < 1:
@@ -167,3 +178,8 @@ def assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedul
             f"BudgetSchedule(target_rank={schedule.target_rank:g}) exceeds the rank {largest} that the adapters "
             f"start with; expected at most {largest}; lower it or compile with AdapterConfig(rank=...) above it"
         )
+
+
+def _is_held(adapted: AdaptedModel, name: str, held: Collection[int]) -> bool:
+    """Whether an optimizer that holds parameters of these ids holds all of an adapter."""
+    return all(id(parameter) in held for parameter in adapted.store_of(name).parameters())

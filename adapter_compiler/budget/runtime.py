@@ -22,6 +22,7 @@ from adapter_compiler.budget.bank import TripletBank
 from adapter_compiler.budget.checks import (
     GradientWatch,
     MaskingRecord,
+    assert_active,
     assert_finite,
     assert_fits,
     assert_kinds,
@@ -69,6 +70,7 @@ class RankBudget:
         self.history: list[MaskingRecord] = []
         self.observers = list(observers)
         self._adapted = adapted
+        self._adapter = adapted.active_adapter
         self._optimizer = optimizer
         self._gamma = adapted.config.gamma
         assert_fits(adapted, optimizer, schedule)
@@ -104,7 +106,7 @@ class RankBudget:
     def live_parameters(self) -> int:
         """Parameters that these triplets consist of."""
         ranks = self.ranks()
-        plan = {adapter.site.name: adapter.site for adapter in self._adapted.plan}
+        plan = {adapter.site.name: adapter.site for adapter in self._adapted.adapter_set.plans[self._adapter]}
         return sum(rank * (plan[name].out_features + plan[name].in_features + 1) for name, rank in ranks.items())
 
     @property
@@ -132,8 +134,10 @@ class RankBudget:
             The ranks that are left, by site.
 
         Raises:
-            BudgetError: a parameter is sharded, or the optimizer keeps a state that cannot be cut.
+            BudgetError: another adapter is active, a parameter is sharded, or the optimizer keeps a state that
+                cannot be cut.
         """
+        assert_active(self._adapted, self._adapter)
         self._refresh()
         self._apply_mask()
         none = torch.zeros(0, dtype=torch.long)
@@ -143,6 +147,7 @@ class RankBudget:
 
     def shrink(self, kept: Mapping[str, torch.Tensor]) -> None:
         """Keep these triplets of each site only (ascending indices), whether the others live or not."""
+        assert_active(self._adapted, self._adapter)
         self._refresh()
         self._resize(dict(kept))
 
@@ -184,6 +189,7 @@ class RankBudget:
         self._skips_step = found_inf is not None and bool(found_inf)
         if self._skips_step:
             return
+        assert_active(self._adapted, self._adapter)
         self._refresh()
         grad_scale = 1.0 if scale is None else float(scale)
         gradients = self._bank.gather_gradients()
@@ -283,7 +289,7 @@ class RankBudget:
             self._rebind(None, self._mask)
 
     def _rebind(self, kept: Mapping[str, torch.Tensor] | None, mask: torch.Tensor) -> None:
-        old, self._bank = self._bank, TripletBank(self._adapted.adapters)
+        old, self._bank = self._bank, TripletBank(self._adapted.store_of(self._adapter))
         self._metric.rebind(old, self._bank, kept)
         if self._growth is not None:
             self._growth.rebind(old, self._bank, kept)

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import ConfigError
+from adapter_compiler.factors import factor_weight
 from adapter_compiler.files import written_beside
 from adapter_compiler.interop.read_peft import PEFT_EPSILON, PEFT_PREFIX, PEFT_WEIGHTS
 from adapter_compiler.interop.saved_adapters import PEFT_CONFIG, SavedAdapters
-from adapter_compiler.onnx.factors import factor_weight
 from passes.plan import AdapterPlan, PlannedAdapter
 
 #: What a folder may be written as.

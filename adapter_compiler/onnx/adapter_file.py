@@ -11,8 +11,8 @@ import torch
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import CheckpointError, ConfigError
+from adapter_compiler.factors import assert_additive, factor_weight
 from adapter_compiler.files import written_beside
-from adapter_compiler.onnx.factors import assert_additive, factor_weight
 from adapter_compiler.onnx.values import from_ort_value, to_ort_value
 
 _ADAPTER_VERSION = 1
@@ -23,7 +23,7 @@ def input_names(weight: str) -> tuple[str, str]:
     return f"{weight}.adapter_A", f"{weight}.adapter_B"
 
 
-def save_onnx_adapter(adapted: AdaptedModel, path: str | Path) -> Path:
+def save_onnx_adapter(adapted: AdaptedModel, path: str | Path, *, name: str | None = None) -> Path:
     """Write the adapters of ``adapted`` for a file that was exported with ``adapters="runtime"``.
 
     λ and the scale are folded in, pruned triplets are left out, so each weight has its own rank. Parameters
@@ -32,20 +32,22 @@ def save_onnx_adapter(adapted: AdaptedModel, path: str | Path) -> Path:
     Args:
         adapted: the model.
         path: the file to write, usually named ``*.onnx_adapter``.
+        name: which adapter of the model; by default the active one.
 
     Raises:
-        ConfigError: ``adapted`` is no adapted model, or has adapters that are no low-rank addition (DoRA).
+        ConfigError: ``adapted`` is no adapted model, has no adapter of this name, or one that is no low-rank addition
+            (DoRA).
     """
     if not isinstance(adapted, AdaptedModel):
         raise ConfigError(f"save_onnx_adapter got a {type(adapted).__name__}, expected an AdaptedModel")
     with written_beside(path) as draft:
-        write_adapter_file(adapted, draft)
+        write_adapter_file(adapted, draft, name)
     return Path(path)
 
 
-def write_adapter_file(adapted: AdaptedModel, path: Path) -> Path:
+def write_adapter_file(adapted: AdaptedModel, path: Path, name: str | None = None) -> Path:
     """Write the file itself."""
-    tensors = find_adapter_tensors(adapted)
+    tensors = find_adapter_tensors(adapted, name)
     values = {name: to_ort_value(tensor) for name, tensor in tensors.items()}
     adapter = onnxruntime.AdapterFormat()
     adapter.set_adapter_version(_ADAPTER_VERSION)
@@ -55,16 +57,25 @@ def write_adapter_file(adapted: AdaptedModel, path: Path) -> Path:
     return path
 
 
-def find_adapter_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
+def find_adapter_tensors(adapted: AdaptedModel, name: str | None = None) -> dict[str, torch.Tensor]:
     """What goes into the file, by the name of the input, in the dtype of the weights."""
-    assert_additive(adapted.plan)
+    name = adapted.active_adapter if name is None else name
+    store, plan = adapted.store_of(name), adapted.adapter_set.plans[name]
+    assert_additive(plan)
     tensors: dict[str, torch.Tensor] = {}
-    for weight, adapters in adapted.plan.by_weight.items():
-        left, right = factor_weight(adapters, adapted.adapters.parameters_of)
+    for weight, adapters in plan.by_weight.items():
+        left, right = factor_weight(adapters, store.parameters_of)
         first, second = input_names(weight)
         tensors[first] = right.t().contiguous().to(adapters[0].site.dtype)
         tensors[second] = left.t().contiguous().to(adapters[0].site.dtype)
-    trained = {name: p.detach().cpu() for name, p in adapted.module.named_parameters() if p.requires_grad}
+    for site in {a.site.weight: a.site for plan in adapted.adapter_set.plans.values() for a in plan}.values():
+        # A file whose adapters stand at more weights than this one's wants an input for each.
+        first, second = input_names(site.weight)
+        tensors.setdefault(first, torch.zeros(site.in_features, 0, dtype=site.dtype))
+        tensors.setdefault(second, torch.zeros(0, site.weight_rows, dtype=site.dtype))
+    resting = adapted.adapter_set.find_resting(name) or {}
+    parameters = {key: p for key, p in adapted.module.named_parameters() if p.requires_grad}
+    trained = {key: resting.get(key, p).detach().cpu() for key, p in parameters.items()}
     return {**tensors, **trained}
 
 

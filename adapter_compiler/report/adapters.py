@@ -11,8 +11,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from passes.packed_weights import count_bytes
+
 if TYPE_CHECKING:
     from adapter_compiler.adapted import AdaptedModel
+    from adapter_compiler.quantisation import QuantisationReport
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,7 @@ class AdapterReport:
         total_parameters: number of the model's own values.
         model_bytes: memory of the model's parameters and buffers.
         trainable_bytes: memory of what is trained; gradients take as much, Adam's moments twice as much.
+        quantisation: what was quantised, if anything was.
     """
 
     sites: tuple[SiteRow, ...]
@@ -70,6 +74,7 @@ class AdapterReport:
     total_parameters: int
     model_bytes: int
     trainable_bytes: int
+    quantisation: QuantisationReport | None = None
 
     @property
     def training_bytes(self) -> int:
@@ -111,6 +116,12 @@ class AdapterReport:
             place = f"{region.name or 'the model'} ({region.module})"
             yield from (f"graph: {place}: {graph}" for graph in region.graphs)
             yield from (f"python: {place}: {reason}" for reason in region.refused)
+        if (packed := self.quantisation) is not None:
+            worst = max(error.relative for error in packed.errors.values())
+            yield (
+                f"{len(packed.errors)} weights in {packed.kind} (relative error up to {worst:.1%}): the model takes "
+                f"{_gigabytes(packed.bytes_after)}, before {_gigabytes(packed.bytes_before)}"
+            )
         yield (
             f"trains {self.trainable_parameters:,} values, {self.trainable_share:.2%} "
             f"of the model's {self.total_parameters:,}; weights {_gigabytes(self.model_bytes)}, with gradients and "
@@ -123,7 +134,7 @@ def _gigabytes(count: int) -> str:
 
 
 def _count_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(count_bytes(tensor) for tensor in tensors)
 
 
 def _count_live(rank: int, parameters: Mapping[str, torch.Tensor]) -> int:
@@ -178,4 +189,5 @@ def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
         total_parameters=sum(p.numel() for p in adapted.module.parameters()),
         model_bytes=_count_bytes((*adapted.module.parameters(), *adapted.module.buffers())),
         trainable_bytes=_count_bytes(adapted.trainable_parameters()),
+        quantisation=adapted.quantisation_report,
     )

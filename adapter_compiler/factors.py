@@ -24,15 +24,23 @@ def factor_update(adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor
         adapter: the plan for the site.
         parameters: the adapter's parameters by name, as they are now.
     """
+    P, lam, Q = factor_triplets(adapter, parameters)
+    return P * (lam * adapter.scale), Q
+
+
+def factor_triplets(
+    adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """P [out, r], λ [r] and Q [r, in] with ΔW = s P diag(λ) Q, as in :func:`factor_update`."""
     wide = {name: value.detach().to("cpu", torch.float64) for name, value in parameters.items()}
     wide.pop(MAGNITUDE, None)
     start = {name.removesuffix(START): wide.pop(name) for name in list(wide) if name.endswith(START)}
-    left, right = _factor(adapter, wide)
+    P, lam, Q = _factor(adapter, wide)
     if start:
         # The start may have had another rank than is left now.
-        before, after = _factor(adapter, start)
-        left, right = torch.cat([left, -before], dim=1), torch.cat([right, after])
-    return left, right
+        before = _factor(adapter, start)
+        P, lam, Q = torch.cat([P, before[0]], dim=1), torch.cat([lam, -before[1]]), torch.cat([Q, before[2]])
+    return P, lam, Q
 
 
 def assert_additive(plan: AdapterPlan) -> None:
@@ -45,23 +53,10 @@ def assert_additive(plan: AdapterPlan) -> None:
             )
 
 
-def _factor(adapter: PlannedAdapter, wide: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    if wide.keys() == {"A", "B"}:
-        return wide["B"] * adapter.scale, wide["A"]
-    if wide.keys() == {"P", "lam", "Q"}:
-        live = wide["lam"] != 0
-        return wide["P"][:, live] * (wide["lam"][live] * adapter.scale), wide["Q"][live]
-    delta = adapter.form.core.delta(wide, adapter.scale)
-    left, values, right = torch.linalg.svd(delta, full_matrices=False)
-    smallest = torch.finfo(torch.float64).eps * max(delta.shape) * values[:1]
-    live = values > smallest
-    return left[:, live] * values[live], right[live]
-
-
 def factor_weight(
     adapters: Sequence[PlannedAdapter], parameters_of: Callable[[PlannedAdapter], Mapping[str, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for all adapters of a weight together: those of some rows have zeros in the others."""
+    """L and R for all adapters of a weight together: those of some rows have zeros in the others."""
     lefts, rights = [], []
     for adapter in adapters:
         left, right = factor_update(adapter, parameters_of(adapter))
@@ -69,3 +64,18 @@ def factor_weight(
         lefts.append(functional.pad(left, (0, 0, first, adapter.site.weight_rows - end)))
         rights.append(right)
     return torch.cat(lefts, dim=1), torch.cat(rights)
+
+
+def _factor(
+    adapter: PlannedAdapter, wide: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if wide.keys() == {"A", "B"}:
+        return wide["B"], wide["B"].new_ones(wide["B"].shape[1]), wide["A"]
+    if wide.keys() == {"P", "lam", "Q"}:
+        live = wide["lam"] != 0
+        return wide["P"][:, live], wide["lam"][live], wide["Q"][live]
+    delta = adapter.form.core.delta(wide, adapter.scale)
+    left, values, right = torch.linalg.svd(delta, full_matrices=False)
+    smallest = torch.finfo(torch.float64).eps * max(delta.shape) * values[:1]
+    live = values > smallest
+    return left[:, live], values[live] / adapter.scale, right[live]

@@ -1,0 +1,137 @@
+"""Keep the frozen weights under adapters in few bits (QLoRA): which, with what error, and what memory it saves.
+
+A weight is packed if every use of it is a matrix product and an adapter stands at it. Weights are replaced one
+after the other, in the adapted model and in every graph that was captured; the full-precision values leave memory
+as soon as nobody else holds them: at once with ``AdapterConfig(inplace=True)``, otherwise when the user drops
+the model that was handed in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from adapter_compiler.errors import ConfigError
+from passes.packed_weights import PackedWeight, count_bytes, pack_parameter
+from passes.sites import AdapterSite
+
+if TYPE_CHECKING:
+    from adapter_compiler.adapted import AdaptedModel
+
+logger = logging.getLogger(__name__)
+
+#: What ``AdapterConfig(quantise=...)`` may say; see :mod:`adapter_compiler.interop.bitsandbytes_weights`.
+KINDS = ("nf4", "int8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightError:
+    """How far the unpacked weight W' is from the original W.
+
+    Attributes:
+        largest: max |W' - W|.
+        relative: ‖W' - W‖_F / ‖W‖_F.
+    """
+
+    largest: float
+    relative: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantisationReport:
+    """What was packed.
+
+    Attributes:
+        kind: the code, ``"nf4"`` or ``"int8"``.
+        errors: by weight, what packing changed.
+        skipped: why each other adapted weight stays in full precision.
+        bytes_before: memory of the model's parameters and buffers before.
+        bytes_after: the same afterwards.
+    """
+
+    kind: str
+    errors: Mapping[str, WeightError]
+    skipped: Mapping[str, str]
+    bytes_before: int
+    bytes_after: int
+
+
+def quantise_base(adapted: AdaptedModel, kind: str) -> QuantisationReport:
+    """Pack the frozen weights of an adapted model; see :meth:`AdaptedModel.quantise_base`."""
+    from adapter_compiler.interop.bitsandbytes_weights import find_quantiser
+
+    quantiser = find_quantiser(kind)
+    if adapted.quantisation_report is not None:
+        raise ConfigError(
+            f"the base is quantised to {adapted.quantisation_report.kind!r} already, expected full-precision weights; "
+            "compile the original model again"
+        )
+    before = _count_model_bytes(adapted.module)
+    errors: dict[str, WeightError] = {}
+    skipped: dict[str, str] = {}
+    for site in _find_sites(adapted):
+        parameter = adapted.module.get_parameter(site.weight)
+        if reason := _find_reason_against(site, parameter):
+            skipped[site.weight] = reason
+            continue
+        packed = pack_parameter(parameter, quantiser)
+        assert isinstance(packed, PackedWeight)
+        errors[site.weight] = measure_error(parameter.detach(), packed)
+        _assert_finite(site.weight, kind, errors[site.weight])
+        adapted.replace_weights({site.weight: packed})
+        del parameter
+    if not errors:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
+        raise ConfigError(f"quantise={kind!r}: no adapted weight can be quantised, expected one at least; {reasons}")
+    adapted.rebuild(adapted.plan)
+    after = _count_model_bytes(adapted.module)
+    logger.info("packed %d weights as %s: %.1f MB of %.1f MB are left", len(errors), kind, after / 1e6, before / 1e6)
+    return QuantisationReport(kind=kind, errors=errors, skipped=skipped, bytes_before=before, bytes_after=after)
+
+
+@torch.no_grad()
+def measure_error(original: torch.Tensor, packed: PackedWeight) -> WeightError:
+    """How far a packed weight is from the original."""
+    dtype = torch.promote_types(original.dtype, torch.float32)
+    difference = packed.unpack().to(dtype) - original.to(dtype)
+    norm = float(original.to(dtype).norm())
+    largest = float(difference.abs().max()) if difference.numel() else 0.0
+    return WeightError(largest=largest, relative=float(difference.norm()) / norm if norm else 0.0)
+
+
+def _find_sites(adapted: AdaptedModel) -> list[AdapterSite]:
+    """A site for each weight that has adapters."""
+    plans = adapted.adapter_set.plans.values()
+    return list({adapter.site.weight: adapter.site for plan in plans for adapter in plan}.values())
+
+
+def _find_reason_against(site: AdapterSite, parameter: nn.Parameter) -> str | None:
+    if isinstance(parameter, PackedWeight):
+        return "it is quantised already"
+    if parameter.requires_grad:
+        return "it is trained"
+    if parameter.is_meta:
+        return "it is on the meta device, which holds no values"
+    if site.op != "linear":
+        return f"it is used by {site.op}, not only by matrix products"
+    if len(site.shape) != 2:
+        return f"it has {len(site.shape)} dimensions, expected 2"
+    return None
+
+
+def _assert_finite(name: str, kind: str, error: WeightError) -> None:
+    if not math.isfinite(error.largest):
+        raise ConfigError(
+            f"{name} cannot be kept as {kind!r}: its unpacked values have inf or nan, expected finite ones; the weight "
+            "has some itself or exceeds float16; exclude it from the sites"
+        )
+
+
+def _count_model_bytes(module: nn.Module) -> int:
+    return sum(count_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
