@@ -18,6 +18,7 @@ from adapter_compiler.files import written_beside
 from adapter_compiler.interop.read_peft import PEFT_EPSILON, PEFT_PREFIX, PEFT_WEIGHTS
 from adapter_compiler.interop.saved_adapters import PEFT_CONFIG, SavedAdapters
 from adapter_compiler.onnx.factors import factor_update
+from passes.forms.dora import MAGNITUDE
 from passes.plan import PlannedAdapter
 
 #: What a folder may be written as.
@@ -28,12 +29,13 @@ _LAYERS = ("Linear", "Conv1D", "NonDynamicallyQuantizableLinear")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftSite:
-    """One module as PEFT wants it: P [out, r], λ [r] and Q [r, in]."""
+    """One module as PEFT wants it: P [out, r], λ [r] and Q [r, in], and the magnitude [out] of DoRA."""
 
     module: str
     P: torch.Tensor
     lam: torch.Tensor
     Q: torch.Tensor
+    magnitude: torch.Tensor | None = None
 
 
 def save_peft_adapters(adapted: AdaptedModel, folder: str | Path, *, kind: str = "lora") -> Path:
@@ -43,7 +45,7 @@ def save_peft_adapters(adapted: AdaptedModel, folder: str | Path, *, kind: str =
         adapted: the model; every site must be the ``weight`` of an ``nn.Linear`` or a transformers ``Conv1D``.
         folder: where to write.
         kind: ``"lora"`` writes the live triplets of each site as LoRA of exactly that rank, with λ and the
-            scale folded in; ``"adalora"`` keeps P, λ and Q, padded to one rank.
+            scale folded in, and DoRA as PEFT's ``use_dora``; ``"adalora"`` keeps P, λ and Q, padded to one rank.
 
     Returns:
         The folder.
@@ -96,6 +98,7 @@ def write_peft_folder(
     _assert_kind(kind)
     make = _as_lora if kind == "lora" else _as_adalora
     sites = [site for a in plan if (site := make(a, parameters_of(a))).P.shape[1]]
+    _assert_all_or_none_rescale(plan)
     if not sites:
         raise ConfigError("no triplet is alive at any site, so there is nothing to write")
     rank = max(site.P.shape[1] for site in sites)
@@ -130,11 +133,22 @@ def _assert_is_layer(adapted: AdaptedModel, adapter: PlannedAdapter) -> None:
 
 def _as_lora(adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor]) -> PeftSite:
     left, right = factor_update(adapter, parameters)
-    module = _find_module(adapter)
-    return PeftSite(module=module, P=left.float(), lam=torch.ones(left.shape[1]), Q=right.float())
+    magnitude = parameters.get(MAGNITUDE)
+    if magnitude is not None and not left.shape[1]:
+        left, right = left.new_zeros(len(left), 1), right.new_zeros(1, right.shape[1])
+    return PeftSite(
+        module=_find_module(adapter),
+        P=left.float(),
+        lam=torch.ones(left.shape[1]),
+        Q=right.float(),
+        magnitude=None if magnitude is None else magnitude.detach().cpu().float(),
+    )
 
 
 def _as_adalora(adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor]) -> PeftSite:
+    if adapter.form.name == "lora":
+        left, right = factor_update(dataclasses.replace(adapter, scale=1.0), parameters)
+        return PeftSite(module=_find_module(adapter), P=left.float(), lam=torch.ones(left.shape[1]), Q=right.float())
     if parameters.keys() != {"P", "lam", "Q"}:
         raise ConfigError(f"site {adapter.site.name} has the form {adapter.form.name!r}, AdaLoRA is 'svd'; write LoRA")
     own = {name: tensor.detach().cpu() for name, tensor in parameters.items()}
@@ -149,6 +163,17 @@ def _find_module(adapter: PlannedAdapter) -> str:
             "PEFT's LoRA takes no other here"
         )
     return module
+
+
+def _assert_all_or_none_rescale(plan: Iterable[PlannedAdapter]) -> None:
+    """PEFT's use_dora holds for all modules of a folder."""
+    by_kind = {adapter.form.rescales: adapter for adapter in plan}
+    if len(by_kind) > 1:
+        dora, other = by_kind[True], by_kind[False]
+        raise ConfigError(
+            f"site {dora.site.name} has the form {dora.form.name!r} and site {other.site.name} {other.form.name!r}; "
+            "PEFT has one use_dora for all; expected DoRA at all sites or at none"
+        )
 
 
 def _is_transposed(plan: Iterable[PlannedAdapter]) -> bool:
@@ -176,9 +201,10 @@ def _common_scale(plan: Iterable[PlannedAdapter]) -> float:
     return scales.pop()
 
 
-def _lora_config(sites: Iterable[PeftSite], rank: int) -> dict[str, Any]:
+def _lora_config(sites: Sequence[PeftSite], rank: int) -> dict[str, Any]:
     ranks = {f"^{re.escape(site.module)}": site.P.shape[1] for site in sites}
     common = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "rank_pattern": ranks, "alpha_pattern": ranks}
+    common["use_dora"] = any(site.magnitude is not None for site in sites)
     return {**_common_config(sites), **common}
 
 
@@ -207,5 +233,7 @@ def _spell_tensors(sites: Iterable[PeftSite], kind: str) -> Iterable[tuple[str, 
         prefix = f"{PEFT_PREFIX}{site.module}.lora_"
         yield f"{prefix}A{suffix}", site.Q.contiguous().clone()
         yield f"{prefix}B{suffix}", site.P.contiguous().clone()
+        if site.magnitude is not None:
+            yield f"{PEFT_PREFIX}{site.module}.lora_magnitude_vector", site.magnitude.contiguous().clone()
         if kind == "adalora":
             yield f"{prefix}E", site.lam.reshape(-1, 1).contiguous().clone()
