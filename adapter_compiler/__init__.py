@@ -17,7 +17,9 @@ from adapter_compiler.checkpoint import load_adapters
 from adapter_compiler.compiler import compile_with_adapters
 from adapter_compiler.config import AdapterConfig
 from adapter_compiler.errors import AdapterCompilerError
+from adapter_compiler.initialise import DataStart, InitialisationReport, initialise_adapters
 from adapter_compiler.onnx import ExportReport, OnnxAdapters, export_onnx, save_onnx_adapter
+from adapter_compiler.realign import Realigner, rediagonalise
 from adapter_compiler.report.ranks import plot_ranks
 from adapter_compiler.training_state import load_training_state, save_training_state
 from passes.plan import AdapterPlan
@@ -31,14 +33,19 @@ __all__ = [
     "AdapterRule",
     "Allocation",
     "BudgetSchedule",
+    "DataStart",
     "ExportReport",
+    "InitialisationReport",
     "OnnxAdapters",
     "RankBudget",
+    "Realigner",
     "compile_with_adapters",
     "export_onnx",
+    "initialise_adapters",
     "load_adapters",
     "load_training_state",
     "plot_ranks",
+    "rediagonalise",
     "save_onnx_adapter",
     "save_training_state",
 ]
