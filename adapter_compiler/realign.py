@@ -163,7 +163,8 @@ class Realigner:
         return turned
 
 
-@torchdef _turn(
+@torch.no_grad()
+def _turn(
     factors: tuple[torch.Tensor, torch.Tensor],
     free: torch.Tensor,
     basis: tuple[torch.Tensor, torch.Tensor],
