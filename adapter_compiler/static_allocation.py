@@ -77,9 +77,9 @@ def allocate_ranks(
     options = allocation if isinstance(allocation, StaticAllocation) else StaticAllocation(method=allocation)
     plan = list(adapted.plan)
     total = sum(adapter.rank for adapter in plan) if options.total is None else options.total
-    bounds = [a.site.largest_rank for a in plan]
     high = [
-        min(b, 2 * a.rank if options.max_rank is None else options.max_rank) for a, b in zip(plan, bounds, strict=True)
+        min(adapter.site.largest_rank, 2 * adapter.rank if options.max_rank is None else options.max_rank)
+        for adapter in plan
     ]
     low = [min(options.min_rank, most) for most in high]
     if not sum(low) <= total <= sum(high):
