@@ -160,6 +160,14 @@ class AdaptedModel(AdapterHolder):
         """The adapters' parameters, then those that ``AdapterConfig(trainable=...)`` names."""
         return [p for p in (*self.adapters.parameters(), *self.module.parameters()) if p.requires_grad]
 
+    def parameter_groups(
+        self, lr: float, *, lora_plus_ratio: float = 1.0, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimizer with a greater learning rate for B or P, see :mod:`adapter_compiler.lora_plus`."""
+        from adapter_compiler.lora_plus import make_parameter_groups
+
+        return make_parameter_groups(self, lr, lora_plus_ratio=lora_plus_ratio, weight_decay=weight_decay)
+
     @contextlib.contextmanager
     def disable_adapters(self) -> Iterator[None]:
         """Inside, calls run the user's module itself: no adapter, no captured graph."""

@@ -6,6 +6,7 @@ statistics move while adapters train). It is written beside and renamed, so it i
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.files import written_beside
 from adapter_compiler.named_adapters import find_module_tensors
+from passes.forms import find_form
+from passes.plan import AdapterPlan
 
 #: Name of the file in the folder given to :func:`save_adapters`.
 FILE_NAME = "adapters.safetensors"
@@ -62,7 +65,8 @@ def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
     To add it as a further adapter, with whatever ranks and sites it has, see :meth:`AdaptedModel.load_adapter`.
 
     Args:
-        adapted: the same model, compiled with the same rank, alpha and sites.
+        adapted: the same model, compiled with the same kind, rank, alpha and sites. It need not be initialised in
+            the same way: where the file's adapters start from is in the file.
         directory: the folder that was given to ``save``.
 
     Raises:
@@ -76,18 +80,48 @@ def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
     path = Path(directory) / FILE_NAME
     header, tensors = read_file(path, "AdaptedModel.save")
     _assert_header(path, header)
-    assert_same_sites(path, header["sites"], describe_sites(adapted))
-    targets = find_saved_tensors(adapted)
-    if missing := sorted(targets.keys() ^ tensors.keys()):
+    plan = match_starts(adapted.plan, header["sites"])
+    assert_same_sites(path, header["sites"], describe_plan(plan))
+    expected = _find_shapes(adapted, plan)
+    if missing := sorted(expected.keys() ^ tensors.keys()):
         raise CheckpointError(f"{path}: tensor {missing[0]} is on one side only; compile with the same trainable=")
-    for name, target in targets.items():
-        if target.shape != tensors[name].shape:
+    for name, shape in expected.items():
+        if shape != tensors[name].shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensors[name].shape)}, this model expects {tuple(target.shape)}"
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, this model expects {tuple(shape)}"
             )
+    adopt_starts(adapted, plan)
     with torch.no_grad():
-        for name, target in targets.items():
+        for name, target in find_saved_tensors(adapted).items():
             target.copy_(tensors[name])
+
+
+def match_starts(plan: AdapterPlan, saved: Mapping[str, Any]) -> AdapterPlan:
+    """The plan with forms that keep starting values where those of a file do, as far as the kinds are the same."""
+    adapters = []
+    for adapter in plan:
+        name = saved.get(adapter.site.name, {}).get("form", adapter.form.name)
+        try:
+            form = find_form(name)
+        except KeyError:
+            form = adapter.form
+        same_kind = form.core.name == adapter.form.core.name
+        adapters.append(dataclasses.replace(adapter, form=form) if same_kind else adapter)
+    return AdapterPlan(adapters=tuple(adapters))
+
+
+def adopt_starts(adapted: AdaptedModel, plan: AdapterPlan) -> None:
+    """Give a model the forms that :func:`match_starts` found; parameters that train keep their identity."""
+    if plan != adapted.plan:
+        adapted.adapters.adopt(plan)
+        adapted.rebuild(plan)
+
+
+def _find_shapes(adapted: AdaptedModel, plan: AdapterPlan) -> dict[str, tuple[int, ...]]:
+    """What :func:`find_saved_tensors` will have with the forms of ``plan``."""
+    others = {k: tuple(t.shape) for k, t in find_saved_tensors(adapted).items() if not k.startswith("adapters.")}
+    own = {f"adapters.{a.site.name}.{name}": shape for a in plan for name, shape in a.parameter_shapes.items()}
+    return own | others
 
 
 def find_saved_tensors(adapted: AdaptedModel, name: str | None = None) -> dict[str, torch.Tensor]:
@@ -109,6 +143,11 @@ def _describe(adapted: AdaptedModel, name: str | None) -> dict[str, Any]:
 
 def describe_sites(adapted: AdaptedModel, name: str | None = None) -> dict[str, dict[str, Any]]:
     """What a file of an adapter (the active one) must agree with, by site."""
+    return describe_plan(adapted.plan if name is None else adapted.adapter_set.plans[name])
+
+
+def describe_plan(plan: AdapterPlan) -> dict[str, dict[str, Any]]:
+    """The same for a plan."""
     return {
         adapter.site.name: {
             "form": adapter.form.name,
@@ -118,7 +157,7 @@ def describe_sites(adapted: AdaptedModel, name: str | None = None) -> dict[str, 
             "transposed": adapter.site.transposed,
             "rows": list(adapter.site.rows) if adapter.site.rows else None,
         }
-        for adapter in (adapted.plan if name is None else adapted.adapter_set.plans[name])
+        for adapter in plan
     }
 
 

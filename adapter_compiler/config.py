@@ -38,11 +38,11 @@ class AdapterConfig:
     """Which weights are adapted, and how. PEFT's names for the options are accepted too.
 
     Attributes:
-        kind: what an adapter computes: ``"svd"`` (AdaLoRA, P diag(λ) Q), ``"lora"`` (B A), ``"dora"`` (LoRA and a
-            magnitude for each row) or ``"dora-svd"``. Ranks can be pruned where there is a λ.
         rank: triplets each site starts with (AdaLoRA's initial rank); a weight with a smaller
             dimension gets as many as fit.
         alpha: ΔW = alpha / rank · P diag(λ) Q. The scale stays as it is when ranks shrink.
+        kind: what an adapter computes: ``"svd"`` (AdaLoRA, P diag(λ) Q), ``"lora"`` (B A), ``"dora"`` (LoRA and a
+            magnitude for each row) or ``"dora-svd"``. Ranks can be pruned where there is a λ.
         scaling: ``"alpha/r"``, or ``"rslora"`` for alpha / √rank (arXiv 2312.03732).
         init: how adapters start, see :mod:`adapter_compiler.initialisers`; by default ``"gaussian"`` for the kinds
             with λ and ``"kaiming"`` for the others. What needs data is done by
@@ -75,9 +75,9 @@ class AdapterConfig:
         ConfigError: a value cannot work, or an option is unknown.
     """
 
-    kind: str = "svd"
     rank: int = 12
     alpha: float = 16.0
+    kind: str = "svd"
     scaling: str = "alpha/r"
     init: str | None = None
     gamma: float = 0.1

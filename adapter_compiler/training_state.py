@@ -18,7 +18,16 @@ from safetensors.torch import save_file
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.budget import RankBudget
-from adapter_compiler.checkpoint import HEADER_KEY, assert_same_sites, describe_sites, find_saved_tensors, read_file
+from adapter_compiler.checkpoint import (
+    HEADER_KEY,
+    adopt_starts,
+    assert_same_sites,
+    describe_plan,
+    describe_sites,
+    find_saved_tensors,
+    match_starts,
+    read_file,
+)
 from adapter_compiler.compaction import compact_adapters
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.files import written_beside
@@ -106,6 +115,9 @@ def load_training_state(
         found = f"{header.get('kind')!r} of version {header.get('version')!r}"
         raise CheckpointError(f"{path} holds {found}, expected {_KIND!r} of version {_VERSION}")
     state = {name: decode(part, tensors) for name, part in header["state"].items()}
+    plan = match_starts(adapted.plan, header["sites"])
+    assert_same_sites(path, header["sites"], describe_plan(plan), apart_from=("rank",))
+    adopt_starts(adapted, plan)
     kept = _find_kept(path, header["sites"], adapted)
     values = {n.removeprefix("values."): t for n, t in tensors.items() if n.startswith("values.")}
     _assert_values_fit(path, values, adapted, kept)

@@ -114,7 +114,7 @@ def _describe_sites(folder: Path) -> list[dict[str, Any]]:
     for name, adapter in saved.adapters.items():
         parameters = saved.parameters_of(name)
         delta = adapter.planned.form.delta({k: v.double() for k, v in parameters.items()}, adapter.planned.scale)
-        rank = max((value.shape[0] for value in parameters.values() if value.dim() == 1), default=adapter.planned.rank)
+        rank = next((len(parameters[key]) for key in ("lam", "A") if key in parameters), adapter.planned.rank)
         rows.append(
             {
                 "weight": name,

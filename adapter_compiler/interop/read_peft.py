@@ -1,6 +1,7 @@
 """Read PEFT's adapter folders, LoRA and AdaLoRA, without importing PEFT.
 
-PEFT's names for ours: lora_B = P [out, r], lora_E = λ [r, 1], lora_A = Q [r, in]. Its scales:
+PEFT's names for ours: lora_B = B or P [out, r], lora_E = λ [r, 1], lora_A = A or Q [r, in], and with use_dora
+lora_magnitude_vector = m [out]. Its scales:
 
     LoRA      alpha / r, or alpha / √r with use_rslora
     AdaLoRA   alpha / (init_r + 1e-5), whatever rank is left
@@ -19,7 +20,8 @@ import torch
 
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.interop.saved_adapters import PEFT_CONFIG, SavedAdapter, SavedAdapters, open_safetensors
-from passes.forms import SvdForm
+from passes.forms import find_form
+from passes.forms.dora import MAGNITUDE
 from passes.plan import PlannedAdapter
 from passes.sites import AdapterSite
 
@@ -32,33 +34,43 @@ _KEY = re.compile(r"^(?P<module>.*)\.lora_(?P<part>[ABE])(?:\.weight)?$")
 _EMBEDDING_KEY = re.compile(r"^(?P<module>.*)\.lora_embedding_(?P<part>[AB])$")
 #: What PEFT adds to the rank before it divides by it.
 PEFT_EPSILON = 1e-5
-_PARAMETER = {"A": "Q", "B": "P", "E": "lam"}
+_MAGNITUDE_KEY = re.compile(r"^(?P<module>.*)\.lora_magnitude_vector(?:\.weight)?$")
+#: Our names, by form.
+_PARAMETERS = {
+    "svd": {"A": "Q", "B": "P", "E": "lam"},
+    "lora": {"A": "A", "B": "B"},
+    "dora": {"A": "A", "B": "B", "m": MAGNITUDE},
+}
 
 
 def read_peft_adapters(folder: Path) -> SavedAdapters:
     """Look into a PEFT folder.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the adapters are not one ΔW a weight (DoRA, biases).
+        CheckpointError: a file is missing or damaged, or the adapters are no change of one weight each (biases).
     """
     config = _read_config(folder / PEFT_CONFIG)
     path = folder / PEFT_WEIGHTS
     with open_safetensors(path) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    form = "svd" if config["peft_type"] == "ADALORA" else "dora" if config.get("use_dora") else "lora"
     parts: dict[str, dict[str, str]] = {}
     replacements: dict[str, str] = {}
     embeddings = set()
     for key in shapes:
         name = key.removeprefix(PEFT_PREFIX)
-        matched = _KEY.match(name) or _EMBEDDING_KEY.match(name)
+        matched = _KEY.match(name) or _EMBEDDING_KEY.match(name) or _MAGNITUDE_KEY.match(name)
         if matched is None:
             replacements[_undo_wrapping(path, name)] = key
             continue
-        parts.setdefault(matched["module"], {})[_PARAMETER[matched["part"]]] = key
+        parameter = _PARAMETERS[form].get(matched.groupdict().get("part", "m"))
+        if parameter is None:
+            raise CheckpointError(f"{path}: {name} does not belong to the adapters that {PEFT_CONFIG} describes")
+        parts.setdefault(matched["module"], {})[parameter] = key
         if "lora_embedding_" in name:
             embeddings.add(matched["module"])
     adapters = {
-        f"{module}.weight": _read_site(path, module, tensors, shapes, config, is_embedding=module in embeddings)
+        f"{module}.weight": _read_site(path, module, tensors, shapes, config, form, is_embedding=module in embeddings)
         for module, tensors in parts.items()
     }
     kind = f"peft {config['peft_type'].lower()}"
@@ -73,8 +85,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as PEFT's configuration: {error}") from error
     if kind not in ("LORA", "ADALORA"):
         raise CheckpointError(f"{path}: peft_type is {kind}, expected LORA or ADALORA")
-    if config.get("use_dora"):
-        raise CheckpointError(f"{path}: use_dora changes the norm of the weight, which is no ΔW; merge it with PEFT")
     if config.get("bias", "none") != "none":
         raise CheckpointError(f"{path}: bias={config['bias']!r} trains biases too; expected 'none'; merge it with PEFT")
     return dict(config)
@@ -93,20 +103,29 @@ def _read_site(
     tensors: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
     config: Mapping[str, Any],
+    form: str,
     *,
     is_embedding: bool,
 ) -> SavedAdapter:
-    if not {"P", "Q"} <= tensors.keys():
-        raise CheckpointError(f"{path}: module {module} lacks its lora_A or lora_B")
-    left, right = shapes[tensors["P"]], shapes[tensors["Q"]]
+    names = _PARAMETERS[form]
+    if missing := set(names.values()) - tensors.keys():
+        part = next(part for part, name in names.items() if name in missing)
+        raise CheckpointError(f"{path}: module {module} lacks its lora_{part.replace('m', 'magnitude_vector')}")
+    left, right = shapes[tensors[names["B"]]], shapes[tensors[names["A"]]]
     if left[1] != right[0] or any(size != 1 for size in left[2:]):
         raise CheckpointError(f"{path}: module {module}: lora_B {list(left)} and lora_A {list(right)} do not multiply")
     is_transposed = is_embedding or bool(config.get("fan_in_fan_out"))
     shape = (right[1], left[0]) if is_transposed else (left[0], *right[1:])
-    site = AdapterSite(name=f"{module}.weight", shape=shape, dtype=torch.float32, transposed=is_transposed)
+    site = AdapterSite(
+        name=f"{module}.weight",
+        shape=shape,
+        dtype=torch.float32,
+        transposed=is_transposed,
+        op="convolution" if len(shape) > 2 else "linear",
+    )
     planned = PlannedAdapter(
         site=site,
-        form=SvdForm(),
+        form=find_form(form),
         rank=max(1, min(right[0], site.largest_rank)),
         scale=_find_scale(module, right[0], config),
         dtype=torch.float32,

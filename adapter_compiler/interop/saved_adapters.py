@@ -22,6 +22,9 @@ from passes.sites import AdapterSite
 #: Values of a weight that are summed at once: two megabytes in float64.
 _VALUES_AT_A_TIME = 1 << 18
 
+#: Forms that can be merged by rows, and the parameter whose rows are those of ΔW.
+_BY_ROWS = {"svd": "P", "lora": "B"}
+
 PEFT_CONFIG = "adapter_config.json"
 
 
@@ -62,8 +65,6 @@ class SavedAdapters:
         for name, key in saved.tensors.items():
             tensor = self.tensor(key)
             found[name] = tensor.reshape(-1) if shapes[name] == 1 else tensor.flatten(1)
-        if "lam" not in found and saved.planned.form.name == "svd":
-            found["lam"] = torch.ones(found["P"].shape[1], dtype=found["P"].dtype)
         return found
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -86,7 +87,7 @@ class SavedAdapters:
     def merge_one(self, site: str, weight: torch.Tensor) -> torch.Tensor:
         """W + ΔW, bit for bit what :meth:`AdaptedModel.fold` gives; a large weight is overwritten by rows.
 
-        Each value of P diag(λ) Q is the same sum over the rank, whichever rows are computed together.
+        Each value of P diag(λ) Q or B A is the same sum over the rank, whichever rows are computed together.
 
         Raises:
             CheckpointError: the weight has not the shape that the adapter was trained on.
@@ -100,7 +101,7 @@ class SavedAdapters:
         parameters = self.parameters_of(site)
         rows = max(1, _VALUES_AT_A_TIME // max(1, planned.site.in_features))
         is_small = weight.shape[0] <= rows or planned.site.rows is not None
-        if planned.form.name != "svd" or planned.site.transposed or is_small:
+        if planned.form.name not in _BY_ROWS or planned.site.transposed or is_small:
             return merge_weight(weight, planned, parameters).weight
         for start in range(0, weight.shape[0], rows):
             block = weight[start : start + rows]
@@ -114,7 +115,8 @@ def _merge_rows(
     """The rows of W + ΔW from ``start`` on, as many as ``block`` has."""
     site = dataclasses.replace(planned.site, shape=tuple(block.shape))
     part = dataclasses.replace(planned, site=site, rank=min(planned.rank, site.largest_rank))
-    own = {**parameters, "P": parameters["P"][start : start + len(block)]}
+    left = _BY_ROWS[planned.form.name]
+    own = {**parameters, left: parameters[left][start : start + len(block)]}
     return merge_weight(block, part, own).weight
 
 
@@ -164,12 +166,11 @@ def find_form(name: str) -> AdapterForm:
     Raises:
         CheckpointError: there is none.
     """
-    kinds = (value for value in vars(passes.forms).values() if isinstance(value, type))
-    forms = [kind() for kind in kinds if issubclass(kind, AdapterForm) and kind is not AdapterForm]
-    found = next((form for form in forms if form.name == name), None)
-    if found is None:
-        raise CheckpointError(f"adapters of the form {name!r} are unknown; known: {', '.join(f.name for f in forms)}")
-    return found
+    try:
+        return passes.forms.find_form(name)
+    except KeyError:
+        known = ", ".join(passes.forms.FORMS)
+        raise CheckpointError(f"adapters of the form {name!r} are unknown; known: {known}") from None
 
 
 def _read_own(path: Path) -> SavedAdapters:
@@ -201,12 +202,16 @@ def _read_site(
     tensors = {key.removeprefix(prefix): key for key in shapes if key.startswith(prefix)}
     if not tensors:
         raise CheckpointError(f"{path}: no parameters for site {name}; save the adapters again")
+    shape = tuple(entry["shape"])
+    left = next((shapes[tensors[name]] for name in ("P", "B") if name in tensors), shape)
     site = AdapterSite(
         name=name,
-        shape=tuple(entry["shape"]),
+        shape=shape,
         dtype=torch.float32,
         transposed=bool(entry["transposed"]),
         rows=tuple(entry["rows"]) if entry.get("rows") else None,
+        # The rows of ΔW tell a convolution's kernel from a stack of matrices.
+        op="convolution" if len(shape) > 2 and left[0] == shape[0] else "linear",
     )
     site = dataclasses.replace(site, aliases=tuple(aliases.get(site.weight, ())))
     planned = PlannedAdapter(

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import ConfigError
-from adapter_compiler.factors import factor_weight
+from adapter_compiler.factors import factor_update, factor_weight
 from adapter_compiler.files import written_beside
 from adapter_compiler.interop.read_peft import PEFT_EPSILON, PEFT_PREFIX, PEFT_WEIGHTS
 from adapter_compiler.interop.saved_adapters import PEFT_CONFIG, SavedAdapters
+from passes.forms.dora import MAGNITUDE
 from passes.plan import AdapterPlan, PlannedAdapter
 
 #: What a folder may be written as.
@@ -30,12 +31,13 @@ _LAYERS = ("Linear", "Conv1D", "NonDynamicallyQuantizableLinear")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftSite:
-    """One module as PEFT wants it: P [out, r], λ [r] and Q [r, in]."""
+    """One module as PEFT wants it: P [out, r], λ [r] and Q [r, in], and the magnitude [out] of DoRA."""
 
     module: str
     P: torch.Tensor
     lam: torch.Tensor
     Q: torch.Tensor
+    magnitude: torch.Tensor | None = None
 
 
 def save_peft_adapters(adapted: AdaptedModel, folder: str | Path, *, kind: str = "lora") -> Path:
@@ -45,7 +47,7 @@ def save_peft_adapters(adapted: AdaptedModel, folder: str | Path, *, kind: str =
         adapted: the model; every site must be the ``weight`` of an ``nn.Linear`` or a transformers ``Conv1D``.
         folder: where to write.
         kind: ``"lora"`` writes the live triplets of each site as LoRA of exactly that rank, with λ and the
-            scale folded in; ``"adalora"`` keeps P, λ and Q, padded to one rank.
+            scale folded in, and DoRA as PEFT's ``use_dora``; ``"adalora"`` keeps P, λ and Q, padded to one rank.
 
     Returns:
         The folder.
@@ -99,6 +101,7 @@ def write_peft_folder(
     make = _as_lora if kind == "lora" else _as_adalora
     weights = AdapterPlan(adapters=tuple(plan)).by_weight.values()
     sites = [site for adapters in weights if (site := make(adapters, parameters_of)).P.shape[1]]
+    _assert_all_or_none_rescale(plan)
     if not sites:
         raise ConfigError("no triplet is alive at any site, so there is nothing to write")
     rank = max(site.P.shape[1] for site in sites)
@@ -133,7 +136,16 @@ def _assert_is_layer(adapted: AdaptedModel, adapter: PlannedAdapter) -> None:
 
 def _as_lora(adapters: Sequence[PlannedAdapter], parameters_of: _ParametersOf) -> PeftSite:
     left, right = factor_weight(adapters, parameters_of)
-    return PeftSite(module=_find_module(adapters[0]), P=left.float(), lam=torch.ones(left.shape[1]), Q=right.float())
+    magnitude = parameters_of(adapters[0]).get(MAGNITUDE)
+    if magnitude is not None and not left.shape[1]:
+        left, right = left.new_zeros(len(left), 1), right.new_zeros(1, right.shape[1])
+    return PeftSite(
+        module=_find_module(adapters[0]),
+        P=left.float(),
+        lam=torch.ones(left.shape[1]),
+        Q=right.float(),
+        magnitude=None if magnitude is None else magnitude.detach().cpu().float(),
+    )
 
 
 def _as_adalora(adapters: Sequence[PlannedAdapter], parameters_of: _ParametersOf) -> PeftSite:
@@ -141,6 +153,9 @@ def _as_adalora(adapters: Sequence[PlannedAdapter], parameters_of: _ParametersOf
     parameters = parameters_of(adapter)
     if adapter.site.rows is not None:
         raise ConfigError(f"site {adapter.site.name} covers some rows of its weight, AdaLoRA all; write LoRA")
+    if adapter.form.name == "lora":
+        left, right = factor_update(dataclasses.replace(adapter, scale=1.0), parameters)
+        return PeftSite(module=_find_module(adapter), P=left.float(), lam=torch.ones(left.shape[1]), Q=right.float())
     if parameters.keys() != {"P", "lam", "Q"}:
         raise ConfigError(f"site {adapter.site.name} has the form {adapter.form.name!r}, AdaLoRA is 'svd'; write LoRA")
     own = {name: tensor.detach().cpu() for name, tensor in parameters.items()}
@@ -155,6 +170,17 @@ def _find_module(adapter: PlannedAdapter) -> str:
             "PEFT's LoRA takes no other here"
         )
     return module
+
+
+def _assert_all_or_none_rescale(plan: Iterable[PlannedAdapter]) -> None:
+    """PEFT's use_dora holds for all modules of a folder."""
+    by_kind = {adapter.form.rescales: adapter for adapter in plan}
+    if len(by_kind) > 1:
+        dora, other = by_kind[True], by_kind[False]
+        raise ConfigError(
+            f"site {dora.site.name} has the form {dora.form.name!r} and site {other.site.name} {other.form.name!r}; "
+            "PEFT has one use_dora for all; expected DoRA at all sites or at none"
+        )
 
 
 def _is_transposed(plan: Iterable[PlannedAdapter]) -> bool:
@@ -182,9 +208,10 @@ def _common_scale(plan: Iterable[PlannedAdapter]) -> float:
     return scales.pop()
 
 
-def _lora_config(sites: Iterable[PeftSite], rank: int) -> dict[str, Any]:
+def _lora_config(sites: Sequence[PeftSite], rank: int) -> dict[str, Any]:
     ranks = {f"^{re.escape(site.module)}": site.P.shape[1] for site in sites}
     common = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "rank_pattern": ranks, "alpha_pattern": ranks}
+    common["use_dora"] = any(site.magnitude is not None for site in sites)
     return {**_common_config(sites), **common}
 
 
@@ -213,5 +240,7 @@ def _spell_tensors(sites: Iterable[PeftSite], kind: str) -> Iterable[tuple[str, 
         prefix = f"{PEFT_PREFIX}{site.module}.lora_"
         yield f"{prefix}A{suffix}", site.Q.contiguous().clone()
         yield f"{prefix}B{suffix}", site.P.contiguous().clone()
+        if site.magnitude is not None:
+            yield f"{PEFT_PREFIX}{site.module}.lora_magnitude_vector", site.magnitude.contiguous().clone()
         if kind == "adalora":
             yield f"{prefix}E", site.lam.reshape(-1, 1).contiguous().clone()

@@ -13,12 +13,12 @@ from torch import nn
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import ConfigError, ExportError, VerificationError
+from adapter_compiler.factors import assert_additive
 from adapter_compiler.files import written_beside
 from adapter_compiler.onnx.bisect import find_first_departure
 from adapter_compiler.onnx.cases import DRAWS, find_cases
 from adapter_compiler.onnx.casting import open_with_casts
 from adapter_compiler.onnx.exportable import NamedOutputs, prepare_base, prepare_merged, to_cpu
-from adapter_compiler.factors import assert_additive
 from adapter_compiler.onnx.inputs import bind_to_names, spell_names
 from adapter_compiler.onnx.metadata import describe_file, write_metadata
 from adapter_compiler.onnx.report import ExportAttempt, ExportReport, OutputError

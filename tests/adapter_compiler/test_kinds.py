@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapter_compiler as ac
-from adapter_compiler.errors import BudgetError, ConfigError
+from adapter_compiler.errors import BudgetError, CheckpointError, ConfigError
+from adapter_compiler.interop.fold_files import fold_files
 from passes.forms import FORMS
 
 KINDS = tuple(FORMS)
@@ -161,6 +163,41 @@ def test_saved_adapters_come_back_on_the_original_model(kind: str, tmp_path: Pat
     assert [p.requires_grad for p in other.adapters.parameters()] == [
         p.requires_grad for p in trained.adapters.parameters()
     ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_start_that_is_not_zero_is_in_the_file(kind: str, tmp_path: Path) -> None:
+    model = make()
+    trained = adapt(model, kind, init="pissa")
+    disturb(trained)
+    trained.save(tmp_path / "shifted")
+    plain = adapt(model, kind)
+    disturb(plain)
+    plain.save(tmp_path / "plain")
+    other = adapt(copy.deepcopy(model), kind)
+    identities = [id(p) for p in other.trainable_parameters()]
+    for folder, expected in (("shifted", trained), ("plain", plain), ("shifted", trained)):
+        ac.load_adapters(other, tmp_path / folder)
+        torch.testing.assert_close(other(IDS), expected(IDS))
+        assert {id(p) for p in other.trainable_parameters()} == set(identities)
+    torch.testing.assert_close(other.fold().state_dict(), trained.fold().state_dict())
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    adapt(make(), "lora", init="pissa").save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"site \S+ was saved with form=lora-offset2, this model has form=svd"):
+        ac.load_adapters(adapt(make(), "svd"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_are_folded_without_the_model(kind: str, tmp_path: Path) -> None:
+    model = make()
+    adapted = adapt(model, kind, init="pissa" if "dora" in kind else None)
+    disturb(adapted)
+    adapted.save(tmp_path / "adapters")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "base.safetensors")
+    fold_files(tmp_path / "base.safetensors", tmp_path / "adapters", tmp_path / "out.safetensors")
+    torch.testing.assert_close(load_file(tmp_path / "out.safetensors"), dict(adapted.fold().state_dict()))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

@@ -63,6 +63,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 3, "lora_alpha": 5},
     "patterns": {"r": 3, "lora_alpha": 5, "rank_pattern": {"first.up": 2}, "alpha_pattern": {"first.up": 7}},
     "rslora": {"r": 3, "lora_alpha": 5, "use_rslora": True},
+    "dora": {"r": 3, "lora_alpha": 5, "use_dora": True},
     "head": {"r": 3, "lora_alpha": 5, "modules_to_save": ["head"]},
 }
 
@@ -122,6 +123,30 @@ def test_peft_loads_what_is_written(kind: str, tmp_path: Path) -> None:
     assert loaded.peft_config["default"].peft_type == kind.upper()
 
 
+@pytest.mark.parametrize("init", [None, "pissa"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "dora-svd"])
+def test_peft_loads_every_kind(kind: str, init: str | None, tmp_path: Path) -> None:
+    model, x = Net().eval(), torch.randn(5, 6)
+    config = ac.AdapterConfig(rank=2, alpha=6, kind=kind, init=init, exclude=("head",))
+    adapted = ac.compile_with_adapters(model, (x,), config=config)
+    with torch.no_grad():
+        for parameter in adapted.trainable_parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    save_peft_adapters(adapted, tmp_path)
+    loaded: Any = from_peft(model, tmp_path)
+    torch.testing.assert_close(loaded(x), adapted(x), rtol=1e-5, atol=1e-5)
+    assert loaded.peft_config["default"].use_dora == ("dora" in kind)
+    assert loaded.base_model.model.up.r["default"] == (2 if init is None else 4)
+
+
+def test_a_mixture_of_dora_and_lora_is_refused(tmp_path: Path) -> None:
+    rules = (ac.AdapterRule(name="up.weight", kind="dora"),)
+    config = ac.AdapterConfig(rank=2, kind="lora", exclude=("head",), rules=rules)
+    adapted = ac.compile_with_adapters(Net(), (torch.randn(2, 6),), config=config)
+    with pytest.raises(ConfigError, match=r"has the form 'dora' and site .* 'lora'; PEFT has one use_dora"):
+        save_peft_adapters(adapted, tmp_path)
+
+
 def test_lora_has_exactly_the_pruned_ranks(tmp_path: Path) -> None:
     model = Net().eval()
     save_peft_adapters(adapt(model, exclude=("head",)), tmp_path)
@@ -161,7 +186,7 @@ def test_what_peft_cannot_express_is_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is IA3"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "lacks its lora_magnitude_vector"),
         ({"bias": "all"}, "bias='all'"),
     ],
 )
