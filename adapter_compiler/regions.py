@@ -181,9 +181,13 @@ class RegionTree:
     def adopt(self, plan: AdapterPlan, store: AdapterStore) -> None:
         """Insert other adapters into every graph there is; nothing is captured anew."""
         self.deactivate()
+        is_like_present = plan == self.context.plan and store is not self.context.store
         self.context.plan, self.context.store = plan, store
         for region in self.regions.values():
-            region.variants.rebuild()
+            if is_like_present:
+                region.variants.exchange_store()
+            else:
+                region.variants.rebuild()
 
     def replace_weights(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Put packed weights, by first name, into the module and every graph; :meth:`adopt` then makes use of them."""

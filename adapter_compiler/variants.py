@@ -162,6 +162,11 @@ class VariantCache:
             sites = frozenset(find_adapted_sites(adapted))
             self._variants[key] = dataclasses.replace(variant, adapted=adapted, sites=sites)
 
+    def exchange_store(self) -> None:
+        """Let the kept graphs read their adapters from the context's present store, which is built like the last."""
+        for variant in self._variants.values():
+            setattr(variant.adapted, STORE_PREFIX.rstrip("."), self._context.store)
+
 
 def _describe(name: str, tensor: torch.Tensor) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")

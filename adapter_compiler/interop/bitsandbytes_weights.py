@@ -100,9 +100,9 @@ class Int8Values(PackedValues):
         return self.original
 
     def unpack(self) -> torch.Tensor:
-        """The values, row by row."""
-        dense: torch.Tensor = import_bitsandbytes().functional.int8_vectorwise_dequant(self.codes, self.absmax)
-        return dense.to(self.original)
+        """The values, row by row; one pass over the matrix where bitsandbytes' own function makes three."""
+        scales = (self.absmax * (1 / 127)).unsqueeze(1)
+        return self.codes.to(torch.float32).mul_(scales).to(self.original)
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """Codes and absmax."""

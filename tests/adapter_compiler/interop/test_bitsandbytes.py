@@ -91,10 +91,15 @@ def test_the_codes_are_those_of_their_layers(net: Net, kind: str) -> None:
     adopted = ac.compile_with_adapters(quantise_by_hand(net, kind), (X,), config=ac.AdapterConfig(rank=RANK))
     for name in ("up.weight", "down.weight"):
         assert torch.equal(values_of(adapted, name), values_of(adopted, name))
-    if kind == "nf4":
+    if kind == "int8":
+        weight = adapted.module.get_parameter("up.weight")
+        assert isinstance(weight, PackedWeight)
+        theirs = bnb.functional.int8_vectorwise_dequant(*weight.packed.tensors().values())
+        torch.testing.assert_close(weight.unpack(), theirs)
+    else:
         for name in ("up", "down"):
-            weight: Any = quantise_by_hand(net, kind).get_parameter(f"{name}.weight")
-            theirs = bnb.functional.dequantize_4bit(weight, weight.quant_state)
+            codes: Any = quantise_by_hand(net, kind).get_parameter(f"{name}.weight")
+            theirs = bnb.functional.dequantize_4bit(codes, codes.quant_state)
             assert torch.equal(values_of(adapted, f"{name}.weight"), theirs)
 
 
