@@ -96,7 +96,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: steadier on a busy machine")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "training_step.md")
+    parser.add_argument("--threads", type=int, default=None, help="of each kernel; torch's own number by default")
     options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     results = [run(key, options.rounds, CLOCKS[options.clock]) for key in options.work]
     options.output.write_text(write_report(results, options.rounds, options.clock))
     print(f"wrote {options.output}")
