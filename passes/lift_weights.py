@@ -56,7 +56,7 @@ def _find_holder(graph_module: GraphModule, path: str) -> tuple[nn.Module, str]:
 
 def _find_slots(owner: nn.Module, name: str) -> dict[str, Any]:
     """Where a module keeps the tensor."""
-    return owner._parameters if name in owner._parameters else owner._buffers  # type: ignore[return-value]
+    return owner._parameters if name in owner._parameters else owner._buffers
 
 
 def _make_arguments(graph: Graph, nodes: Sequence[Node]) -> None:

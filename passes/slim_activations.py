@@ -41,7 +41,7 @@ class SlimActivationsPass(GraphPass):
 
 
 def _is_dropout(node: Node) -> bool:
-    return node.target is aten.dropout.default and not node.kwargs and node.args[1] != 0 and node.args[2] is True
+    return node.target is aten.dropout.default and not node.kwargs and bool(node.args[1]) and node.args[2] is True
 
 
 def _is_attention_with_dropout(node: Node) -> bool:

@@ -17,7 +17,8 @@ class Net(nn.Module):
         self.register_buffer("offset", torch.ones(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x) + self.offset + torch.tensor([1.0, 2.0, 3.0])
+        y: torch.Tensor = self.inner(x) + self.offset + torch.tensor([1.0, 2.0, 3.0])
+        return y
 
 
 def test_the_same_numbers_and_gradients() -> None:

@@ -18,7 +18,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         heads = self.inner(x).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
-        y = nn.functional.scaled_dot_product_attention(*heads, mask, dropout_p=0.2 if self.training else 0.0)
+        q, k, v = heads
+        y = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout_p=0.2 if self.training else 0.0)
         return x + nn.functional.dropout(self.outer(y.transpose(1, 2).flatten(2)), 0.1, self.training)
 
 
