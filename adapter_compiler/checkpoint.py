@@ -16,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapter_compiler.adapted import AdaptedModel
+from adapter_compiler.compaction import compact_adapters
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.files import written_beside
+from passes.compact_ranks import compact_plan
 
 #: Name of the file in the folder given to :func:`save_adapters`.
 FILE_NAME = "adapters.safetensors"
@@ -53,8 +55,11 @@ def save_adapters(adapted: AdaptedModel, directory: str | Path) -> Path:
 def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
     """Read what :meth:`AdaptedModel.save` wrote into ``adapted``. Nothing changes if it does not fit.
 
+    Sites that had fewer triplets when they were saved, because a budget compacted them, get as few here; make
+    optimizers and budgets afterwards.
+
     Args:
-        adapted: the same model, compiled with the same rank, alpha and sites.
+        adapted: the same model, compiled with the same sites, rank and alpha as the one that was trained.
         directory: the folder that was given to ``save``.
 
     Raises:
@@ -68,18 +73,49 @@ def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
     path = Path(directory) / FILE_NAME
     header, tensors = read_file(path, "AdaptedModel.save")
     _assert_header(path, header)
-    assert_same_sites(path, header["sites"], describe_sites(adapted))
+    kept = find_kept(path, header["sites"], adapted)
     targets = find_saved_tensors(adapted)
     if missing := sorted(targets.keys() ^ tensors.keys()):
         raise CheckpointError(f"{path}: tensor {missing[0]} is on one side only; compile with the same trainable=")
-    for name, target in targets.items():
-        if target.shape != tensors[name].shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensors[name].shape)}, this model expects {tuple(target.shape)}"
-            )
+    shapes = {name: tuple(target.shape) for name, target in targets.items()} | _find_shapes(adapted, kept)
+    for name, shape in shapes.items():
+        if shape != tuple(tensors[name].shape):
+            raise CheckpointError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, this model expects {shape}")
+    if kept:
+        compact_adapters(adapted, kept)
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
+
+
+def find_kept(path: Path, saved: Mapping[str, Any], adapted: AdaptedModel) -> dict[str, torch.Tensor]:
+    """The sites that had fewer triplets when saved, and as many indices as they had.
+
+    Raises:
+        CheckpointError: other sites, shapes or scales, or a site that had more triplets.
+    """
+    mine = describe_sites(adapted)
+    assert_same_sites(path, saved, mine, apart_from=("rank",))
+    kept = {}
+    for name, expected in mine.items():
+        found = saved[name].get("rank")
+        if not isinstance(found, int) or not 0 <= found <= expected["rank"]:
+            raise CheckpointError(
+                f"{path}: site {name} was saved with rank={found}, this model has rank={expected['rank']}; compile "
+                "with the rank and alpha that the run started with"
+            )
+        if found < expected["rank"]:
+            kept[name] = torch.arange(found)
+    return kept
+
+
+def _find_shapes(adapted: AdaptedModel, kept: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all adapters' parameters when only ``kept`` is left."""
+    return {
+        f"adapters.{adapter.site.name}.{name}": shape
+        for adapter in compact_plan(adapted.plan, kept)
+        for name, shape in adapter.parameter_shapes.items()
+    }
 
 
 def find_saved_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:

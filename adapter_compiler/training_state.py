@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.budget import RankBudget
-from adapter_compiler.checkpoint import HEADER_KEY, assert_same_sites, describe_sites, find_saved_tensors, read_file
+from adapter_compiler.checkpoint import HEADER_KEY, describe_sites, find_kept, find_saved_tensors, read_file
 from adapter_compiler.compaction import compact_adapters
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.files import written_beside
@@ -106,7 +106,7 @@ def load_training_state(
         found = f"{header.get('kind')!r} of version {header.get('version')!r}"
         raise CheckpointError(f"{path} holds {found}, expected {_KIND!r} of version {_VERSION}")
     state = {name: decode(part, tensors) for name, part in header["state"].items()}
-    kept = _find_kept(path, header["sites"], adapted)
+    kept = find_kept(path, header["sites"], adapted)
     values = {n.removeprefix("values."): t for n, t in tensors.items() if n.startswith("values.")}
     _assert_values_fit(path, values, adapted, kept)
     _assert_objects_fit(path, state, optimizer, budget, others)
@@ -121,23 +121,6 @@ def load_training_state(
     for name, other in others.items():
         other.load_state_dict(state["others"][name])
     write_random_state(state["random"])
-
-
-def _find_kept(path: Path, saved: Mapping[str, Any], adapted: AdaptedModel) -> dict[str, torch.Tensor]:
-    """The sites that had fewer triplets when saved, and as many indices as they had."""
-    mine = describe_sites(adapted)
-    assert_same_sites(path, saved, mine, apart_from=("rank",))
-    kept = {}
-    for name, expected in mine.items():
-        found = saved[name]
-        if found["rank"] > expected["rank"]:
-            raise CheckpointError(
-                f"{path}: site {name} was saved with rank {found['rank']}, this model has only {expected['rank']}; "
-                "compile with the rank that the run started with"
-            )
-        if found["rank"] < expected["rank"]:
-            kept[name] = torch.arange(found["rank"])
-    return kept
 
 
 def _assert_values_fit(

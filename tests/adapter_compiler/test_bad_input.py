@@ -254,9 +254,9 @@ FILES: Mistakes = {
         "adapters.safetensors | cannot be read as a safetensors file | expected a whole one | save it again",
     ),
     "adapters of another rank": (
-        lambda folder: load(folder, rank=3, alpha=24),
+        lambda folder: load(folder, rank=1, alpha=8),
         CheckpointError,
-        "site 0.weight | was saved with rank=2 | this model has rank=3 | compile the same model with the same rank",
+        "site 0.weight | was saved with rank=2 | this model has rank=1 | compile with the rank and alpha",
     ),
     "loading into a plain module": (
         lambda folder: ac.load_adapters(net(), folder),  # type: ignore[arg-type]
