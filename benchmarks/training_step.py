@@ -136,7 +136,7 @@ def list_makers(work: Workload) -> list[Callable[[], Contender]]:
         functools.partial(make_floor, work),
         functools.partial(make_ours, work, "ours, unfused", fused=False),
         functools.partial(make_ours, work),
-        functools.partial(make_ours, work, "ours, recompute", recompute=True),
+        functools.partial(make_ours, work, "ours, all kept", recompute=False),
         functools.partial(make_compacted, work),
         functools.partial(make_peft_lora, work),
         functools.partial(make_peft_adalora, work),
@@ -176,7 +176,7 @@ def write_goals(result: Result) -> list[str]:
         if key == result.key:
             found = result.timing.ratio(name, to)
             lines.append(f"- {name} to {to}: {found:.3f}, goal ≤ {goal:.2f}: {'met' if found <= goal else 'not met'}")
-    for name in ("ours", "ours, recompute"):
+    for name in ("ours", "ours, all kept"):
         found = result.memory[name].peak / result.memory["peft AdaLoRA"].peak
         met = "met" if found <= MEMORY_GOAL else "not met"
         lines.append(f"- memory of {name} to peft AdaLoRA: {found:.3f}, goal ≤ {MEMORY_GOAL}: {met}")

@@ -22,6 +22,9 @@ import torch
 #: Operands of one site in :func:`fused_linears`: weight, bias, P, λ, Q.
 OPERANDS_PER_SITE = 5
 
+#: Elements below which keeping x costs nothing that is worth another call.
+_SMALL = 1 << 15
+
 
 def fused_linears(
     x: torch.Tensor,
@@ -36,14 +39,19 @@ def fused_linears(
         scales: s of each site.
         operands: for each site W [out, in], b [out] or ``None``, P [out, r], λ [r], Q [r, in].
         again: a function and arguments that give x once more, from tensors that are kept for backward
-            anyway; x itself is then not kept. Under autocast, which backward does not repeat, it is.
+            anyway; x itself is then not kept. Under autocast, which backward does not repeat, it is, and so is
+            a small one.
 
     Returns:
         One tensor [..., out] a site.
     """
-    if again is not None and torch.is_autocast_enabled(x.device.type):
+    if again is not None and (torch.is_autocast_enabled(x.device.type) or _is_small(x)):
         again = None
     return _FusedLinears.apply(x, tuple(scales), again, *operands)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _is_small(x: torch.Tensor) -> bool:
+    return not torch.compiler.is_compiling() and x.numel() < _SMALL
 
 
 def fused_update(
