@@ -17,9 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapter_compiler.adapted import AdaptedModel
+from adapter_compiler.compaction import compact_adapters
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.files import written_beside
 from adapter_compiler.named_adapters import find_module_tensors
+from passes.compact_ranks import compact_plan
 from passes.forms import find_form
 from passes.plan import AdapterPlan
 
@@ -64,9 +66,12 @@ def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
 
     To add it as a further adapter, with whatever ranks and sites it has, see :meth:`AdaptedModel.load_adapter`.
 
+    Sites that had fewer triplets when they were saved, because a budget compacted them, get as few here; make
+    optimizers and budgets afterwards.
+
     Args:
-        adapted: the same model, compiled with the same kind, rank, alpha and sites. It need not be initialised in
-            the same way: where the file's adapters start from is in the file.
+        adapted: the same model, compiled with the same kind, rank, alpha and sites as the one that was trained. It
+            need not be initialised in the same way: where the file's adapters start from is in the file.
         directory: the folder that was given to ``save``.
 
     Raises:
@@ -81,19 +86,40 @@ def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
     header, tensors = read_file(path, "AdaptedModel.save")
     _assert_header(path, header)
     plan = match_starts(adapted.plan, header["sites"])
-    assert_same_sites(path, header["sites"], describe_plan(plan))
-    expected = _find_shapes(adapted, plan)
+    kept = find_kept(path, header["sites"], plan)
+    expected = _find_shapes(adapted, compact_plan(plan, kept))
     if missing := sorted(expected.keys() ^ tensors.keys()):
         raise CheckpointError(f"{path}: tensor {missing[0]} is on one side only; compile with the same trainable=")
     for name, shape in expected.items():
-        if shape != tensors[name].shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensors[name].shape)}, this model expects {tuple(shape)}"
-            )
+        if shape != tuple(tensors[name].shape):
+            raise CheckpointError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, this model expects {shape}")
     adopt_starts(adapted, plan)
+    if kept:
+        compact_adapters(adapted, kept)
     with torch.no_grad():
         for name, target in find_saved_tensors(adapted).items():
             target.copy_(tensors[name])
+
+
+def find_kept(path: Path, saved: Mapping[str, Any], plan: AdapterPlan) -> dict[str, torch.Tensor]:
+    """The sites that had fewer triplets when saved, and as many indices as they had.
+
+    Raises:
+        CheckpointError: other sites, shapes or scales, or a site that had more triplets.
+    """
+    mine = describe_plan(plan)
+    assert_same_sites(path, saved, mine, apart_from=("rank",))
+    kept = {}
+    for name, expected in mine.items():
+        found = saved[name].get("rank")
+        if not isinstance(found, int) or not 0 <= found <= expected["rank"]:
+            raise CheckpointError(
+                f"{path}: site {name} was saved with rank={found}, this model has rank={expected['rank']}; compile "
+                "with the rank and alpha that the run started with"
+            )
+        if found < expected["rank"]:
+            kept[name] = torch.arange(found)
+    return kept
 
 
 def match_starts(plan: AdapterPlan, saved: Mapping[str, Any]) -> AdapterPlan:

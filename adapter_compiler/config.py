@@ -60,8 +60,8 @@ class AdapterConfig:
         init_std: standard deviation of P and Q, or of A, at the start with ``init="gaussian"``.
         dtype: dtype of the adapters; by default the weight's, but float32 for half-precision weights.
         fused: run each adapter and its base layer as one function; the numbers differ by rounding only.
-        recompute: where ``fused``, compute activations that are cheap to get (GELU, SiLU, layer normalisation)
-            again in backward instead of keeping them; the numbers are the same.
+        recompute: where ``fused``, compute large activations that are cheap to get (GELU, SiLU, layer
+            normalisation) again in backward instead of keeping them; the numbers are the same.
         inplace: adapt the given model itself instead of a copy that shares its weights' storage.
         max_variants: how many captured graphs (by call signature and mode) each region keeps.
         regions: submodules that are captured by themselves, as classes or globs over names; by default
@@ -89,7 +89,7 @@ class AdapterConfig:
     init_std: float = 0.02
     dtype: torch.dtype | None = None
     fused: bool = True
-    recompute: bool = False
+    recompute: bool = True
     inplace: bool = False
     max_variants: int = 16
     regions: tuple[str | type[nn.Module], ...] = ()

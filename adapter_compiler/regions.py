@@ -62,12 +62,22 @@ class Region:
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the module's ``forward`` returns for these arguments, with the adapters."""
+        if torch.compiler.is_compiling():
+            return self._run_compiled(args, kwargs)
         with self._tree.watching(paused=True):
             found = self.find_graph(args, kwargs)
             if found is not None:
                 variant, call = found
                 return variant.run(call, checkpointed=self._tree.context.checkpointed)
         return self._tree.run_python(self.module, args, kwargs)
+
+    def _run_compiled(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Under torch.compile the choice of the graph is left to Python, and the graph is compiled."""
+        found = torch.compiler.disable(self.find_graph)(args, kwargs)
+        if found is None:
+            return self._tree.run_python(self.module, args, kwargs)
+        variant, call = found
+        return variant.run(call, checkpointed=self._tree.context.checkpointed)
 
     def find_graph(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Variant, ModuleCall] | None:
         """The graph for a call, captured if there is none yet; ``None`` if the call does not capture."""

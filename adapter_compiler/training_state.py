@@ -21,9 +21,8 @@ from adapter_compiler.budget import RankBudget
 from adapter_compiler.checkpoint import (
     HEADER_KEY,
     adopt_starts,
-    assert_same_sites,
-    describe_plan,
     describe_sites,
+    find_kept,
     find_saved_tensors,
     match_starts,
     read_file,
@@ -116,9 +115,8 @@ def load_training_state(
         raise CheckpointError(f"{path} holds {found}, expected {_KIND!r} of version {_VERSION}")
     state = {name: decode(part, tensors) for name, part in header["state"].items()}
     plan = match_starts(adapted.plan, header["sites"])
-    assert_same_sites(path, header["sites"], describe_plan(plan), apart_from=("rank",))
+    kept = find_kept(path, header["sites"], plan)
     adopt_starts(adapted, plan)
-    kept = _find_kept(path, header["sites"], adapted)
     values = {n.removeprefix("values."): t for n, t in tensors.items() if n.startswith("values.")}
     _assert_values_fit(path, values, adapted, kept)
     _assert_objects_fit(path, state, optimizer, budget, others)
@@ -133,23 +131,6 @@ def load_training_state(
     for name, other in others.items():
         other.load_state_dict(state["others"][name])
     write_random_state(state["random"])
-
-
-def _find_kept(path: Path, saved: Mapping[str, Any], adapted: AdaptedModel) -> dict[str, torch.Tensor]:
-    """The sites that had fewer triplets when saved, and as many indices as they had."""
-    mine = describe_sites(adapted)
-    assert_same_sites(path, saved, mine, apart_from=("rank",))
-    kept = {}
-    for name, expected in mine.items():
-        found = saved[name]
-        if found["rank"] > expected["rank"]:
-            raise CheckpointError(
-                f"{path}: site {name} was saved with rank {found['rank']}, this model has only {expected['rank']}; "
-                "compile with the rank that the run started with"
-            )
-        if found["rank"] < expected["rank"]:
-            kept[name] = torch.arange(found["rank"])
-    return kept
 
 
 def _assert_values_fit(

@@ -8,9 +8,10 @@ so all graphs use the same ones.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from passes.calls import ModuleCall
 from passes.capture import CapturedGraph
 from passes.fuse_adapters import FuseAdaptersPass
 from passes.insert_adapters import STORE_PREFIX, InsertAdaptersPass, find_adapted_sites
+from passes.lift_weights import LiftedGraph
 from passes.packed_weights import find_packed_weights
 from passes.plan import AdapterPlan
 from passes.quantise_weights import RecomputeWeightsPass
+from passes.slim_activations import SlimActivationsPass
 from passes.verify import VerifyAdaptersPass
 
 logger = logging.getLogger(__name__)
@@ -64,7 +67,7 @@ class AdapterContext:
             VerifyAdaptersPass(plan=self.plan),
         ]
         if self.fused:
-            passes.append(FuseAdaptersPass(recompute=self.recompute))
+            passes += [FuseAdaptersPass(recompute=self.recompute), SlimActivationsPass()]
         if find_packed_weights(graph_module):
             passes.append(RecomputeWeightsPass())
         return PassManager(passes=passes)(graph_module).graph_module
@@ -90,11 +93,16 @@ class Variant:
 
     def run(self, call: ModuleCall, *, checkpointed: bool = False) -> Any:
         """What the module returns for ``call``."""
+        graph: Callable[..., Any] = self.adapted if torch.compiler.is_compiling() else self._lifted
         if checkpointed and self.training and torch.is_grad_enabled():
-            leaves = checkpoint(self.adapted, *call.tensors, use_reentrant=False)
+            leaves = checkpoint(graph, *call.tensors, use_reentrant=False)
         else:
-            leaves = self.adapted(*call.tensors)
+            leaves = graph(*call.tensors)
         return pytree.tree_unflatten(leaves, self.captured.output_spec)
+
+    @functools.cached_property
+    def _lifted(self) -> LiftedGraph:
+        return LiftedGraph(self.adapted)
 
 
 class VariantCache:

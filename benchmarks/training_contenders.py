@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import adapter_compiler as ac
+from passes.calls import sort_keywords, split_call
 
 Step = Callable[[], None]
 
@@ -124,7 +125,7 @@ def make_floor(work: Workload) -> Contender:
     (variant,) = adapted.variants
     graph = variant.captured.graph_module
     first = dict(adapted.module.named_parameters())[work.first_parameter]
-    tensors = list(work.batch.values())
+    tensors = split_call((), sort_keywords(work.batch)).tensors
 
     def step() -> None:
         loss = next(output for output in graph(*tensors) if output.dim() == 0)

@@ -22,6 +22,9 @@ import torch
 #: Operands of one site in :func:`fused_linears`: weight, bias, P, λ, Q. λ is ``None`` for LoRA: P = B, Q = A.
 OPERANDS_PER_SITE = 5
 
+#: Elements below which keeping x costs nothing that is worth another call.
+_SMALL = 1 << 15
+
 
 def fused_linears(
     x: torch.Tensor,
@@ -36,14 +39,19 @@ def fused_linears(
         scales: s of each site.
         operands: for each site W [out, in], b [out] or ``None``, P [out, r], λ [r] or ``None``, Q [r, in].
         again: a function and arguments that give x once more, from tensors that are kept for backward
-            anyway; x itself is then not kept. Under autocast, which backward does not repeat, it is.
+            anyway; x itself is then not kept. Under autocast, which backward does not repeat, it is, and so is
+            a small one.
 
     Returns:
         One tensor [..., out] a site.
     """
-    if again is not None and torch.is_autocast_enabled(x.device.type):
+    if again is not None and (torch.is_autocast_enabled(x.device.type) or _is_small(x)):
         again = None
     return _FusedLinears.apply(x, tuple(scales), again, *operands)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _is_small(x: torch.Tensor) -> bool:
+    return not torch.compiler.is_compiling() and x.numel() < _SMALL
 
 
 def fused_update(
@@ -65,12 +73,8 @@ class _FusedLinears(torch.autograd.Function):
         sites = _by_site(operands)
         rows = _as_rows(x)
         outputs = [torch.nn.functional.linear(rows, W, b) for W, b, _, _, _ in sites]
-        dtype = _compute_dtype(outputs[0], sites[0][2])
         with _without_autocast(x):
-            hidden = _stack([site[4] for site in sites], dtype) @ _cast(rows, dtype).t()
-            lambdas = _scale_lambdas(sites, scales, dtype)
-            for output, part, site in zip(outputs, _split(hidden * lambdas, sites), sites, strict=True):
-                _add_product_(output, part.t(), _cast(site[2], dtype).t())
+            hidden, lambdas = _update_(outputs, rows, sites, scales)
         sources = [x] if again is None else [a for a in again[1] if isinstance(a, torch.Tensor)]
         ctx.save_for_backward(hidden, lambdas, *operands, *sources)
         ctx.scales = scales
@@ -78,32 +82,36 @@ class _FusedLinears(torch.autograd.Function):
         ctx.again = (
             None if again is None else (again[0], [_Place if isinstance(a, torch.Tensor) else a for a in again[1]])
         )
-        return tuple(_with_shape(output, (*x.shape[:-1], output.shape[-1])) for output in outputs)
+        if x.dim() == 2:
+            return tuple(outputs)
+        leading = x.shape[:-1]
+        return tuple(_with_shape(output, (*leading, output.shape[-1])) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         hidden, lambdas, *saved = ctx.saved_tensors
-        count = OPERANDS_PER_SITE * len(ctx.scales)
-        sites = _by_site(saved[:count])
-        x = _recompute(ctx.again, saved[count:])
+        scales, needed = ctx.scales, ctx.needs_input_grad
+        count = OPERANDS_PER_SITE * len(scales)
+        x = saved[count] if ctx.again is None else _recompute(ctx.again, saved[count:])
         if torch.is_grad_enabled():
-            dx, *others = _differentiate(_plain_linears(ctx.scales), (x, *saved[:count]), gradients)
+            dx, *others = _differentiate(_plain_linears(scales), (x, *saved[:count]), gradients)
             return dx, None, None, *others
+        sites = _by_site(saved[:count])
         rows = _as_rows(x)
         flat = [_as_rows(g) for g in gradients]
-        factors = _factor_gradients(flat, rows, hidden, lambdas, sites, ctx.scales)
+        factors = _factor_gradients(flat, rows, hidden, lambdas, sites, scales)
         found: list[torch.Tensor | None] = []
-        for i, (g, of_site) in enumerate(zip(flat, factors.by_site, strict=True)):
-            needs_weight, needs_bias = ctx.needs_input_grad[3 + OPERANDS_PER_SITE * i :][:2]
-            W, b = sites[i][:2]
-            found.append(_cast(g.t() @ _cast(rows, g.dtype), W.dtype) if needs_weight else None)
-            found.append(_cast(g.sum(dim=0), b.dtype) if needs_bias else None)
-            found += of_site
+        for i, (g, (W, b, _, _, _)) in enumerate(zip(flat, sites, strict=True)):
+            first = 3 + OPERANDS_PER_SITE * i
+            found.append(_cast(g.t() @ _cast(rows, g.dtype), W.dtype) if needed[first] else None)
+            found.append(_cast(g.sum(dim=0), b.dtype) if needed[first + 1] else None)
+            found += factors.by_site[i]
         dx = None
-        if ctx.needs_input_grad[0]:
-            dx = _cast(factors.reading.t() @ _stack([site[4] for site in sites], hidden.dtype), flat[0].dtype)
-            for g, site in zip(flat, sites, strict=True):
+        if needed[0]:
+            dx = torch.mm(flat[0], _cast(sites[0][0], flat[0].dtype))
+            for g, site in zip(flat[1:], sites[1:], strict=True):
                 dx.addmm_(g, _cast(site[0], g.dtype))
+            _add_product_(dx, factors.reading.t(), _join([site[4] for site in sites], hidden.dtype), 1.0)
             dx = _cast(dx, rows.dtype).view(ctx.shape)
         return dx, None, None, *found
 
@@ -132,13 +140,9 @@ class _FusedUpdate(torch.autograd.Function):
         Q: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        sites = [(None, None, P, lam, Q)]
-        dtype = _compute_dtype(y, P)
+        total = _as_rows(y).clone()
         with _without_autocast(x):
-            hidden = _cast(Q, dtype) @ _cast(_as_rows(x), dtype).t()
-            total = _as_rows(y).clone()
-            lambdas = _scale_lambdas(sites, (scale,), dtype)
-            _add_product_(total, (hidden * lambdas).t(), _cast(P, dtype).t())
+            hidden, lambdas = _update_([total], _as_rows(x), [(None, None, P, lam, Q)], (scale,))
         ctx.save_for_backward(x, hidden, lambdas, P, lam, Q)
         ctx.scale = scale
         return _with_shape(total, y.shape)
@@ -187,6 +191,22 @@ def _plain_update(scale: float) -> Callable[..., list[torch.Tensor]]:
     return run
 
 
+def _update_(
+    outputs: Sequence[torch.Tensor], rows: torch.Tensor, sites: Sequence[Any], scales: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add the updates of all sites to their outputs [rows, out]; (x Qᵀ)ᵀ [Σr, rows] and λ [Σr, 1] of all sites.
+
+    Everything with the rank as a dimension has it first: those products are up to twice as fast on CPUs.
+    """
+    dtype = _compute_dtype(outputs[0], sites[0][2])
+    hidden = torch.mm(_join([site[4] for site in sites], dtype), _cast(rows, dtype).t())
+    lambdas = _join_lambdas(sites, dtype)
+    parts = _split(hidden * lambdas, sites)
+    for output, part, site, scale in zip(outputs, parts, sites, scales, strict=True):
+        _add_product_(output, part.t(), _cast(site[2], dtype).t(), scale)
+    return hidden, lambdas
+
+
 class _Factors(NamedTuple):
     """Gradients of P, λ (``None`` where there is none) and Q by site, and that of x Qᵀ of all sites, [Σr, rows]."""
 
@@ -202,40 +222,38 @@ def _factor_gradients(
     sites: Sequence[Any],
     scales: Sequence[float],
 ) -> _Factors:
-    """Everything with the rank as a dimension has it first: those products are up to twice as fast on CPUs.
+    """What :func:`_update_` needs backward.
 
     Args:
         gradients: of the sites' outputs, [rows, out] each.
         rows: x, [rows, in].
         hidden: (x Qᵀ)ᵀ of all sites, [Σr, rows].
-        lambdas: s λ of all sites, [Σr, 1].
+        lambdas: λ of all sites, [Σr, 1].
         sites: W, b, P, λ, Q of each.
         scales: s of each.
     """
     dtype = hidden.dtype
-    wide = [_cast(g, dtype) for g in gradients]
     through = torch.empty_like(hidden)
-    for g, out, site in zip(wide, _split(through, sites), sites, strict=True):
-        torch.mm(_cast(site[2], dtype).t(), g.t(), out=out)
-    dlam: list[torch.Tensor | None] = [None] * len(sites)
+    dP = []
+    pieces = zip(
+        gradients, _split(through, sites), _split(hidden, sites), _split(lambdas, sites), sites, scales, strict=True
+    )
+    for gradient, to, part, column, (_, _, P, _, _), scale in pieces:
+        g = _cast(gradient, dtype)
+        to.addmm_(_cast(P, dtype).t(), g.t(), beta=0, alpha=scale)
+        product = g.new_empty(len(part), g.shape[1]).addmm_(part, g, beta=0, alpha=scale)
+        # In the memory layout of P, so that autograd takes it as it is.
+        dP.append(torch.mul(product.t(), column.t(), out=torch.empty_like(P, memory_format=torch.contiguous_format)))
+    dlam: Sequence[torch.Tensor | None] = [None] * len(sites)
     if any(site[3] is not None for site in sites):
-        dlam = list(_scale(_split(torch.linalg.vecdot(through, hidden), sites), scales))
-    dP = [
-        _transpose_scaled(part @ g, column, site[2])
-        for g, part, column, site in zip(wide, _split(hidden, sites), _split(lambdas, sites), sites, strict=True)
-    ]
+        dlam = _split(torch.linalg.vecdot(through, hidden), sites)
     through.mul_(lambdas)
-    dQ = _split(through @ _cast(rows, dtype), sites)
+    dQ = _split(torch.mm(through, _cast(rows, dtype)), sites)
     by_site = [
         (p, None if lam is None or d is None else _cast(d, lam.dtype), _cast(q, Q.dtype))
         for p, d, q, (_, _, _, lam, Q) in zip(dP, dlam, dQ, sites, strict=True)
     ]
     return _Factors(by_site, through)
-
-
-def _transpose_scaled(product: torch.Tensor, lambdas: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
-    """(λ ∘ product)ᵀ in the memory layout of P, so that autograd takes it as it is."""
-    return torch.mul(product.t(), lambdas.t(), out=torch.empty_like(P, memory_format=torch.contiguous_format))
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -260,21 +278,33 @@ def _split(stacked: torch.Tensor, sites: Sequence[Any]) -> Sequence[torch.Tensor
     return stacked.split([len(site[4]) for site in sites]) if len(sites) > 1 else [stacked]
 
 
-def _stack(factors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    return _cast(factors[0] if len(factors) == 1 else torch.cat(list(factors)), dtype)
+def _join(factors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The factors one below the other: a view if they are neighbours in memory, as in a flat store."""
+    first = factors[0]
+    if len(factors) == 1:
+        return _cast(first, dtype)
+    if _are_neighbours(factors):
+        return _cast(first.as_strided((sum(map(len, factors)), *first.shape[1:]), first.stride()), dtype)
+    return _cast(torch.cat(list(factors)), dtype)
 
 
-def _scale_lambdas(sites: Sequence[Any], scales: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    """S λ of all sites as a column, [Σr, 1]; s where there is no λ."""
-    parts = [
-        site[4].new_full((len(site[4]),), scale) if site[3] is None else site[3] * scale
-        for site, scale in zip(sites, scales, strict=True)
-    ]
-    return _stack(parts, dtype).unsqueeze(1)
+def _are_neighbours(factors: Sequence[torch.Tensor]) -> bool:
+    if torch.compiler.is_compiling() or not all(type(f) in (torch.Tensor, torch.nn.Parameter) for f in factors):
+        return False
+    first = factors[0]
+    storage, row, offset = first.untyped_storage()._cdata, first.stride(0), first.storage_offset()
+    for factor in factors:
+        is_next = factor.storage_offset() == offset and factor.is_contiguous() and factor.dtype == first.dtype
+        if not is_next or factor.untyped_storage()._cdata != storage:
+            return False
+        offset += len(factor) * row
+    return True
 
 
-def _scale(tensors: Sequence[torch.Tensor], scales: Sequence[float]) -> list[torch.Tensor]:
-    return [tensor * scale for tensor, scale in zip(tensors, scales, strict=True)]
+def _join_lambdas(sites: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
+    """λ of all sites as a column, [Σr, 1]; 1 where there is none."""
+    parts = [site[4].new_ones(len(site[4])) if site[3] is None else site[3] for site in sites]
+    return _join(parts, dtype).unsqueeze(1)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -292,8 +322,8 @@ def _without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
-def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
     if total.dtype == left.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, alpha=scale)
     else:
-        total.add_((left @ right).to(total.dtype))
+        total.add_((left @ right).to(total.dtype), alpha=scale)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -102,15 +101,6 @@ def assert_finite(bank: TripletBank, gradients: Sequence[torch.Tensor], step: in
                 "finite values; nothing was changed. Lower the learning rate, clip the gradients, or use a "
                 "GradScaler, which skips such steps"
             )
-
-
-def assert_no_closure(optimizer: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise :class:`BudgetError` if ``optimizer.step`` got a closure."""
-    if any(callable(value) for value in (*args[1:], *kwargs.values())):
-        raise BudgetError(
-            f"{type(optimizer).__name__}.step got a closure, so the gradients of this step are not known "
-            "before it; call loss.backward() first and step() without arguments"
-        )
 
 
 def assert_kinds(adapted: object, optimizer: object, schedule: object) -> None:

@@ -5,11 +5,14 @@ The optimizer step is the only hook, so that nothing can be forgotten or called 
     before the step    regulariser's gradient, scores (semantics "paper")
     after the step     scores (semantics "peft"), masking when it is due, compaction when the set is final
 
-A step that a GradScaler skips never happens here either.
+A step that a GradScaler skips never happens here either. If the step gets a closure, "before the step" is after
+each call of it; scores follow the first, whose gradient belongs to the weights before the step. The loss that a
+closure returns is left alone, so a line search does not see the regulariser's value.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,8 +29,8 @@ from adapter_compiler.budget.checks import (
     assert_finite,
     assert_fits,
     assert_kinds,
-    assert_no_closure,
 )
+from adapter_compiler.budget.closures import StepArguments, call_after_closure
 from adapter_compiler.budget.importance import SiteImportance
 from adapter_compiler.budget.metrics import GrowthTracker, make_metric, take_triplets
 from adapter_compiler.budget.regulariser import add_regulariser_gradient
@@ -85,6 +88,7 @@ class RankBudget:
         self._growth = GrowthTracker(self._bank, schedule.allocation.smoothing) if schedule.allocation.grow else None
         self._importance = SiteImportance(len(self._bank.sites), schedule.allocation.smoothing)
         self._skips_step = False
+        self._has_followed = False
         self._watch = GradientWatch(adapted)
         self._loss: float | torch.Tensor | None = None
         self._handles = [
@@ -182,24 +186,35 @@ class RankBudget:
     def _last_step_number(self) -> int:
         return self.step - 1 + self.schedule.first_step
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        assert_no_closure(optimizer, args, kwargs)
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> StepArguments | None:
         # A GradScaler tells a fused optimizer, which unscales inside its step, the scale and whether to skip.
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         self._skips_step = found_inf is not None and bool(found_inf)
         if self._skips_step:
-            return
+            return None
         assert_active(self._adapted, self._adapter)
+        self._has_followed = False
+        grad_scale = None if found_inf is None or scale is None else float(scale)
+        take = functools.partial(self._take_gradients, grad_scale)
+        with_closure = call_after_closure(args, kwargs, take)
+        if with_closure is None:
+            take()
+        return with_closure
+
+    @torch.no_grad()
+    def _take_gradients(self, scale: float | None) -> None:
+        """What is to be done when the gradients of a step are there, and with closures perhaps several times."""
         self._refresh()
-        grad_scale = 1.0 if scale is None else float(scale)
+        grad_scale = 1.0 if scale is None else scale
         gradients = self._bank.gather_gradients()
-        if found_inf is None or scale is None:
+        if scale is None:
             assert_finite(self._bank, gradients, self.step + 1)
         self._watch.look(self._bank, self.step + 1)
         if self._gamma > 0:
             add_regulariser_gradient(self._bank, gradients, self._gamma, self.schedule.semantics, grad_scale)
             self._bank.scatter_gradients(gradients, names=("P", "Q"))
-        if self.schedule.semantics == "paper" and not self.is_frozen:
+        if self.schedule.semantics == "paper" and not self.is_frozen and not self._has_followed:
+            self._has_followed = True
             self._follow(gradients, grad_scale)
 
     @torch.no_grad()

@@ -46,8 +46,11 @@ def compile_net(net: nn.Module, **options: Any) -> ac.AdaptedModel:
 
 
 def train(adapted: ac.AdaptedModel) -> None:
+    train_with(adapted, torch.optim.SGD(adapted.trainable_parameters(), lr=0.01))
+
+
+def train_with(adapted: ac.AdaptedModel, optimizer: torch.optim.Optimizer) -> None:
     adapted.train()
-    optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=0.01)
     for _ in range(3):
         adapted(X).square().sum().backward()
         optimizer.step()
@@ -156,7 +159,7 @@ def test_damaged_files_are_refused_and_change_nothing(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 3, "alpha": 3}, "was saved with rank=2, this model has rank=3"),
+        ({"rank": 1, "alpha": 1}, "was saved with rank=2, this model has rank=1"),
         ({"alpha": 4}, "was saved with scale=1.0, this model has scale=2.0"),
         ({"sites": ("raw",)}, r"1 sites differ, for example body\.weight is in the file only"),
         ({"trainable": ("head.bias",), "exclude": ("head",)}, r"tensor module\.head\.weight is on one side only"),
@@ -194,3 +197,37 @@ def test_saving_replaces_an_earlier_file(net: Net, trained: ac.AdaptedModel, tmp
     ac.load_adapters(other, tmp_path)
     torch.testing.assert_close(other.state_dict(), trained.state_dict(), rtol=0, atol=0)
     assert [file.name for file in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_compacted_ranks_come_back(net: Net, tmp_path: Path) -> None:
+    adapted = compile_net(net)
+    optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=0.01)
+    schedule = ac.BudgetSchedule(
+        target_rank=0.5, total_steps=3, warmup_steps=0, final_steps=1, interval=1, compact=True
+    )
+    budget = ac.RankBudget(adapted, optimizer, schedule)
+    train_with(adapted, optimizer)
+    assert sorted(budget.ranks().values()) == [0, 1]
+    adapted.save(tmp_path)
+    other = compile_net(net)
+    ac.load_adapters(other, tmp_path)
+    assert {adapter.site.name: adapter.rank for adapter in other.plan} == budget.ranks()
+    torch.testing.assert_close(other.state_dict(), adapted.state_dict(), rtol=0, atol=0)
+    assert torch.equal(other.eval()(X), adapted.eval()(X))
+    torch.testing.assert_close(other.fold().state_dict(), adapted.fold().state_dict(), rtol=0, atol=0)
+    train(other)
+
+
+def test_fewer_triplets_than_the_header_says_change_nothing(net: Net, tmp_path: Path) -> None:
+    compile_net(net, rank=1, alpha=1).save(tmp_path)
+    path = tmp_path / FILE_NAME
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["adapter_compiler"])
+    for site in header["sites"].values():
+        site["rank"] = 2
+    rewrite_header(json.dumps(header))(path)
+    other = compile_net(net, rank=3, alpha=3)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(CheckpointError, match=r"has shape \(6, 1\), this model expects \(6, 2\)"):
+        ac.load_adapters(other, tmp_path)
+    torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)

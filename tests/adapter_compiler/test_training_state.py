@@ -266,7 +266,7 @@ def edit_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Non
         (edit_header(lambda h: h.update(version=9)), "version 9, expected 'training state' of version 1"),
         (edit_header(lambda h: h["sites"].pop("up.weight")), r"up\.weight is in this model only"),
         (edit_header(lambda h: h["sites"]["up.weight"].update(scale=9.0)), r"saved with scale=9\.0, this model has"),
-        (edit_header(lambda h: h["sites"]["up.weight"].update(rank=9)), "saved with rank 9, this model has only 4"),
+        (edit_header(lambda h: h["sites"]["up.weight"].update(rank=9)), "saved with rank=9, this model has rank=4"),
         (edit_header(lambda h: h["state"].update(budget=None)), "was saved with no budget, but one was given"),
         (edit_header(lambda h: h["state"]["others"].clear()), "the state of 'scheduler' is on one side only"),
         (edit_header(lambda h: h["state"]["budget"]["schedule"].update(interval=3)), "interval=3, this budget has"),

@@ -145,7 +145,10 @@ def test_what_is_computed_again_is_written_in_the_graph(prepare: Prepare) -> Non
     assert found == ["layer_norm", "silu"], "the view between gelu and its reader is left alone"
 
 
-def test_recomputing_keeps_less_for_backward(prepare: Prepare) -> None:
+@pytest.mark.parametrize("is_small", [False, True])
+def test_recomputing_keeps_less_for_backward(prepare: Prepare, is_small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_small:
+        monkeypatch.setattr("passes.fused_ops._SMALL", 0)
     kept = []
     for recompute in (False, True):
         bench, x = prepare_both(prepare, Attention())
@@ -160,7 +163,8 @@ def test_recomputing_keeps_less_for_backward(prepare: Prepare) -> None:
             result = graph_module(x.requires_grad_())
         kept.append(sum(storages.values()))
         del result
-    assert kept[1] == kept[0] - 2 * (2 * 5 * 8 * 4), "two activations of 2 × 5 × 8 floats"
+    saved = 0 if is_small else 2 * (2 * 5 * 8 * 4)
+    assert kept[1] == kept[0] - saved, "two activations of 2 × 5 × 8 floats"
 
 
 def test_trainable_biases_and_weights_get_their_gradients(prepare: Prepare) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import adapter_compiler as ac
-from adapter_compiler.errors import BudgetError, NonFiniteGradientError
+from adapter_compiler.errors import NonFiniteGradientError
 from tests.adapter_compiler.budget.drills import (
     assert_same,
     count_nonzero,
@@ -178,26 +178,79 @@ def test_groups_with_their_own_learning_rates() -> None:
     assert all(torch.equal(p, before[name]) is name.endswith("Q") for name, p in named.items())
 
 
-def give_closure(optimizer: torch.optim.Optimizer) -> None:
-    optimizer.step(lambda: 0.0)
+def closure_of(adapted: ac.AdaptedModel, step: int) -> Callable[[], Any]:
+    """What users and Lightning hand to ``step``: zero_grad, loss, backward."""
+
+    def closure() -> Any:
+        for parameter in adapted.trainable_parameters():
+            parameter.grad = None
+        loss = scaled_loss(adapted, step)
+        loss.backward()
+        return loss
+
+    return closure
 
 
-def give_closure_by_name(optimizer: torch.optim.Optimizer) -> None:
-    optimizer.step(closure=lambda: 0.0)
+@SEMANTICS
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_run_with_closures_is_the_plain_run(kind: str, semantics: str, by_name: bool) -> None:
+    runs = []
+    for with_closure in (False, True):
+        torch.manual_seed(0)
+        adapted = make_adapted(gamma=0.1, dtype=torch.float32)
+        optimizer = OPTIMIZERS[kind](adapted.trainable_parameters())
+        budget = ac.RankBudget(adapted, optimizer, make_schedule(semantics))
+        for step in range(20):
+            closure = closure_of(adapted, step)
+            if not with_closure:
+                closure()
+                optimizer.step()
+            else:
+                loss: Any = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+                assert isinstance(loss, Tensor)
+        assert (budget.step, budget.live_triplets) == (20, 6)
+        runs.append(snapshot(adapted, optimizer, budget))
+    assert_same(runs[1], runs[0])
 
 
-@pytest.mark.parametrize("step", [give_closure, give_closure_by_name])
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.LBFGS])
-def test_closures_are_refused_and_change_nothing(
-    kind: Callable[..., torch.optim.Optimizer], step: Callable[[torch.optim.Optimizer], None]
-) -> None:
+@SEMANTICS
+def test_an_optimizer_that_calls_its_closure_often(semantics: str) -> None:
+    """L-BFGS: every evaluation sees the regulariser, the scores follow each step once."""
+    adapted = make_adapted(gamma=0.1)
+    optimizer = torch.optim.LBFGS(adapted.trainable_parameters(), lr=0.01, max_iter=3)
+    budget = ac.RankBudget(adapted, optimizer, make_schedule(semantics))
+    calls, gaps = 0, []
+
+    def closure() -> Any:
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        loss = torch.stack([(p - 0.1).square().sum() for p in adapted.trainable_parameters()]).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(20):
+        optimizer.step(closure)
+        P = adapted.adapters.get_parameter("0.weight.P")
+        gaps.append(bool(P.grad is not None and not torch.equal(P.grad, 2 * (P - 0.1))))
+    assert calls > 40
+    assert all(gaps[:5])
+    assert (budget.step, budget.live_triplets, count_nonzero(adapted)) == (20, 6, 6)
+
+
+def test_a_closure_that_fails_changes_nothing() -> None:
     adapted = make_adapted()
-    optimizer = kind(adapted.trainable_parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=0.01)
     budget = ac.RankBudget(adapted, optimizer, make_schedule())
-    set_gradients(adapted)
     before = snapshot(adapted, optimizer, budget)
-    with pytest.raises(BudgetError, match=rf"{kind.__name__}\.step got a closure.*call loss\.backward\(\) first"):
-        step(optimizer)
+
+    def closure() -> float:
+        set_gradients(adapted, float("inf"))
+        return 0.0
+
+    with pytest.raises(NonFiniteGradientError, match="at step 1"):
+        optimizer.step(closure)
     assert_same(snapshot(adapted, optimizer, budget), before)
 
 

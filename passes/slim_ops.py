@@ -1,0 +1,160 @@
+"""Dropout and attention with dropout on CPUs: the same numbers and random draws, with less kept for backward.
+
+    slim_dropout      keeps which elements stay as bytes, not as numbers of x's type
+    slim_attention    keeps q, k, v, the probabilities and those bytes; torch's own path for attention with
+                      dropout keeps scaled copies of q and k, the probabilities twice and the mask as numbers
+
+Both draw from the generator what torch's operators draw. Whatever they are not written for (other devices, where
+torch has kernels of its own, half precision, autocast, a mask that trains) goes to torch's operators.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+_DTYPES = (torch.float32, torch.float64)
+
+#: Elements below which keeping less is not worth a function in Python.
+_SMALL = 1 << 15
+
+
+def slim_dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    """``aten.dropout(x, p, train)``, its own function where x is large enough to be worth it."""
+    is_ours = train and x.numel() >= _SMALL and 0 < p < 1 and x.requires_grad and x.is_contiguous() and _is_plain(x)
+    if not is_ours:
+        return aten.dropout.default(x, p, train)  # type: ignore[no-any-return]
+    return _Dropout.apply(x, p)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def slim_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """``aten.scaled_dot_product_attention`` for q [B, H, L, E], k [B, H, S, E], v [B, H, S, F] → [B, H, L, F]."""
+    three = (query, key, value)
+    is_ours = 0 < dropout_p < 1 and not enable_gqa and all(_is_plain(t) and t.dim() == 4 for t in three)
+    is_ours = is_ours and query.shape[:2] == key.shape[:2] == value.shape[:2] and len({t.dtype for t in three}) == 1
+    if attn_mask is not None:
+        is_ours = is_ours and not is_causal and not attn_mask.requires_grad and attn_mask.device == query.device
+    if not is_ours or not any(t.requires_grad for t in three):
+        return aten.scaled_dot_product_attention.default(  # type: ignore[no-any-return]
+            *three, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    bias = _make_bias(attn_mask, is_causal, query, key)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    q, k, v = (t.reshape(-1, *t.shape[2:]) for t in three)
+    output: torch.Tensor = _Attention.apply(q, k, v, bias, query.shape[:2], dropout_p, scale)  # type: ignore[no-untyped-call]
+    return output.view(*query.shape[:-1], v.shape[-1])
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    is_plain = type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype in _DTYPES and x.numel() > 0
+    return is_plain and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
+        noise = torch.empty_like(x).bernoulli_(1 - p)
+        ctx.save_for_backward(noise.to(torch.int8))
+        ctx.keep = 1 - p
+        return noise.div_(ctx.keep).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (kept,) = ctx.saved_tensors
+        return kept.to(gradient.dtype).div_(ctx.keep) * gradient, None
+
+
+class _Attention(torch.autograd.Function):
+    """(softmax(s q kᵀ + bias) ∘ noise) v / (1 - p), with batch and heads as one dimension [N, ...] of all but bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: torch.Tensor | None,
+        heads: torch.Size,
+        p: float,
+        scale: float,
+    ) -> torch.Tensor:
+        scores = _product(q, k.mT, scale)
+        probabilities = _softmax_(scores, bias, heads)
+        noise = scores.bernoulli_(1 - p)
+        ctx.save_for_backward(q, k, v, bias, probabilities, noise.to(torch.int8))
+        ctx.heads, ctx.keep, ctx.scale = heads, 1 - p, scale
+        return _product(noise.mul_(probabilities), v, 1 / ctx.keep)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        q, k, v, bias, probabilities, kept = ctx.saved_tensors
+        noise = kept.to(probabilities.dtype)
+        if torch.is_grad_enabled():
+            output = _attend(q, k, v, bias, ctx.heads, noise / ctx.keep, ctx.scale)
+            wanted = [t for t in (q, k, v) if t.requires_grad]
+            found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
+            return *(next(found) if t.requires_grad else None for t in (q, k, v)), None, None, None, None
+        dq = dk = dv = None
+        if ctx.needs_input_grad[2]:
+            dv = _product((noise * probabilities).mT, gradient, 1 / ctx.keep)
+        if any(ctx.needs_input_grad[:2]):
+            through = torch.bmm(gradient, v.mT).mul_(noise)
+            through = aten._softmax_backward_data.default(through, probabilities, -1, probabilities.dtype)
+            dq = _product(through, k, ctx.scale / ctx.keep)
+            dk = _product(through.mT, q, ctx.scale / ctx.keep)
+        return dq, dk, dv, None, None, None, None
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    heads: torch.Size,
+    noise: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """The plain formula, for gradients that are to be differentiated again."""
+    return (_softmax_(q @ k.mT * scale, bias, heads) * noise) @ v
+
+
+def _softmax_(scores: torch.Tensor, bias: torch.Tensor | None, heads: torch.Size) -> torch.Tensor:
+    """Softmax of scores + bias, which changes the scores; rows that the bias masks wholly become 0, as in torch."""
+    if bias is None:
+        return torch.softmax(scores, -1)
+    by_head = scores.view(*heads, *scores.shape[1:])
+    probabilities = torch.softmax(by_head.add_(bias), -1)
+    dead = bias.amax(-1, keepdim=True) == -math.inf
+    if bool(dead.any()):
+        probabilities = probabilities.masked_fill(dead, 0)
+    return probabilities.view_as(scores)
+
+
+def _make_bias(
+    mask: torch.Tensor | None, is_causal: bool, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor | None:
+    """What is added to the scores: 0 or -inf for a mask of bool (True: takes part), a mask of numbers as it is."""
+    if is_causal:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if mask is None or mask.dtype != torch.bool:
+        return mask if mask is None else mask.to(query.dtype)
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:
+    """The batched product times a factor, in one kernel."""
+    return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=factor)
