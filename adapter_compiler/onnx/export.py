@@ -20,6 +20,7 @@ from adapter_compiler.onnx.casting import open_with_casts
 from adapter_compiler.onnx.exportable import NamedOutputs, prepare_base, prepare_merged, to_cpu
 from adapter_compiler.onnx.inputs import bind_to_names, spell_names
 from adapter_compiler.onnx.metadata import describe_file, write_metadata
+from adapter_compiler.onnx.opsets import check_opset
 from adapter_compiler.onnx.report import ExportAttempt, ExportReport, OutputError
 from adapter_compiler.onnx.runtime import add_runtime_adapters, verify_runtime_adapters
 from adapter_compiler.onnx.strategies import LADDER, Strategy, WrittenDraft, write_draft
@@ -58,7 +59,7 @@ def export_onnx(
         path: the file to write.
         example_args: positional arguments of one call.
         example_kwargs: keyword arguments of one call.
-        opset: the ONNX operator set; by default the exporter's.
+        opset: the ONNX operator set, from 7 to 25; by default the exporter's.
         adapters: ``"merged"`` folds them into the weights. ``"runtime"`` leaves an input for each of them, with
             a default of rank 0, so that the file alone is the base model and
             :func:`~adapter_compiler.onnx.adapter_file.save_onnx_adapter` writes what goes in.
@@ -67,9 +68,11 @@ def export_onnx(
         A report with ``path``, ``max_abs_error`` and the error of each output on each input.
 
     Raises:
+        ConfigError: an option has a value that cannot work.
         ExportError: the model does not export; no file is left.
         VerificationError: the file does not load or departs from PyTorch; no file is left.
     """
+    check_opset(opset)
     exporter, call = _prepare(adapted_or_model, example_args, example_kwargs, adapters)
     attempts: list[ExportAttempt] = []
     first: ExportError | None = None

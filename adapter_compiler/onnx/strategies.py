@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from adapter_compiler.errors import CaptureError, ExportError
 from adapter_compiler.onnx.exportable import NamedOutputs
 from adapter_compiler.onnx.inputs import double_batch_of_one
+from adapter_compiler.onnx.opsets import assert_opset
 from adapter_compiler.onnx.torchscript import guess_bounds, trace_to_file
 from adapter_compiler.onnx.translate import translate_program
 from passes.calls import ModuleCall
@@ -85,13 +86,13 @@ def write_draft(
     """Write ``draft`` by one strategy.
 
     Raises:
-        ExportError: the strategy does not work for this model.
+        ExportError: the strategy does not work for this model, or not with this opset.
     """
     if strategy.exporter == "TorchScript":
         doubled = double_batch_of_one(call) or call
         bounds = guess_bounds(doubled, strategy.dynamic)
-        traced = trace_to_file(exporter, doubled, draft, inputs, outputs, bounds, opset=opset)
-        written = WrittenDraft(opset=traced.opset, bounds=bounds, frozen=traced.frozen)
+        frozen = trace_to_file(exporter, doubled, draft, inputs, outputs, bounds, opset=opset)
+        written = WrittenDraft(opset=assert_opset(draft, opset), bounds=bounds, frozen=frozen)
     else:
         written = _translate(strategy, exporter, call, draft, inputs, outputs, opset)
     try:
@@ -123,6 +124,6 @@ def _translate(
             continue
         translated = translate_program(exported.program, inputs, outputs, opset=opset)
         translated.save(draft)
-        opset_written = int(translated.model.opset_imports[""])
-        return WrittenDraft(opset=opset_written, bounds=exported.bounds, program=translated.exported_program)
+        written = assert_opset(draft, opset)
+        return WrittenDraft(opset=written, bounds=exported.bounds, program=translated.exported_program)
     raise ExportError(f"not exported: {failure}") from failure
