@@ -35,7 +35,7 @@ def check_opset(opset: object) -> None:
 def read_opset(path: Path) -> int:
     """The operator set of a file."""
     model = onnx.load(path, load_external_data=False)
-    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return next(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def assert_opset(path: Path, wanted: int | None) -> int:
