@@ -23,7 +23,7 @@ from adapter_compiler.onnx.metadata import describe_file, write_metadata
 from adapter_compiler.onnx.opsets import check_opset
 from adapter_compiler.onnx.report import ExportAttempt, ExportReport, OutputError
 from adapter_compiler.onnx.runtime import add_runtime_adapters, verify_runtime_adapters
-from adapter_compiler.onnx.strategies import LADDER, Strategy, WrittenDraft, write_draft
+from adapter_compiler.onnx.strategies import Strategy, WrittenDraft, find_ladder, write_draft
 from adapter_compiler.onnx.verify import DepartureError, assert_comparable, verify_cases
 from adapter_compiler.onnx.weights import map_weights
 from passes.calls import ModuleCall, describe_refusal
@@ -78,7 +78,7 @@ def export_onnx(
     first: ExportError | None = None
     with canonical_kernels(), torch.no_grad():
         names = _Names(inputs=spell_names(call.names), outputs=[name for name, _ in _run_example(exporter, call)])
-        for strategy in LADDER:
+        for strategy in find_ladder(exporter.module):
             try:
                 with written_beside(path) as draft:
                     result = _attempt(strategy, adapted_or_model, exporter, call, draft, names, opset, adapters)
