@@ -14,11 +14,11 @@ from torch import nn
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import ConfigError, ExportError, VerificationError
 from adapter_compiler.files import written_beside
-from adapter_compiler.onnx.bisect import find_first_departure
-from adapter_compiler.onnx.cases import DRAWS, find_cases
+from adapter_compiler.onnx.bisect import describe_first_departure
+from adapter_compiler.onnx.cases import DRAWS, choose_variety, find_cases
 from adapter_compiler.onnx.casting import open_with_casts
-from adapter_compiler.onnx.exportable import NamedOutputs, prepare_base, prepare_merged, to_cpu
-from adapter_compiler.onnx.inputs import bind_to_names, spell_names
+from adapter_compiler.onnx.exportable import NamedOutputs, prepare_call
+from adapter_compiler.onnx.inputs import spell_names
 from adapter_compiler.onnx.metadata import describe_file, write_metadata
 from adapter_compiler.onnx.opsets import check_opset
 from adapter_compiler.onnx.report import ExportAttempt, ExportReport, OutputError
@@ -30,11 +30,6 @@ from passes.calls import ModuleCall, describe_refusal
 from passes.module_state import canonical_kernels
 
 logger = logging.getLogger(__name__)
-
-#: A traced file must show on more random inputs that nothing that matters was frozen.
-_DRAWS_FOR_TRACES = 8
-#: Where the tracer warned of frozen values, inputs beyond the example's range must agree as well.
-_FACTORS_FOR_FROZEN = (-1.0, 10.0, -10.0)
 
 
 def export_onnx(
@@ -73,7 +68,8 @@ def export_onnx(
         VerificationError: the file does not load or departs from PyTorch; no file is left.
     """
     check_opset(opset)
-    exporter, call = _prepare(adapted_or_model, example_args, example_kwargs, adapters)
+    _assert_adapters(adapted_or_model, adapters)
+    exporter, call = prepare_call(adapted_or_model, example_args, example_kwargs, merged=adapters == "merged")
     attempts: list[ExportAttempt] = []
     first: ExportError | None = None
     with canonical_kernels(), torch.no_grad():
@@ -109,16 +105,7 @@ class _Result:
     casts: tuple[str, ...]
 
 
-def _prepare(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, adapters: str
-) -> tuple[NamedOutputs, ModuleCall]:
-    if isinstance(args, torch.Tensor):
-        raise ConfigError("example_args is a Tensor, expected a tuple of arguments, as in (x,)")
-    if not args and not kwargs:
-        raise ConfigError(
-            "example_args and example_kwargs are empty, expected the arguments of one call of the model; "
-            "give example_args or example_kwargs"
-        )
+def _assert_adapters(model: nn.Module, adapters: str) -> None:
     if adapters not in ("merged", "runtime"):
         raise ConfigError(f"export_onnx(adapters={adapters!r}): expected 'merged' or 'runtime'")
     if adapters == "runtime" and not isinstance(model, AdaptedModel):
@@ -126,9 +113,6 @@ def _prepare(
             f"export_onnx(adapters='runtime') got a {type(model).__name__}, expected an AdaptedModel; "
             "compile_with_adapters makes one"
         )
-    prepared = prepare_merged(model) if adapters == "merged" else prepare_base(model)
-    call = bind_to_names(prepared, to_cpu(args), to_cpu(dict(kwargs or {})))
-    return NamedOutputs(prepared), call
 
 
 def _run_example(exporter: NamedOutputs, call: ModuleCall) -> list[tuple[str, torch.Tensor]]:
@@ -154,39 +138,26 @@ def _attempt(
 ) -> _Result:
     written = write_draft(strategy, exporter, call, draft, names.inputs, names.outputs, opset=opset)
     session, casts = open_with_casts(draft)
-    draws = DRAWS if written.program is not None else _DRAWS_FOR_TRACES
-    factors = _FACTORS_FOR_FROZEN if written.frozen else ()
+    draws, factors = choose_variety(DRAWS, is_traced=written.program is None, is_frozen=bool(written.frozen))
     cases = list(find_cases(call, written.bounds, draws=draws, factors=factors))
     try:
         errors, refused = verify_cases(session, cases, names.inputs, exporter.named_outputs)
     except DepartureError as error:
-        culprit = _find_culprit(error, draft, written, names, {case.name: case.call for case in cases})
+        tensors = next(case.call.tensors for case in cases if case.name == error.case)
+        culprit = describe_first_departure(draft, written.program, names.inputs, tensors)
         raise VerificationError(f"{error}{culprit}") from error
     kind = adapters if isinstance(model, AdaptedModel) else "none"
     description = describe_file(model, call, names.inputs, adapters=kind, strategy=strategy.name)
+    description["frozen"] = list(written.frozen)
     description["weights"] = map_weights(draft, exporter.module)
     if adapters == "runtime":
         assert isinstance(model, AdaptedModel)
         description["sites"] = add_runtime_adapters(draft, model, description["weights"])
         write_metadata(draft, description)
-        more, _ = verify_runtime_adapters(draft, model, cases, names.inputs)
+        more, _ = verify_runtime_adapters(open_with_casts(draft)[0], model, cases, names.inputs)
         return _Result(written=written, errors=[*errors, *more], refused=refused, casts=casts)
     write_metadata(draft, description)
     return _Result(written=written, errors=errors, refused=refused, casts=casts)
-
-
-def _find_culprit(
-    error: DepartureError, draft: Path, written: WrittenDraft, names: _Names, calls: Mapping[str, ModuleCall]
-) -> str:
-    """Text that names the first departing node, if that can be found."""
-    if written.program is None:
-        return ""
-    try:
-        found = find_first_departure(draft, written.program, names.inputs, calls[error.case].tensors)
-    except Exception as failure:  # the search must not hide the error it explains
-        logger.info("the first departing node was not found: %s", failure)
-        return ""
-    return f"; the first node that departs is {found}" if found else ""
 
 
 def _report(
