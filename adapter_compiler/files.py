@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+_NO_ROOM = "free some space or give another place"
+_NO_ACCESS = "change the permissions of its folder or give another place"
+#: What to do about errors that the place to write causes.
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO), _NO_ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NO_ACCESS),
+}
+#: How libraries written in Rust spell an error of the system.
+_FOREIGN = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
@@ -15,7 +27,7 @@ def written_beside(path: str | Path) -> Iterator[Path]:
 
     Every file that the block leaves in that folder moves next to ``path`` (an ONNX file may bring its
     external data), the one named like ``path`` last. If the block raises, the folder is removed and
-    ``path`` is as it was.
+    ``path`` is as it was; if the process is killed, the hidden folder stays.
 
     Raises:
         FileNotFoundError: the block wrote no file named like ``path``.
@@ -23,8 +35,7 @@ def written_beside(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     _assert_writable_name(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with _explained(path), _folder_beside(path) as folder:
         draft = Path(folder) / path.name
         yield draft
         if not draft.exists():
@@ -47,14 +58,35 @@ def written_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty; name another folder or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as parent:
+    with _explained(path), _folder_beside(path) as parent:
         draft = Path(parent) / path.name
         draft.mkdir()
         yield draft
         for written in draft.iterdir():
             _flush_to_disk(written)
         os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def _folder_beside(path: Path) -> Iterator[str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Let an error of the place to write name the file and say what to do, whichever library met it."""
+    try:
+        yield
+    except Exception as error:
+        foreign = _FOREIGN.search(str(error))
+        number = int(foreign[1]) if foreign else error.errno if isinstance(error, OSError) else None
+        if number not in _ADVICE:
+            raise
+        reason = os.strerror(number)
+        message = f"{path} cannot be written ({reason}), what was there before is as it was; {_ADVICE[number]}"
+        raise OSError(number, message) from error
 
 
 def _assert_writable_name(path: Path) -> None:

@@ -24,7 +24,7 @@ from adapter_compiler.variants import AdapterContext, Variant, VariantCache
 from passes.base import CaptureError, SiteError
 from passes.calls import ModuleCall, sort_keywords, split_call
 from passes.capture import CapturedGraph, capture_call
-from passes.module_state import HOOK_KINDS, restored_state, without_fast_path
+from passes.module_state import restored_state, runs_more_than_forward, without_fast_path
 from passes.packed_weights import set_parameter
 from passes.plan import AdapterPlan, PlannedAdapter
 from passes.python_uses import WatchWeights
@@ -163,7 +163,7 @@ class RegionTree:
         """What the model returns, with the adapters; the hooks of the model itself run as ever."""
         before, self._effective = self._effective, {}
         try:
-            if not _has_hooks(self.module):
+            if not runs_more_than_forward(self.module):
                 return self.root.run(args, kwargs)
             with self._answered_by_root():
                 return self.module(*args, **kwargs)
@@ -325,10 +325,6 @@ class RegionTree:
 
 def _keep(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, kind) for kind in HOOK_KINDS) or type(module).__call__ is not nn.Module.__call__
 
 
 def find_boundaries(model: nn.Module, wanted: Sequence[str | type[nn.Module]]) -> list[str]:

@@ -30,6 +30,11 @@ def is_without_memory(module: nn.Module) -> bool:
     return devices == {"meta"}
 
 
+def runs_more_than_forward(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks of its own, or a ``__call__`` that is not torch's."""
+    return any(getattr(module, kind) for kind in HOOK_KINDS) or type(module).__call__ is not nn.Module.__call__
+
+
 @contextlib.contextmanager
 def restored_state(module: nn.Module) -> Iterator[None]:
     """Undo what running a module leaves behind: random states, buffers and attributes."""

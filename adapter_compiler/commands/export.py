@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import nn
 
 from adapter_compiler.commands.output import reported_errors, write_json, write_text
-from adapter_compiler.commands.target import load_target
+from adapter_compiler.commands.target import load_target, with_adapters
 
 
 def export(
@@ -35,7 +34,7 @@ def export(
     sys.path.insert(0, "")
     with reported_errors(as_json=as_json):
         found = load_target(target)
-        model = found.model if adapters is None else _with_adapters(found.model, adapters)
+        model = found.model if adapters is None else with_adapters(found.model, adapters)
         kind = "runtime" if runtime else "merged"
         report = export_onnx(model, out, found.args, found.kwargs, opset=opset, adapters=kind)
         result: dict[str, Any] = report.to_dict()
@@ -60,29 +59,3 @@ def export(
         else:
             for line in lines:
                 write_text(line)
-
-
-def _with_adapters(model: nn.Module, folder: Path) -> nn.Module:
-    """An adapted model with its adapters loaded, or a plain one with them merged in."""
-    import torch
-
-    from adapter_compiler.adapted import AdaptedModel
-    from adapter_compiler.checkpoint import load_adapters
-    from adapter_compiler.errors import CheckpointError
-    from adapter_compiler.interop.saved_adapters import read_saved_adapters
-
-    if isinstance(model, AdaptedModel):
-        load_adapters(model, folder)
-        return model
-    saved = read_saved_adapters(folder)
-    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    adapted = saved.plan.by_weight
-    missing = [name for name in (*adapted, *saved.replacements) if name not in tensors]
-    if missing:
-        raise CheckpointError(f"{folder}: the model has no weight {missing[0]}; the adapters belong to another model")
-    with torch.no_grad():
-        for name in adapted:
-            tensors[name].copy_(saved.merge(name, tensors[name]))
-        for name, key in saved.replacements.items():
-            tensors[name].copy_(saved.tensor(key))
-    return model

@@ -44,6 +44,36 @@ def load_target(spec: str) -> Target:
     return _check(spec, factory)
 
 
+def with_adapters(model: nn.Module, folder: Path) -> nn.Module:
+    """An adapted model with its adapters loaded, or a plain one with them merged in.
+
+    Raises:
+        CheckpointError: the folder holds no adapters, or those of another model.
+    """
+    import torch
+
+    from adapter_compiler.adapted import AdaptedModel
+    from adapter_compiler.checkpoint import load_adapters
+    from adapter_compiler.errors import CheckpointError
+    from adapter_compiler.interop.saved_adapters import read_saved_adapters
+
+    if isinstance(model, AdaptedModel):
+        load_adapters(model, folder)
+        return model
+    saved = read_saved_adapters(folder)
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    adapted = saved.plan.by_weight
+    missing = [name for name in (*adapted, *saved.replacements) if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{folder}: the model has no weight {missing[0]}; the adapters belong to another model")
+    with torch.no_grad():
+        for name in adapted:
+            tensors[name].copy_(saved.merge(name, tensors[name]))
+        for name, key in saved.replacements.items():
+            tensors[name].copy_(saved.tensor(key))
+    return model
+
+
 def _import(place: str) -> Any:
     if not place.endswith(".py"):
         try:

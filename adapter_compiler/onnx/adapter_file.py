@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,14 +47,21 @@ def save_onnx_adapter(adapted: AdaptedModel, path: str | Path, *, name: str | No
 
 
 def write_adapter_file(adapted: AdaptedModel, path: Path, name: str | None = None) -> Path:
-    """Write the file itself."""
+    """Write the file itself.
+
+    Raises:
+        OSError: its place cannot be written.
+    """
     tensors = find_adapter_tensors(adapted, name)
     values = {name: to_ort_value(tensor) for name, tensor in tensors.items()}
     adapter = onnxruntime.AdapterFormat()
     adapter.set_adapter_version(_ADAPTER_VERSION)
     adapter.set_model_version(hash_inputs({name: tuple(tensor.shape) for name, tensor in tensors.items()}))
     adapter.set_parameters(values)
-    adapter.export_adapter(str(path))
+    try:
+        adapter.export_adapter(str(path))
+    except RuntimeError as error:  # onnxruntime does not say why
+        raise OSError(errno.EIO, f"onnxruntime fails to write {path.name}: {error}") from error
     return path
 
 

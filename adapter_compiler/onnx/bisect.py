@@ -28,6 +28,27 @@ logger = logging.getLogger(__name__)
 _AT_A_TIME = 32
 
 
+def describe_first_departure(
+    path: Path, program: ExportedProgram | None, inputs: Sequence[str], tensors: Sequence[torch.Tensor]
+) -> str:
+    """Text for the end of an error message that names the first departing node; empty if it cannot be found.
+
+    Args:
+        path: the file.
+        program: what it was translated from; ``None`` if that is not known node by node.
+        inputs: names of the file's inputs.
+        tensors: the call's tensors, in the same order.
+    """
+    if program is None:
+        return ""
+    try:
+        found = find_first_departure(path, program, inputs, tensors)
+    except Exception as failure:  # the search must not hide the error it explains
+        logger.info("the first departing node was not found: %s", failure)
+        return ""
+    return f"; the first node that departs is {found}" if found else ""
+
+
 def find_first_departure(
     draft: Path, program: ExportedProgram, inputs: Sequence[str], tensors: Sequence[torch.Tensor]
 ) -> str | None:

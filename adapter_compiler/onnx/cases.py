@@ -16,6 +16,10 @@ from passes.capture import DimensionBound
 
 #: Random inputs that a file is verified on.
 DRAWS = 3
+#: A traced file must show on more of them that nothing that matters was frozen.
+_DRAWS_FOR_TRACES = 8
+#: Where the tracer warned of frozen values, inputs beyond the example's range must agree as well.
+_FACTORS_FOR_FROZEN = (-1.0, 10.0, -10.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,11 @@ class VerificationCase:
     name: str
     call: ModuleCall
     fallback: ModuleCall | None = None
+
+
+def choose_variety(draws: int, *, is_traced: bool, is_frozen: bool = False) -> tuple[int, tuple[float, ...]]:
+    """``draws`` and ``factors`` for :func:`find_cases`: a traced file must stand more than a translated one."""
+    return (max(draws, _DRAWS_FOR_TRACES) if is_traced else draws), (_FACTORS_FOR_FROZEN if is_frozen else ())
 
 
 def find_cases(

@@ -15,26 +15,22 @@ from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import ConfigError, ExportError, VerificationError
 from adapter_compiler.factors import assert_additive
 from adapter_compiler.files import written_beside
-from adapter_compiler.onnx.bisect import find_first_departure
-from adapter_compiler.onnx.cases import DRAWS, find_cases
+from adapter_compiler.onnx.bisect import describe_first_departure
+from adapter_compiler.onnx.cases import DRAWS, choose_variety, find_cases
 from adapter_compiler.onnx.casting import open_with_casts
-from adapter_compiler.onnx.exportable import NamedOutputs, prepare_base, prepare_merged, to_cpu
-from adapter_compiler.onnx.inputs import bind_to_names, spell_names
+from adapter_compiler.onnx.exportable import NamedOutputs, prepare_call
+from adapter_compiler.onnx.inputs import spell_names
 from adapter_compiler.onnx.metadata import describe_file, write_metadata
+from adapter_compiler.onnx.opsets import check_opset
 from adapter_compiler.onnx.report import ExportAttempt, ExportReport, OutputError
 from adapter_compiler.onnx.runtime import add_runtime_adapters, verify_runtime_adapters
-from adapter_compiler.onnx.strategies import LADDER, Strategy, WrittenDraft, write_draft
+from adapter_compiler.onnx.strategies import Strategy, WrittenDraft, find_ladder, write_draft
 from adapter_compiler.onnx.verify import DepartureError, assert_comparable, verify_cases
 from adapter_compiler.onnx.weights import map_weights
 from passes.calls import ModuleCall, describe_refusal
 from passes.module_state import canonical_kernels
 
 logger = logging.getLogger(__name__)
-
-#: A traced file must show on more random inputs that nothing that matters was frozen.
-_DRAWS_FOR_TRACES = 8
-#: Where the tracer warned of frozen values, inputs beyond the example's range must agree as well.
-_FACTORS_FOR_FROZEN = (-1.0, 10.0, -10.0)
 
 
 def export_onnx(
@@ -59,7 +55,7 @@ def export_onnx(
         path: the file to write.
         example_args: positional arguments of one call.
         example_kwargs: keyword arguments of one call.
-        opset: the ONNX operator set; by default the exporter's.
+        opset: the ONNX operator set, from 7 to 25; by default the exporter's.
         adapters: ``"merged"`` folds them into the weights. ``"runtime"`` leaves an input for each of them, with
             a default of rank 0, so that the file alone is the base model and
             :func:`~adapter_compiler.onnx.adapter_file.save_onnx_adapter` writes what goes in. DoRA cannot be one.
@@ -68,16 +64,18 @@ def export_onnx(
         A report with ``path``, ``max_abs_error`` and the error of each output on each input.
 
     Raises:
-        ConfigError: the arguments do not fit together, or adapters are no low-rank additions.
+        ConfigError: an option has a value that cannot work, or adapters are no low-rank additions.
         ExportError: the model does not export; no file is left.
         VerificationError: the file does not load or departs from PyTorch; no file is left.
     """
-    exporter, call = _prepare(adapted_or_model, example_args, example_kwargs, adapters)
+    check_opset(opset)
+    _assert_adapters(adapted_or_model, adapters)
+    exporter, call = prepare_call(adapted_or_model, example_args, example_kwargs, merged=adapters == "merged")
     attempts: list[ExportAttempt] = []
     first: ExportError | None = None
     with canonical_kernels(), torch.no_grad():
         names = _Names(inputs=spell_names(call.names), outputs=[name for name, _ in _run_example(exporter, call)])
-        for strategy in LADDER:
+        for strategy in find_ladder(exporter.module):
             try:
                 with written_beside(path) as draft:
                     result = _attempt(strategy, adapted_or_model, exporter, call, draft, names, opset, adapters)
@@ -108,16 +106,7 @@ class _Result:
     casts: tuple[str, ...]
 
 
-def _prepare(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, adapters: str
-) -> tuple[NamedOutputs, ModuleCall]:
-    if isinstance(args, torch.Tensor):
-        raise ConfigError("example_args is a Tensor, expected a tuple of arguments, as in (x,)")
-    if not args and not kwargs:
-        raise ConfigError(
-            "example_args and example_kwargs are empty, expected the arguments of one call of the model; "
-            "give example_args or example_kwargs"
-        )
+def _assert_adapters(model: nn.Module, adapters: str) -> None:
     if adapters not in ("merged", "runtime"):
         raise ConfigError(f"export_onnx(adapters={adapters!r}): expected 'merged' or 'runtime'")
     if adapters == "runtime" and not isinstance(model, AdaptedModel):
@@ -127,9 +116,6 @@ def _prepare(
         )
     if adapters == "runtime" and isinstance(model, AdaptedModel):
         assert_additive(model.plan)
-    prepared = prepare_merged(model) if adapters == "merged" else prepare_base(model)
-    call = bind_to_names(prepared, to_cpu(args), to_cpu(dict(kwargs or {})))
-    return NamedOutputs(prepared), call
 
 
 def _run_example(exporter: NamedOutputs, call: ModuleCall) -> list[tuple[str, torch.Tensor]]:
@@ -155,39 +141,26 @@ def _attempt(
 ) -> _Result:
     written = write_draft(strategy, exporter, call, draft, names.inputs, names.outputs, opset=opset)
     session, casts = open_with_casts(draft)
-    draws = DRAWS if written.program is not None else _DRAWS_FOR_TRACES
-    factors = _FACTORS_FOR_FROZEN if written.frozen else ()
+    draws, factors = choose_variety(DRAWS, is_traced=written.program is None, is_frozen=bool(written.frozen))
     cases = list(find_cases(call, written.bounds, draws=draws, factors=factors))
     try:
         errors, refused = verify_cases(session, cases, names.inputs, exporter.named_outputs)
     except DepartureError as error:
-        culprit = _find_culprit(error, draft, written, names, {case.name: case.call for case in cases})
+        tensors = next(case.call.tensors for case in cases if case.name == error.case)
+        culprit = describe_first_departure(draft, written.program, names.inputs, tensors)
         raise VerificationError(f"{error}{culprit}") from error
     kind = adapters if isinstance(model, AdaptedModel) else "none"
     description = describe_file(model, call, names.inputs, adapters=kind, strategy=strategy.name)
+    description["frozen"] = list(written.frozen)
     description["weights"] = map_weights(draft, exporter.module)
     if adapters == "runtime":
         assert isinstance(model, AdaptedModel)
         description["sites"] = add_runtime_adapters(draft, model, description["weights"])
         write_metadata(draft, description)
-        more, _ = verify_runtime_adapters(draft, model, cases, names.inputs)
+        more, _ = verify_runtime_adapters(open_with_casts(draft)[0], model, cases, names.inputs)
         return _Result(written=written, errors=[*errors, *more], refused=refused, casts=casts)
     write_metadata(draft, description)
     return _Result(written=written, errors=errors, refused=refused, casts=casts)
-
-
-def _find_culprit(
-    error: DepartureError, draft: Path, written: WrittenDraft, names: _Names, calls: Mapping[str, ModuleCall]
-) -> str:
-    """Text that names the first departing node, if that can be found."""
-    if written.program is None:
-        return ""
-    try:
-        found = find_first_departure(draft, written.program, names.inputs, calls[error.case].tensors)
-    except Exception as failure:  # the search must not hide the error it explains
-        logger.info("the first departing node was not found: %s", failure)
-        return ""
-    return f"; the first node that departs is {found}" if found else ""
 
 
 def _report(

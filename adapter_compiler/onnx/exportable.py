@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import ConfigError
-from adapter_compiler.onnx.inputs import name_leaves
+from adapter_compiler.onnx.inputs import bind_to_names, name_leaves
 from adapter_compiler.ownership import copy_module, share_parameter
 from passes.calls import ModuleCall
 
@@ -41,6 +42,25 @@ def _distinct_tensors(result: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def prepare_call(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, merged: bool
+) -> tuple[NamedOutputs, ModuleCall]:
+    """The model as it is exported, with its adapters or without, and the example by the names of its arguments.
+
+    Raises:
+        ConfigError: the example is empty or no tuple, or the model is none.
+    """
+    if isinstance(args, torch.Tensor):
+        raise ConfigError("example_args is a Tensor, expected a tuple of arguments, as in (x,)")
+    if not args and not kwargs:
+        raise ConfigError(
+            "example_args and example_kwargs are empty, expected the arguments of one call of the model; "
+            "give example_args or example_kwargs"
+        )
+    prepared = prepare_merged(model) if merged else prepare_base(model)
+    return NamedOutputs(prepared), bind_to_names(prepared, _to_cpu(args), _to_cpu(dict(kwargs or {})))
+
+
 def prepare_merged(model: nn.Module) -> nn.Module:
     """A copy of the model, adapters folded, in eval mode on the CPU.
 
@@ -64,6 +84,6 @@ def prepare_base(model: nn.Module) -> nn.Module:
     return copy_module(model, lambda _, parameter: share_parameter(parameter)).eval().cpu()
 
 
-def to_cpu(tree: Any) -> Any:
+def _to_cpu(tree: Any) -> Any:
     """The same nesting with every tensor detached and on the CPU."""
     return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), tree)

@@ -49,6 +49,8 @@ class InitializerFile:
             self.model = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf and the file system raise unrelated types
             raise ExportError(f"{path} cannot be read as an ONNX model: {error}") from error
+        if not self.model.HasField("graph"):
+            raise ExportError(f"{path} cannot be read as an ONNX model: it has no graph; expected a whole file")
         self._tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
 
     def __iter__(self) -> Iterator[str]:

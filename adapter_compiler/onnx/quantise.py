@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from adapter_compiler.errors import ConfigError, VerificationError
+from adapter_compiler.errors import ConfigError, ExportError, VerificationError
 from adapter_compiler.files import written_beside
 from adapter_compiler.onnx.compare_files import (
     check_file,
@@ -64,7 +64,7 @@ def quantise_onnx(
         largest_rel_error: beyond this, the file is refused.
 
     Raises:
-        ExportError: the source is damaged or has no record of its inputs.
+        ExportError: the source is damaged, has no record of its inputs, or is beyond onnxruntime's quantiser.
         VerificationError: the quantised file does not load, or departs too far; no file is left.
     """
     source, path = Path(source), Path(path)
@@ -99,9 +99,15 @@ def _quantise(source: Path, draft: Path) -> None:
         options.log_severity_level = 3
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(plain)
-        onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-        with _quiet_quantiser():
-            quantize_dynamic(plain, draft, weight_type=QuantType.QInt8)
+        try:
+            onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+            with _quiet_quantiser():
+                quantize_dynamic(plain, draft, weight_type=QuantType.QInt8)
+        except OSError:
+            raise
+        except Exception as error:  # onnxruntime raises types of its own and plain RuntimeErrors
+            message = " ".join(str(error).split())
+            raise ExportError(f"onnxruntime cannot quantise {source.name}: {message}") from error
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import ExportError
 from adapter_compiler.onnx.adapter_file import input_names, write_adapter_file
 from adapter_compiler.onnx.cases import VerificationCase
-from adapter_compiler.onnx.casting import open_with_casts
 from adapter_compiler.onnx.exportable import NamedOutputs, prepare_base, prepare_merged
 from adapter_compiler.onnx.report import OutputError
 from adapter_compiler.onnx.verify import verify_cases
@@ -55,18 +54,20 @@ def add_runtime_adapters(draft: Path, adapted: AdaptedModel, weights: Mapping[st
 
 
 def verify_runtime_adapters(
-    draft: Path, adapted: AdaptedModel, cases: Sequence[VerificationCase], inputs: Sequence[str]
+    session: onnxruntime.InferenceSession,
+    adapted: AdaptedModel,
+    cases: Sequence[VerificationCase],
+    inputs: Sequence[str],
 ) -> tuple[list[OutputError], list[str]]:
     """Compare the file alone with the base model, and with the adapter active with the merged model.
 
     Raises:
         VerificationError: one of them departs.
     """
-    session, _ = open_with_casts(draft)
     base = NamedOutputs(prepare_base(adapted))
     errors, refused = verify_cases(session, cases, inputs, base.named_outputs)
     merged = NamedOutputs(prepare_merged(adapted))
-    with tempfile.TemporaryDirectory(dir=draft.parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         file = write_adapter_file(adapted, Path(folder) / "check.onnx_adapter")
         loaded = onnxruntime.LoraAdapter()
         loaded.Load(str(file))

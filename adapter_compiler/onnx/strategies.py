@@ -2,12 +2,13 @@
 
 From best to last resort:
 
-    torch.export     all dimensions open, then the first one of each tensor, then none
-    TorchScript      the same; freezes branches and loops, so verification decides
+    torch.export      all dimensions open, then the first one of each tensor, then none
+    captured graph    the same for ``forward`` alone, as compiling captures it, without hooks of the model itself
+    TorchScript       the same; freezes branches and loops, so verification decides
 
 Inputs and outputs are always flat, with names from the model's signature, which alone rescues models that
-return caches or take dicts. The graph that adapters were trained in is no rung of its own: it was captured
-by torch.export too, so what captures whole exports whole.
+return caches or take dicts. The captured graph can help only where a call runs more than ``forward``: what
+torch.export refuses inside ``forward`` has no graph of the whole, and runs as Python around smaller graphs.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
+from torch import nn
 from torch.export import ExportedProgram
 
 from adapter_compiler.errors import CaptureError, ExportError
+from adapter_compiler.onnx.captured import capture_forward
 from adapter_compiler.onnx.exportable import NamedOutputs
 from adapter_compiler.onnx.inputs import double_batch_of_one
+from adapter_compiler.onnx.opsets import assert_opset
 from adapter_compiler.onnx.torchscript import guess_bounds, trace_to_file
 from adapter_compiler.onnx.translate import translate_program
-from passes.calls import ModuleCall
-from passes.capture import DYNAMIC_CHOICES, DimensionBound, export_call
+from passes.calls import ModuleCall, split_call
+from passes.capture import DYNAMIC_CHOICES, DimensionBound, ExportedCall, export_call
+from passes.module_state import runs_more_than_forward
 
 _OPENNESS = {"all": "all dimensions open", "first": "batch open", "none": "fixed shapes"}
 
@@ -35,7 +40,7 @@ class Strategy:
     """One rung of the ladder.
 
     Attributes:
-        exporter: ``"torch.export"`` or ``"TorchScript"``.
+        exporter: ``"torch.export"``, ``"captured graph"`` or ``"TorchScript"``.
         dynamic: ``"all"``, ``"first"`` or ``"none"``: the dimensions to leave open.
     """
 
@@ -48,11 +53,11 @@ class Strategy:
         return f"{self.exporter}, {_OPENNESS[self.dynamic]}"
 
 
-LADDER = tuple(
-    Strategy(exporter=exporter, dynamic=dynamic)
-    for exporter in ("torch.export", "TorchScript")
-    for dynamic in DYNAMIC_CHOICES
-)
+def find_ladder(module: nn.Module) -> tuple[Strategy, ...]:
+    """The rungs for a model; the captured graph is one only where ``forward`` is not all that a call runs."""
+    captured = ("captured graph",) if runs_more_than_forward(module) else ()
+    exporters = ("torch.export", *captured, "TorchScript")
+    return tuple(Strategy(exporter=exporter, dynamic=dynamic) for exporter in exporters for dynamic in DYNAMIC_CHOICES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,13 +90,13 @@ def write_draft(
     """Write ``draft`` by one strategy.
 
     Raises:
-        ExportError: the strategy does not work for this model.
+        ExportError: the strategy does not work for this model, or not with this opset.
     """
     if strategy.exporter == "TorchScript":
         doubled = double_batch_of_one(call) or call
         bounds = guess_bounds(doubled, strategy.dynamic)
-        traced = trace_to_file(exporter, doubled, draft, inputs, outputs, bounds, opset=opset)
-        written = WrittenDraft(opset=traced.opset, bounds=bounds, frozen=traced.frozen)
+        frozen = trace_to_file(exporter, doubled, draft, inputs, outputs, bounds, opset=opset)
+        written = WrittenDraft(opset=assert_opset(draft, opset), bounds=bounds, frozen=frozen)
     else:
         written = _translate(strategy, exporter, call, draft, inputs, outputs, opset)
     try:
@@ -117,12 +122,19 @@ def _translate(
         if candidate is None:
             continue
         try:
-            exported = export_call(exporter, candidate, (strategy.dynamic,))
+            exported = _export(strategy, exporter, candidate)
         except CaptureError as error:
             failure = failure or error
             continue
         translated = translate_program(exported.program, inputs, outputs, opset=opset)
         translated.save(draft)
-        opset_written = int(translated.model.opset_imports[""])
-        return WrittenDraft(opset=opset_written, bounds=exported.bounds, program=translated.exported_program)
+        written = assert_opset(draft, opset)
+        return WrittenDraft(opset=written, bounds=exported.bounds, program=translated.exported_program)
     raise ExportError(f"not exported: {failure}") from failure
+
+
+def _export(strategy: Strategy, exporter: NamedOutputs, call: ModuleCall) -> ExportedCall:
+    if strategy.exporter == "torch.export":
+        return export_call(exporter, call, (strategy.dynamic,))
+    graph_module = capture_forward(exporter.module, call)
+    return export_call(graph_module, split_call(call.tensors, {}), (strategy.dynamic,))

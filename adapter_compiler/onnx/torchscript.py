@@ -7,7 +7,6 @@ only when it is verified on varied inputs, and what the tracer warned of is hand
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import warnings
 from collections.abc import Sequence
@@ -19,25 +18,10 @@ import torch
 from torch import nn
 
 from adapter_compiler.errors import ExportError
+from adapter_compiler.onnx.opsets import NEWEST_TRACED_OPSET
 from adapter_compiler.onnx.translate import clean_up, innermost, quiet_exporter
 from passes.calls import ModuleCall
 from passes.capture import DimensionBound
-
-#: The newest operator set that the old exporter writes.
-NEWEST_OPSET = 20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TracedFile:
-    """What was traced.
-
-    Attributes:
-        opset: the operator set of the file.
-        frozen: the tracer's warnings about values that became constants.
-    """
-
-    opset: int
-    frozen: tuple[str, ...]
 
 
 class _TracedCall(nn.Module):
@@ -83,14 +67,14 @@ def trace_to_file(
     bounds: Sequence[Sequence[DimensionBound]],
     *,
     opset: int | None,
-) -> TracedFile:
-    """Trace ``module`` on ``call`` and write the file.
+) -> tuple[str, ...]:
+    """Trace ``module`` on ``call`` and write the file; the tracer's warnings about values that became constants.
 
     Raises:
         ExportError: the model does not trace, an operator has no translation, or the opset is too new.
     """
-    if opset is not None and opset > NEWEST_OPSET:
-        raise ExportError(f"the TorchScript exporter writes opset {NEWEST_OPSET} at most, asked was {opset}")
+    if opset is not None and opset > NEWEST_TRACED_OPSET:
+        raise ExportError(f"the TorchScript exporter writes opset {NEWEST_TRACED_OPSET} at most, asked was {opset}")
     axes = {
         name: {i: f"{bound.symbol}" for i, bound in enumerate(tensor) if bound.symbol is not None}
         for name, tensor in zip(inputs, bounds, strict=True)
@@ -107,14 +91,14 @@ def trace_to_file(
                 input_names=list(inputs),
                 output_names=list(outputs),
                 dynamic_axes={name: open_axes for name, open_axes in axes.items() if open_axes},
-                opset_version=opset or NEWEST_OPSET,
+                opset_version=opset or NEWEST_TRACED_OPSET,
             )
         except Exception as error:  # the tracer raises whatever the model's own code raises
             raise ExportError(f"the TorchScript exporter fails: {innermost(error)}") from error
         model = onnx_ir.load(draft)
         clean_up(model, [f"module.{name}" for name, _ in module.named_parameters()])
         onnx_ir.save(model, draft)
-    return TracedFile(opset=int(model.opset_imports[""]), frozen=tuple(_find_frozen(caught)))
+    return tuple(_find_frozen(caught))
 
 
 def _find_frozen(caught: Sequence[warnings.WarningMessage]) -> list[str]:

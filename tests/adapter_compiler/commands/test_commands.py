@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_export_fold_and_verify(folder: Path) -> None:
     run("fold", base, folder / "adapters", "-o", folded)
     checked = run_json("verify", folded, "--against", merged, "--draws", 3)
     assert max(error["max_abs"] for error in checked["errors"]) < 1e-5
-    assert "agrees with itself" in run("verify", folded)
+    assert "agrees with itself on 8 inputs" in run("verify", folded)
     assert "departs" in run("verify", folded, "--against", base, code=1)
 
 
@@ -129,6 +130,35 @@ def test_adapters(folder: Path) -> None:
     shown = run_json("adapters", "inspect", folder / "adapters")
     assert [(row["weight"], row["live"]) for row in shown["weights"]] == [("0.weight", 2), ("2.weight", 2)]
     assert "0.weight" in run("adapters", "inspect", folder / "adapters")
+
+
+def test_verify_against_the_model(folder: Path) -> None:
+    target, file = f"{folder / 'my_model.py'}:build", folder / "merged.onnx"
+    run("export", target, "--adapters", folder / "adapters", "-o", file)
+    checked = run_json("verify", file, "--model", target, "--adapters", folder / "adapters", "--draws", 2)
+    assert checked["against"] == target
+    cases = ["example", "batch 6", "random values 1", "random values 2"]
+    assert [error["case"] for error in checked["errors"]] == cases
+    assert max(error["max_abs"] for error in checked["errors"]) < 1e-4
+    shown = run("verify", file, "--model", target, "--adapters", folder / "adapters")
+    assert "on 10 inputs: example, batch 6, random values 1" in " ".join(shown.split())
+
+
+def test_verify_names_what_departs_from_the_model(folder: Path) -> None:
+    """Without the adapters the model is another one, from the first weight on."""
+    target, file = f"{folder / 'my_model.py'}:build", folder / "merged.onnx"
+    run("export", target, "--adapters", folder / "adapters", "-o", file)
+    result = run_json("verify", file, "--model", target, code=1)
+    assert result["error"] == "VerificationError"
+    assert "merged.onnx: output output on example: onnxruntime departs from PyTorch by" in result["message"]
+    assert re.search(r"the first node that departs is node_linear \(\w+, 0\)", result["message"])
+
+
+def test_verify_takes_one_thing_to_compare_with(folder: Path) -> None:
+    target = f"{folder / 'my_model.py'}:build"
+    assert "give one of them" in run("verify", "a.onnx", "--against", "b.onnx", "--model", target, code=1)
+    assert "name it with --model" in run("verify", "a.onnx", "--adapters", folder / "adapters", code=1)
+    assert "does not exist" in run("verify", folder / "none.onnx", "--model", target, code=1)
 
 
 @pytest.mark.parametrize("kind", ["lora", "adalora"])

@@ -227,15 +227,6 @@ def test_initializers_are_named_as_in_the_state_dict(tmp_path: Path) -> None:
     assert not [name for name in stored if name.startswith("module.")]
 
 
-@pytest.mark.parametrize("opset", [18, 20])
-def test_the_opset_is_the_callers_choice(opset: int, tmp_path: Path) -> None:
-    x = torch.randn(3, 4)
-    report = ac.export_onnx(Mlp().eval(), tmp_path / "model.onnx", (x,), opset=opset)
-    assert report.opset == opset
-    versions = {entry.domain: entry.version for entry in onnx.load(report.path).opset_import}
-    assert versions[""] == opset
-
-
 @pytest.fixture
 def old(tmp_path: Path) -> Iterator[Path]:
     """A file that must survive whatever fails, alone in its folder."""

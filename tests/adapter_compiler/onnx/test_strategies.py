@@ -48,6 +48,69 @@ def test_the_last_resort_is_a_verified_trace(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(found), model(x, other).detach(), rtol=1e-4, atol=1e-5)
 
 
+class Guarded(nn.Module):
+    """Its ``forward`` captures; what the hook does with the result does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, shift: Tensor) -> dict[str, Tensor | None]:
+        hidden = self.up(x).tanh()
+        y = self.down(hidden) + shift
+        return {"y": y, "again": y, "nothing": None, "hidden": hidden}
+
+
+def refuse_infinite(_: nn.Module, __: Any, result: dict[str, Tensor]) -> None:
+    if not result["y"].isfinite().all():
+        raise ValueError("infinite")
+
+
+def double(_: nn.Module, __: Any, result: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"y": result["y"] * 2} if result["y"].isfinite().all() else {}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_captured_graph_is_exported_where_a_hook_is_in_the_way(*, adapted: bool, tmp_path: Path) -> None:
+    x, shift = torch.randn(3, 4), torch.randn(3, 3)
+    model: nn.Module = Guarded().eval()
+    model.register_forward_hook(refuse_infinite)
+    given = model
+    if adapted:
+        given = ac.compile_with_adapters(model, (x, shift), config=ac.AdapterConfig(rank=2))
+        with torch.no_grad():
+            for parameter in given.adapters.parameters():
+                parameter.normal_(0, 0.4)
+        model = given.fold()
+    report = ac.export_onnx(given, tmp_path / "model.onnx", (x,), {"shift": shift})
+    assert report.strategy == "captured graph, all dimensions open"
+    assert (report.inputs, report.outputs, report.frozen) == (("x", "shift"), ("y", "hidden"), ())
+    assert report.dynamic_axes == {"x": (0,), "shift": (0,)}
+    names = {tensor.name for tensor in onnx.load(report.path).graph.initializer}
+    assert names == {"up.weight", "up.bias", "down.weight", "down.bias"}
+    session = onnxruntime.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
+    x, shift = torch.randn(5, 4), torch.randn(5, 3)
+    found = session.run(["y"], {"x": x.numpy(), "shift": shift.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), model(x, shift)["y"].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_that_changes_the_result_is_not_lost(tmp_path: Path) -> None:
+    """The captured graph lacks it, which verification finds; a trace has it."""
+    model = Guarded().eval()
+    model.register_forward_hook(double)
+    report = ac.export_onnx(model, tmp_path / "model.onnx", (torch.randn(3, 4), torch.randn(3, 3)))
+    tried = {attempt.strategy.partition(",")[0]: attempt.reason for attempt in report.attempts}
+    assert tried["captured graph"]
+    assert tried["TorchScript"] is None
+    assert report.outputs == ("y",)
+
+
+def test_a_model_without_hooks_has_no_such_rung(tmp_path: Path) -> None:
+    """What torch.export refuses inside ``forward`` does not capture either, so it is not tried once more."""
+    report = ac.export_onnx(Branches(factor=1).eval(), tmp_path / "model.onnx", (torch.randn(3, 4),))
+    assert {attempt.strategy.partition(",")[0] for attempt in report.attempts} == {"torch.export", "TorchScript"}
+
+
 class Branches(nn.Module):
     """The branch matters, or only looks as if it did."""
 

@@ -1,0 +1,169 @@
+"""Verify a file that exists already against the PyTorch model that it should be, as an export does."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+from adapter_compiler.adapted import AdaptedModel
+from adapter_compiler.errors import ConfigError, ExportError, VerificationError
+from adapter_compiler.onnx.bisect import describe_first_departure
+from adapter_compiler.onnx.cases import DRAWS, VerificationCase, choose_variety, find_cases
+from adapter_compiler.onnx.compare_files import check_file
+from adapter_compiler.onnx.exportable import NamedOutputs, prepare_call
+from adapter_compiler.onnx.inputs import spell_names
+from adapter_compiler.onnx.metadata import read_metadata
+from adapter_compiler.onnx.report import OutputError
+from adapter_compiler.onnx.runtime import verify_runtime_adapters
+from adapter_compiler.onnx.strategies import find_ladder, write_draft
+from adapter_compiler.onnx.verify import DepartureError, open_session, verify_cases
+from passes.calls import ModuleCall
+from passes.capture import DimensionBound
+from passes.module_state import canonical_kernels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileVerification:
+    """What a file was compared with PyTorch on.
+
+    Attributes:
+        path: the file.
+        errors: one entry for each output of each input.
+        not_verified: inputs that the model itself refuses.
+    """
+
+    path: Path
+    errors: tuple[OutputError, ...]
+    not_verified: tuple[str, ...]
+
+
+def verify_onnx(
+    path: str | Path,
+    model: nn.Module,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    draws: int = DRAWS,
+) -> FileVerification:
+    """Compare an ONNX file with a model on the example, on other sizes of its open dimensions, and on random inputs.
+
+    The inputs are those that ``export_onnx`` verifies on. The file's own record says whether adapters were
+    merged into it; a file without a record (of another exporter, or edited) is compared with the merged model,
+    by its names of inputs and outputs.
+
+    Args:
+        path: the file; it is only read.
+        model: an adapted model, or any module; it is not changed.
+        example_args: positional arguments of one call.
+        example_kwargs: keyword arguments of one call.
+        draws: random inputs.
+
+    Raises:
+        ExportError: the file is missing or damaged.
+        ConfigError: its inputs or outputs are not the model's.
+        VerificationError: it departs from PyTorch; the message names the output and, where the file was translated
+            node by node, the first node that departs.
+    """
+    path = Path(path)
+    check_file(path)
+    session = open_session(path)
+    record = _read_record(path)
+    kind = record.get("adapters", "merged")
+    with canonical_kernels(), torch.no_grad():
+        exporter, call = prepare_call(model, example_args, example_kwargs, merged=kind == "merged")
+        inputs = spell_names(call.names)
+        outputs = [name for name, _ in exporter.named_outputs(call)]
+        _assert_same_names(path, session, inputs, outputs)
+        is_traced = str(record.get("strategy", "")).startswith("TorchScript")
+        draws, factors = choose_variety(draws, is_traced=is_traced, is_frozen=bool(record.get("frozen")))
+        cases = list(find_cases(call, _read_bounds(session, inputs, call), draws=draws, factors=factors))
+        try:
+            errors, refused = verify_cases(session, cases, inputs, exporter.named_outputs)
+        except DepartureError as error:
+            culprit = _find_culprit(error, path, record, exporter, call, cases, inputs, outputs)
+            raise VerificationError(f"{path.name}: {error}{culprit}") from error
+        if kind == "runtime" and isinstance(model, AdaptedModel):
+            more, _ = verify_runtime_adapters(session, model, cases, inputs)
+            errors = [*errors, *more]
+    return FileVerification(path=path, errors=tuple(errors), not_verified=tuple(refused))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        return read_metadata(onnx.load(path, load_external_data=False), path.name)
+    except ExportError:
+        return {}
+
+
+def _assert_same_names(
+    path: Path, session: onnxruntime.InferenceSession, inputs: Sequence[str], outputs: Sequence[str]
+) -> None:
+    taken = [value.name for value in session.get_inputs()]
+    given = [value.name for value in session.get_outputs()]
+    if strange := [name for name in taken if name not in inputs]:
+        raise ConfigError(
+            f"{path.name} has an input {strange[0]}, the model's call gives {', '.join(inputs) or 'none'}; "
+            "give the arguments that it was exported with"
+        )
+    if missing := [name for name in outputs if name not in given]:
+        raise ConfigError(
+            f"{path.name} has no output {missing[0]}, which the model returns; it has {', '.join(given)}; "
+            "it was exported from another model or another call"
+        )
+
+
+def _read_bounds(
+    session: onnxruntime.InferenceSession, inputs: Sequence[str], call: ModuleCall
+) -> list[tuple[DimensionBound, ...]]:
+    """What sizes the file says that it takes; an input that it dropped follows the others of its size."""
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    symbols: dict[tuple[int, int], str] = {}
+    for name, tensor in zip(inputs, call.tensors, strict=True):
+        for dimension, size in enumerate(shapes.get(name, ())):
+            if not isinstance(size, int):
+                symbols.setdefault((dimension, tensor.shape[dimension]), str(size or f"{name}_{dimension}"))
+    found = []
+    for name, tensor in zip(inputs, call.tensors, strict=True):
+        declared = shapes.get(name, [None] * tensor.dim())
+        bounds = []
+        for dimension, (size, shown) in enumerate(zip(tensor.shape, declared, strict=True)):
+            symbol = None if isinstance(shown, int) else shown or symbols.get((dimension, size))
+            limits = (size, size) if symbol is None else (2, float("inf"))
+            bounds.append(DimensionBound(symbol=symbol, least=int(limits[0]), greatest=limits[1]))
+        found.append(tuple(bounds))
+    return found
+
+
+def _find_culprit(
+    error: DepartureError,
+    path: Path,
+    record: Mapping[str, Any],
+    exporter: NamedOutputs,
+    call: ModuleCall,
+    cases: Sequence[VerificationCase],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+) -> str:
+    """The first departing node, by exporting the model once more in the way that the file records.
+
+    Another torch may name nodes otherwise, so nothing is said about a file of one.
+    """
+    ladder = {strategy.name: strategy for strategy in find_ladder(exporter.module)}
+    strategy = ladder.get(str(record.get("strategy")))
+    if strategy is None or record["versions"]["torch"] != torch.__version__:
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            written = write_draft(strategy, exporter, call, Path(folder) / path.name, inputs, outputs, opset=None)
+        except ExportError:
+            return ""
+    tensors = next(case.call.tensors for case in cases if case.name == error.case)
+    return describe_first_departure(path, written.program, inputs, tensors)

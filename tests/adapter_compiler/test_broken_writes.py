@@ -1,0 +1,104 @@
+"""Full disks, folders without permission, killed processes: clear errors, no partial file, the old one intact.
+
+Every way of writing runs in a process of its own: a limit on file sizes stands for a full disk, so that it is met
+inside whichever library does the writing, and SIGKILL comes at the moment when a draft takes its place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SETUP = """
+import os, resource, signal, sys
+from pathlib import Path
+import torch
+from torch import nn
+from safetensors.torch import save_file
+import adapter_compiler as ac
+from adapter_compiler.interop.convert import convert_adapters
+from adapter_compiler.interop.fold_files import fold_files
+from adapter_compiler.onnx.quantise import quantise_onnx
+
+folder = Path(sys.argv[1])
+torch.manual_seed(0)
+model, x = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)).eval(), torch.randn(5, 64)
+adapted = ac.compile_with_adapters(model, (x,), config=ac.AdapterConfig(rank=16))
+with torch.no_grad():
+    for parameter in adapted.adapters.parameters():
+        parameter.normal_(0, 0.3)
+save_file(dict(model.state_dict()), folder / "base.safetensors")
+adapted.save(folder / "adapters")
+ac.export_onnx(model, folder / "base.onnx", (x,))
+new = folder / "new"
+writers = {
+    "export": lambda: ac.export_onnx(adapted, new / "model.onnx", (x,)),
+    "save": lambda: adapted.save(new),
+    "onnx_adapter": lambda: ac.save_onnx_adapter(adapted, new / "a.onnx_adapter"),
+    "fold": lambda: fold_files(folder / "base.safetensors", folder / "adapters", new / "out.safetensors"),
+    "fold onnx": lambda: fold_files(folder / "base.onnx", folder / "adapters", new / "out.onnx"),
+    "convert": lambda: convert_adapters(folder / "adapters", new, to="peft-lora"),
+    "int8": lambda: quantise_onnx(folder / "base.onnx", new / "int8.onnx"),
+}
+"""
+
+FILL = """
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+for name, write in writers.items():
+    try:
+        write()
+    except Exception as error:
+        print(name, type(error).__name__, " ".join(str(error).split()), sep="|")
+    print("left", name, *new.rglob("*"), sep="|")
+"""
+
+KILL = """
+new.mkdir()
+for name in ("model.onnx", "adapters.safetensors", "a.onnx_adapter", "out.safetensors"):
+    (new / name).write_text("old")
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+for name in ("export", "save", "onnx_adapter", "fold"):
+    child = os.fork()
+    if child == 0:
+        os.replace = die
+        writers[name]()
+        os._exit(0)
+    print(name, os.waitpid(child, 0)[1], sep="|")
+"""
+
+
+def run(code: str, folder: Path) -> list[str]:
+    command = [sys.executable, "-W", "ignore", "-c", SETUP + code, str(folder)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="file sizes cannot be limited")
+def test_a_full_disk_leaves_nothing_and_says_what_to_do(tmp_path: Path) -> None:
+    lines = run(FILL, tmp_path)
+    left = [line for line in lines if line.startswith("left|")]
+    assert [line.count("|") for line in left] == [1] * 7, left
+    errors = {line.split("|")[0]: line for line in lines if not line.startswith("left|")}
+    assert errors.pop("int8").startswith("int8|ExportError|onnxruntime cannot quantise base.onnx")
+    assert errors.keys() == {"export", "save", "onnx_adapter", "fold", "fold onnx", "convert"}
+    pattern = r"OSError\|.*new/[\w.]+ cannot be written \(.*\), what was there before is as it was"
+    for line in errors.values():
+        assert re.search(pattern, line), line
+        assert line.endswith("free some space or give another place")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_killed_process_leaves_the_old_files(tmp_path: Path) -> None:
+    lines = run(KILL, tmp_path)
+    assert lines == [f"{name}|{signal.SIGKILL.value}" for name in ("export", "save", "onnx_adapter", "fold")]
+    visible = [file for file in (tmp_path / "new").iterdir() if not file.name.startswith(".")]
+    assert len(visible) == 4
+    assert {file.read_text() for file in visible} == {"old"}
