@@ -16,6 +16,7 @@ from adapter_compiler.config import AdapterConfig
 from adapter_compiler.errors import AdapterCompilerError, CaptureError, ConfigError, SiteError
 from adapter_compiler.initialisers import prepare_start, start_adapter
 from adapter_compiler.interop.bitsandbytes_models import adopt_bitsandbytes_linears, has_bitsandbytes_linears
+from adapter_compiler.interop.transformers_caches import register_caches
 from adapter_compiler.ownership import (
     assert_not_lazy,
     clone_parameter,
@@ -82,6 +83,7 @@ def compile_with_adapters(
     config = AdapterConfig() if config is None else config
     example = _check_arguments(model, example_args, example_kwargs, config, plan)
     assert_not_lazy(model)
+    register_caches()
     untied = _find_untied(model, config.untie)
     aliases = {**find_parameter_aliases(model), **{name: name for name in untied}}
     flags = {name: model.get_parameter(name).requires_grad for name in aliases}

@@ -90,7 +90,7 @@ def split_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModuleCall:
             those that ``torch.utils._pytree`` can take apart.
     """
     tree = (tuple(args), dict(kwargs))
-    leaves, spec = pytree.tree_flatten(tree)
+    leaves, spec = _take_apart(tree, "the arguments")
     positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
     constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     if any(not isinstance(leaf, CONSTANT_TYPES) for leaf in constants):
@@ -129,11 +129,18 @@ def flatten_result(result: Any) -> tuple[list[Any], pytree.TreeSpec]:
     Raises:
         CaptureError: a leaf is an object that may hide tensors.
     """
-    leaves, spec = pytree.tree_flatten(result)
+    leaves, spec = _take_apart(result, "the result")
     symbolic = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
     if any(not isinstance(leaf, symbolic + CONSTANT_TYPES) for leaf in leaves):
         _refuse_unknown_leaves(result, "result", symbolic)
     return leaves, spec
+
+
+def _take_apart(tree: Any, what: str) -> tuple[list[Any], pytree.TreeSpec]:
+    try:
+        return pytree.tree_flatten(tree)
+    except Exception as error:  # classes bring their own code for this
+        raise CaptureError(f"{what} cannot be taken apart: {type(error).__name__}: {error}") from error
 
 
 def _refuse_unknown_leaves(tree: Any, what: str, also: tuple[type, ...] = ()) -> None:

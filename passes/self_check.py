@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from passes.base import CaptureError
 from passes.calls import ModuleCall, flatten_result
@@ -46,11 +47,16 @@ def observe_eager(module: nn.Module, call: ModuleCall) -> Observation:
     args, kwargs = call.rebuild(call.tensors)
     changes: list[str] = []
 
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+
     def run() -> list[Any]:
         with find_state_changes(module, changes):
             return flatten_result(module.forward(*args, **kwargs))[0]
 
     seen = observe_run(module, call, run)
+    after, spec_after = pytree.tree_flatten((args, kwargs))
+    if spec_after != spec or any(a is not b for a, b in zip(leaves, after, strict=True)):
+        changes.append("puts other values into its arguments")
     if changes:
         raise CaptureError(f"{type(module).__name__} {changes[0]}, which a graph would not do again")
     return seen
@@ -117,7 +123,7 @@ def _read_gradients(leaves: list[Any], probes: Mapping[str, nn.Parameter]) -> di
     total = torch.stack([term.to(terms[0].device, dtype) for term in terms]).sum()
     try:
         total.backward()  # not grad(): reentrant checkpoints accept no other
-    except RuntimeError:
+    except Exception:  # a backward of the module's own raises what it likes
         return {}
     return {f"gradient {name}": None if p.grad is None else p.grad.to_dense() for name, p in probes.items()}
 

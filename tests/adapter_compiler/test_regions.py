@@ -394,3 +394,46 @@ def test_a_graph_that_is_wrong_backward_is_not_used(model: nn.Module) -> None:
     adapted = adapt(model, X)
     assert "gradient" in adapted.report().regions[0].refused[0]
     assert_right(adapted, model, X)
+
+
+class Collector(nn.Module):
+    """Notes its hidden states in a list that the caller gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, states: list[Tensor]) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        states.append(hidden)
+        result: Tensor = self.second(hidden)
+        return result
+
+
+def test_a_model_that_writes_into_its_arguments_still_does() -> None:
+    model, x = Collector().eval(), torch.randn(2, 4)
+    adapted = ac.compile_with_adapters(model, (x, []))
+    assert "puts other values into its arguments" in str(adapted.report())
+    states: list[Tensor] = []
+    torch.testing.assert_close(adapted(x, states), model(x, []))
+    assert len(states) == 1
+
+
+def test_a_cache_comes_out_of_one_graph_and_goes_in_by_python() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=20
+    )
+    model, tokens = transformers.LlamaForCausalLM(config).eval(), torch.randint(0, 20, (2, 6))
+    adapted = ac.compile_with_adapters(model, (tokens,))
+    assert len(adapted.regions) == 1
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.normal_(0, 0.3)
+        folded = adapted.fold()
+        first, expected = adapted(tokens), folded(tokens)
+        assert type(first.cache) is type(expected.cache)
+        following = torch.randint(0, 20, (2, 1))
+        second = adapted(following, cache=first.cache)
+        torch.testing.assert_close(second.logits, folded(following, cache=expected.cache).logits)
+        assert first.cache.get_seq_length() == 7
