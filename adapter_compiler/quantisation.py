@@ -1,9 +1,9 @@
 """Keep the frozen weights under adapters in few bits (QLoRA): which, with what error, and what memory it saves.
 
-A weight is packed if every use of it is a matrix product and an adapter stands at it. Weights are replaced one
-after the other, in the adapted model and in every graph that was captured; the full-precision values leave memory
-as soon as nobody else holds them: at once with ``AdapterConfig(inplace=True)``, otherwise when the user drops
-the model that was handed in.
+A weight is packed if every use of it is a matrix product and an adapter stands at it. When all codes are
+made, they replace the weights in the adapted model and in every graph that was captured; the full-precision
+values then leave memory if nobody else holds them: at once with ``AdapterConfig(inplace=True)``, otherwise when
+the user drops the model that was handed in.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def quantise_base(adapted: AdaptedModel, kind: str) -> QuantisationReport:
             "compile the original model again"
         )
     before = _count_model_bytes(adapted.module)
+    packed: dict[str, nn.Parameter] = {}
     errors: dict[str, WeightError] = {}
     skipped: dict[str, str] = {}
     for site in _find_sites(adapted):
@@ -80,15 +81,14 @@ def quantise_base(adapted: AdaptedModel, kind: str) -> QuantisationReport:
         if reason := _find_reason_against(site, parameter):
             skipped[site.weight] = reason
             continue
-        packed = pack_parameter(parameter, quantiser)
-        assert isinstance(packed, PackedWeight)
-        errors[site.weight] = measure_error(parameter.detach(), packed)
+        packed[site.weight] = pack_parameter(parameter, quantiser)
+        errors[site.weight] = measure_error(parameter.detach(), packed[site.weight])
         _assert_finite(site.weight, kind, errors[site.weight])
-        adapted.replace_weights({site.weight: packed})
-        del parameter
     if not errors:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
         raise ConfigError(f"quantise={kind!r}: no adapted weight can be quantised, expected one at least; {reasons}")
+    del parameter
+    adapted.replace_weights(packed)
     adapted.rebuild(adapted.plan)
     after = _count_model_bytes(adapted.module)
     logger.info("packed %d weights as %s: %.1f MB of %.1f MB are left", len(errors), kind, after / 1e6, before / 1e6)
@@ -96,8 +96,9 @@ def quantise_base(adapted: AdaptedModel, kind: str) -> QuantisationReport:
 
 
 @torch.no_grad()
-def measure_error(original: torch.Tensor, packed: PackedWeight) -> WeightError:
+def measure_error(original: torch.Tensor, packed: torch.Tensor) -> WeightError:
     """How far a packed weight is from the original."""
+    assert isinstance(packed, PackedWeight)
     dtype = torch.promote_types(original.dtype, torch.float32)
     difference = packed.unpack().to(dtype) - original.to(dtype)
     norm = float(original.to(dtype).norm())

@@ -297,9 +297,9 @@ def test_what_is_not_a_matrix_of_products_stays(net: Net) -> None:
 @pytest.mark.parametrize(("kind", "value"), [("nf4", float("inf")), ("int8", 1e6)])
 def test_values_that_the_code_cannot_hold_are_named(net: Net, kind: str, value: float) -> None:
     with torch.no_grad():
-        net.query.weight[0, 0] = value
-    adapted = compile_net(net, quantise=None, sites="query")
-    with pytest.raises(ConfigError, match=rf"query\.weight cannot be kept as '{kind}': its unpacked values have"):
+        net.head.weight[0, 0] = value
+    adapted = compile_net(net, quantise=None, sites=("query", "head"))
+    with pytest.raises(ConfigError, match=rf"head\.weight cannot be kept as '{kind}': its unpacked values have"):
         adapted.quantise_base(kind)
     assert not find_packed_weights(adapted.module)
 
