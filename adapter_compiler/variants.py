@@ -28,6 +28,7 @@ from passes.fuse_adapters import FuseAdaptersPass
 from passes.insert_adapters import STORE_PREFIX, InsertAdaptersPass, find_adapted_sites
 from passes.lift_weights import LiftedGraph
 from passes.plan import AdapterPlan
+from passes.recognise_gelu import RecogniseGeluPass
 from passes.slim_activations import SlimActivationsPass
 from passes.verify import VerifyAdaptersPass
 
@@ -65,7 +66,7 @@ class AdapterContext:
             VerifyAdaptersPass(plan=self.plan),
         ]
         if self.fused:
-            passes += [FuseAdaptersPass(recompute=self.recompute), SlimActivationsPass()]
+            passes += [RecogniseGeluPass(), FuseAdaptersPass(recompute=self.recompute), SlimActivationsPass()]
         return PassManager(passes=passes)(graph_module).graph_module
 
 

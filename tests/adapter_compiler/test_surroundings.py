@@ -55,7 +55,7 @@ def run(adapted: ac.AdaptedModel, call: Callable[..., Tensor], x: Tensor) -> lis
     torch.manual_seed(1)
     adapted.zero_grad()
     y = call(x)
-    y.float().square().mean().backward()  # type: ignore[no-untyped-call]
+    y.float().square().mean().backward()
     return [y.detach(), *(p.grad.clone() for p in adapted.trainable_parameters() if p.grad is not None)]
 
 
@@ -67,8 +67,12 @@ def assert_close(found: list[Tensor], expected: list[Tensor], **tolerance: float
 
 def compiles(test: Callable[..., None]) -> Callable[..., None]:
     """Let pass what torch's compiler does to itself: it looks at ``grad`` of all tensors, and uses old names."""
-    test = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")(test)
-    return pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")(test)
+    for warning in (
+        "ignore:The .grad attribute of a Tensor:UserWarning",
+        "ignore:.*should not be instantiated:DeprecationWarning",
+    ):
+        test = pytest.mark.filterwarnings(warning)(test)
+    return test
 
 
 BACKENDS = [
@@ -94,6 +98,7 @@ def test_the_adapted_graph_compiles_whole(backend: str) -> None:
 
 
 @compiles
+@pytest.mark.slow
 def test_a_compiled_model_trains_through_compaction() -> None:
     ends = []
     for is_compiled in (False, True):

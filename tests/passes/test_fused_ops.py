@@ -155,7 +155,9 @@ def test_computing_x_again_changes_no_bit_and_keeps_less(again: str) -> None:
     h, scale, shift = make(6, 16), make(16), make(16)
     operands = make_site(7, 16, 3)
     recipe: Any = (
-        (aten.gelu.default, (h,)) if again == "gelu" else (aten.layer_norm.default, (h, [16], scale, shift, 1e-5))
+        (aten.gelu.default, (h,), {}, None)
+        if again == "gelu"
+        else (aten.layer_norm.default, (h, [16], scale, shift, 1e-5), {}, (6, 16))
     )
     found = []
     for use in (None, recipe):
@@ -198,7 +200,7 @@ def test_autocast_runs_adapters_as_it_runs_the_base(again: bool) -> None:
     h = make(5, 16, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         x = aten.gelu.default(h)
-        (y,) = fused_linears(x, (0.5,), *operands, again=(aten.gelu.default, (h,)) if again else None)
+        (y,) = fused_linears(x, (0.5,), *operands, again=(aten.gelu.default, (h,), {}, None) if again else None)
         (expected,) = write_out(x, (0.5,), *operands)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected, rtol=0.03, atol=0.1)
@@ -212,7 +214,7 @@ def test_second_derivatives_where_x_is_computed_again() -> None:
     operands = make_site(4, 5, 2)
 
     def run(h: Tensor, *operands: Tensor) -> Tensor:
-        (y,) = fused_linears(aten.gelu.default(h), (0.5,), *operands, again=(aten.gelu.default, (h,)))
+        (y,) = fused_linears(aten.gelu.default(h), (0.5,), *operands, again=(aten.gelu.default, (h,), {}, None))
         return y
 
     assert torch.autograd.gradgradcheck(run, (make(3, 5), *operands))
