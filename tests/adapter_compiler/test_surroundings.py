@@ -37,6 +37,7 @@ def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small activations take the operators of torch."""
     monkeypatch.setattr("passes.slim_ops._SMALL", 0)
     monkeypatch.setattr("passes.fused_ops._SMALL", 0)
+    monkeypatch.setattr("passes.fused_ops._FEW_ROWS", 0)
 
 
 def adapt(p: float = 0.0, **options: Any) -> ac.AdaptedModel:
