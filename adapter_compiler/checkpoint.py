@@ -181,7 +181,7 @@ def describe_plan(plan: AdapterPlan) -> dict[str, dict[str, Any]]:
             "scale": adapter.scale,
             "shape": list(adapter.site.shape),
             "transposed": adapter.site.transposed,
-            "rows": list(adapter.site.rows) if adapter.site.rows else None,
+            **({"rows": list(adapter.site.rows)} if adapter.site.rows else {}),
         }
         for adapter in plan
     }

@@ -30,6 +30,7 @@ from passes.lift_weights import LiftedGraph
 from passes.packed_weights import find_packed_weights
 from passes.plan import AdapterPlan
 from passes.quantise_weights import RecomputeWeightsPass
+from passes.recognise_gelu import RecogniseGeluPass
 from passes.slim_activations import SlimActivationsPass
 from passes.verify import VerifyAdaptersPass
 
@@ -67,7 +68,7 @@ class AdapterContext:
             VerifyAdaptersPass(plan=self.plan),
         ]
         if self.fused:
-            passes += [FuseAdaptersPass(recompute=self.recompute), SlimActivationsPass()]
+            passes += [RecogniseGeluPass(), FuseAdaptersPass(recompute=self.recompute), SlimActivationsPass()]
         if find_packed_weights(graph_module):
             passes.append(RecomputeWeightsPass())
         return PassManager(passes=passes)(graph_module).graph_module
@@ -93,7 +94,7 @@ class Variant:
 
     def run(self, call: ModuleCall, *, checkpointed: bool = False) -> Any:
         """What the module returns for ``call``."""
-        graph: Callable[..., Any] = self.adapted if torch.compiler.is_compiling() else self._lifted
+        graph: Callable[..., Any] = self.adapted if torch.compiler.is_compiling() else self.lifted
         if checkpointed and self.training and torch.is_grad_enabled():
             leaves = checkpoint(graph, *call.tensors, use_reentrant=False)
         else:
@@ -101,7 +102,8 @@ class Variant:
         return pytree.tree_unflatten(leaves, self.captured.output_spec)
 
     @functools.cached_property
-    def _lifted(self) -> LiftedGraph:
+    def lifted(self) -> LiftedGraph:
+        """The adapted graph with its weights as arguments, which is quicker to call."""
         return LiftedGraph(self.adapted)
 
 
@@ -174,6 +176,7 @@ class VariantCache:
         """Let the kept graphs read their adapters from the context's present store, which is built like the last."""
         for variant in self._variants.values():
             setattr(variant.adapted, STORE_PREFIX.rstrip("."), self._context.store)
+            variant.lifted.look_up(variant.adapted)
 
 
 def _describe(name: str, tensor: torch.Tensor) -> str:

@@ -10,7 +10,8 @@ import dataclasses
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -82,21 +83,48 @@ def measure_transient_bytes(step: Callable[[], None]) -> int:
     return highest
 
 
-def profile_parts(step: Callable[[], None], steps: int = 5) -> dict[str, float]:
-    """Shares of the time of a step of ours, by kind of work."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+def profile_parts(step: Callable[[], None], ranks: Collection[int], steps: int = 5) -> dict[str, float]:
+    """Shares of the time of a step of ours, by kind of work.
+
+    Args:
+        step: what is profiled.
+        ranks: sizes that only products with adapters have.
+        steps: how often it runs.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         for _ in range(steps):
             step()
-    averages = profile.key_averages()
+    averages = profile.key_averages(group_by_input_shape=True)
     total = sum(event.self_cpu_time_total for event in averages)
-    whole = {event.key: event.cpu_time_total for event in averages}
-    names = ("_FusedLinears", "_FusedUpdate", "_FusedLinearsBackward", "_FusedUpdateBackward")
-    fused = sum(whole.get(name, 0.0) for name in names)
-    stepping = sum(time for key, time in whole.items() if key.startswith("Optimizer.step#"))
-    kernel = sum(time for key, time in whole.items() if key.startswith("aten::_fused_adam"))
-    return {
-        "base layers with their adapters": fused / total,
-        "optimizer's kernel": kernel / total,
-        "scores, mask, regulariser and the hooks around the kernel": (stepping - kernel) / total,
-        "the rest of the model": (total - fused - stepping) / total,
-    }
+    parts: dict[str, float] = {}
+    for event in averages:
+        part = _name_part(event, ranks)
+        if part is not None:
+            parts[part] = parts.get(part, 0.0) + event.self_cpu_time_total
+    stepping = sum(e.cpu_time_total for e in averages if e.key.startswith("Optimizer.step#"))
+    parts["scores, mask, regulariser"] = stepping - parts.get("optimizer's kernel", 0.0)
+    parts["everything else"] = total - sum(parts.values())
+    return {name: time / total for name, time in parts.items()}
+
+
+def _name_part(event: Any, ranks: Collection[int]) -> str | None:
+    """The kind of work of a kernel."""
+    if event.key in ("aten::mm", "aten::addmm", "aten::addmm_"):
+        sizes = {size for shape in event.input_shapes for size in shape}
+        return "products with adapters" if sizes.intersection(ranks) else "products with frozen weights"
+    return next((part for part, keys in _KERNELS.items() if event.key in keys), None)
+
+
+_KERNELS = {
+    "attention": (
+        "aten::_softmax",
+        "aten::_softmax_backward_data",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+        "aten::baddbmm",
+        "aten::bmm",
+    ),
+    "random numbers": ("aten::bernoulli_",),
+    "activation functions": ("aten::gelu", "aten::gelu_backward", "aten::tanh", "aten::tanh_backward"),
+    "optimizer's kernel": ("aten::_fused_adamw_",),
+}

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from measure import CLOCKS, Timing, measure_live_bytes, measure_times, measure_transient_bytes, profile_parts
 from training_contenders import (
+    RANK,
     Contender,
     Workload,
     make_compacted,
@@ -124,7 +125,7 @@ def run(key: str, rounds: int, clock: Callable[[], float]) -> Result:
     fair = make_peft_lora_with_ranks(work, compacted.ranks())
     contenders[fair.name] = fair
     timing = measure_times({name: one.step for name, one in contenders.items()}, rounds, clock)
-    parts = profile_parts(contenders["ours"].step)
+    parts = profile_parts(contenders["ours"].step, [RANK * n for n in range(1, 5)])
     result = Result(key=key, name=work.name, timing=timing, memory=memory, parts=parts)
     print("\n".join(write_section(result)), flush=True)
     return result

@@ -3,7 +3,7 @@
     linear(x, W, b), addmm(b, x, W), mm, matmul, + svd(x)   →  fused_linears(x, …)[0]
     the same for several weights that read one x            →  fused_linears(x, …)[0], [1], …
     any other product y with W, + svd(x)                    →  fused_update(y, x, …)
-    with ``recompute``, where x = gelu(h), silu(h) or layer_norm(h, …)
+    with ``recompute``, where x = gelu(h), silu(h) or layer_norm(h, …), or a view of it
                                                             →  fused_linears(x, …, again=(gelu, h))
 
 The same for LoRA, which is the SVD form without λ: P = B and Q = A. Refused, and left as inserted: adapters in
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterator
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import GraphModule, Node
@@ -170,7 +170,7 @@ def _fuse_linears(group: list[_Insertion], *, recompute: bool) -> None:
                 weight = graph.call_function(aten.t.default, (weight,))
                 weight.meta["adapter_site"] = one.total.meta["adapter_site"]
             operands += [weight, product.bias, one.P, one.lam, one.Q]
-        again = (x.target, x.args) if recompute and x.target in _CHEAP and not x.kwargs else None
+        again = _find_again(x) if recompute else None
         scales = tuple(one.scale for one in group)
         fused = graph.call_function(fused_linears, (x, scales, *operands), {"again": again} if again else {})
         outputs = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(group))]
@@ -179,6 +179,14 @@ def _fuse_linears(group: list[_Insertion], *, recompute: bool) -> None:
         _stand_in(one, output)
         if not one.output.users:
             graph.erase_node(one.output)
+
+
+def _find_again(x: Node) -> tuple[Any, ...] | None:
+    """How x is computed once more, if that is cheap; it may be a view of what is."""
+    shape = None
+    if x.target is aten.view.default and isinstance(x.args[0], Node):
+        x, shape = x.args[:2]  # type: ignore[assignment]
+    return (x.target, x.args, dict(x.kwargs), shape) if x.target in _CHEAP else None
 
 
 def _fuse_update(one: _Insertion) -> None:

@@ -14,7 +14,7 @@ the plain formula, so that it can be differentiated again (models whose forward 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,15 +22,21 @@ import torch
 #: Operands of one site in :func:`fused_linears`: weight, bias, P, λ, Q. λ is ``None`` for LoRA: P = B, Q = A.
 OPERANDS_PER_SITE = 5
 
+#: A function, its arguments, those by name, and the shape that the result is viewed in.
+Again = tuple[Callable[..., torch.Tensor], Sequence[Any], Mapping[str, Any], Sequence[int] | None]
+
 #: Elements below which keeping x costs nothing that is worth another call.
 _SMALL = 1 << 15
+
+#: Rows below which torch's own operators are faster (measured on a CPU: equal at about 100).
+_FEW_ROWS = 64
 
 
 def fused_linears(
     x: torch.Tensor,
     scales: Sequence[float],
     *operands: torch.Tensor | None,
-    again: tuple[Callable[..., torch.Tensor], Sequence[Any]] | None = None,
+    again: Again | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """y_i = x W_iᵀ + b_i + s_i ((x Q_iᵀ) ∘ λ_i) P_iᵀ for sites that read the same x.
 
@@ -38,20 +44,35 @@ def fused_linears(
         x: [..., in].
         scales: s of each site.
         operands: for each site W [out, in], b [out] or ``None``, P [out, r], λ [r] or ``None``, Q [r, in].
-        again: a function and arguments that give x once more, from tensors that are kept for backward
-            anyway; x itself is then not kept. Under autocast, which backward does not repeat, it is, and so is
-            a small one.
+        again: what gives x once more, from tensors that are kept for backward anyway: a function, its arguments,
+            those by name, and the shape of x if it is another than the result's; x itself is then not kept. Under
+            autocast, which backward does not repeat, it is, and so is a small one.
 
     Returns:
         One tensor [..., out] a site.
     """
-    if again is not None and (torch.is_autocast_enabled(x.device.type) or _is_small(x)):
+    is_compiling, is_autocast = torch.compiler.is_compiling(), torch.is_autocast_enabled(x.device.type)
+    if not is_compiling and not is_autocast and x.numel() < _FEW_ROWS * x.shape[-1] and _is_of_one_dtype(x, operands):
+        return _separate_linears(x, scales, operands)
+    if is_autocast or (not is_compiling and x.numel() < _SMALL):
         again = None
     return _FusedLinears.apply(x, tuple(scales), again, *operands)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def _is_small(x: torch.Tensor) -> bool:
-    return not torch.compiler.is_compiling() and x.numel() < _SMALL
+def _separate_linears(
+    x: torch.Tensor, scales: Sequence[float], operands: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
+    """The same by torch's own operators: for few rows, their backward in C++ outweighs that it is more kernels."""
+    rows, outputs = _as_rows(x), []
+    for (W, b, P, lam, Q), scale in zip(_by_site(operands), scales, strict=True):
+        hidden = torch.nn.functional.linear(rows, Q) * lam
+        output = torch.addmm(torch.nn.functional.linear(rows, W, b), hidden, P.t(), alpha=scale)
+        outputs.append(output if x.dim() == 2 else _with_shape(output, (*x.shape[:-1], output.shape[-1])))
+    return tuple(outputs)
+
+
+def _is_of_one_dtype(x: torch.Tensor, operands: Sequence[torch.Tensor | None]) -> bool:
+    return all(operand is None or operand.dtype == x.dtype for operand in operands)
 
 
 def fused_update(
@@ -67,7 +88,7 @@ class _FusedLinears(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         scales: tuple[float, ...],
-        again: tuple[Callable[..., torch.Tensor], Sequence[Any]] | None,
+        again: Again | None,
         *operands: torch.Tensor | None,
     ) -> Any:
         sites = _by_site(operands)
@@ -79,9 +100,7 @@ class _FusedLinears(torch.autograd.Function):
         ctx.save_for_backward(hidden, lambdas, *operands, *sources)
         ctx.scales = scales
         ctx.shape = x.shape
-        ctx.again = (
-            None if again is None else (again[0], [_Place if isinstance(a, torch.Tensor) else a for a in again[1]])
-        )
+        ctx.again = None if again is None else _without_tensors(again)
         if x.dim() == 2:
             return tuple(outputs)
         leading = x.shape[:-1]
@@ -120,13 +139,17 @@ class _Place:
     """Stands for a tensor among the arguments of a function to be called again."""
 
 
-def _recompute(again: tuple[Callable[..., torch.Tensor], Sequence[Any]] | None, saved: Sequence[Any]) -> torch.Tensor:
+def _without_tensors(again: Again) -> Again:
+    function, arguments, options, shape = again
+    return function, [_Place if isinstance(a, torch.Tensor) else a for a in arguments], options, shape
+
+
+def _recompute(again: Again, saved: Sequence[Any]) -> torch.Tensor:
     """X as it was in forward."""
-    if again is None:
-        return saved[0]  # type: ignore[no-any-return]
-    function, arguments = again
+    function, arguments, options, shape = again
     tensors = iter(saved)
-    return function(*(next(tensors) if argument is _Place else argument for argument in arguments))
+    x: torch.Tensor = function(*(next(tensors) if a is _Place else a for a in arguments), **options)
+    return x if shape is None else x.view(shape)
 
 
 class _FusedUpdate(torch.autograd.Function):

@@ -25,14 +25,19 @@ class LiftedGraph:
         """Lift the parameters and buffers that ``graph_module`` reads now."""
         graph: Graph = copy.deepcopy(graph_module.graph)
         lifted = [node for node in graph.find_nodes(op="get_attr") if _is_tensor(graph_module, str(node.target))]
-        self._holders = [_find_holder(graph_module, str(node.target)) for node in lifted]
-        self._slots = [(_find_slots(owner, name), name) for owner, name in self._holders]
+        self._paths = [str(node.target) for node in lifted]
+        self.look_up(graph_module)
         _make_arguments(graph, lifted)
         self._forward = GraphModule(graph_module, graph).forward
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         """What the graph module returns."""
         return self._forward(*self._read(), *tensors)
+
+    def look_up(self, graph_module: GraphModule) -> None:
+        """Find the modules that hold the tensors again, because some of them were exchanged."""
+        self._holders = [_find_holder(graph_module, path) for path in self._paths]
+        self._slots = [(_find_slots(owner, name), name) for owner, name in self._holders]
 
     def _read(self) -> Sequence[Any]:
         try:

@@ -37,6 +37,7 @@ def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small activations take the operators of torch."""
     monkeypatch.setattr("passes.slim_ops._SMALL", 0)
     monkeypatch.setattr("passes.fused_ops._SMALL", 0)
+    monkeypatch.setattr("passes.fused_ops._FEW_ROWS", 0)
 
 
 def adapt(p: float = 0.0, **options: Any) -> ac.AdaptedModel:
@@ -55,7 +56,7 @@ def run(adapted: ac.AdaptedModel, call: Callable[..., Tensor], x: Tensor) -> lis
     torch.manual_seed(1)
     adapted.zero_grad()
     y = call(x)
-    y.float().square().mean().backward()  # type: ignore[no-untyped-call]
+    y.float().square().mean().backward()
     return [y.detach(), *(p.grad.clone() for p in adapted.trainable_parameters() if p.grad is not None)]
 
 
@@ -67,8 +68,12 @@ def assert_close(found: list[Tensor], expected: list[Tensor], **tolerance: float
 
 def compiles(test: Callable[..., None]) -> Callable[..., None]:
     """Let pass what torch's compiler does to itself: it looks at ``grad`` of all tensors, and uses old names."""
-    test = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")(test)
-    return pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")(test)
+    for warning in (
+        "ignore:The .grad attribute of a Tensor:UserWarning",
+        "ignore:.*should not be instantiated:DeprecationWarning",
+    ):
+        test = pytest.mark.filterwarnings(warning)(test)
+    return test
 
 
 BACKENDS = [
@@ -94,6 +99,7 @@ def test_the_adapted_graph_compiles_whole(backend: str) -> None:
 
 
 @compiles
+@pytest.mark.slow
 def test_a_compiled_model_trains_through_compaction() -> None:
     ends = []
     for is_compiled in (False, True):

@@ -43,6 +43,7 @@ def draw_operands() -> tuple[Tensor, ...]:
 def seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr("passes.fused_ops._SMALL", 0)
+    monkeypatch.setattr("passes.fused_ops._FEW_ROWS", 0)
 
 
 def update(y: Tensor, x: Tensor, P: Tensor, lam: Tensor, Q: Tensor) -> Tensor:
@@ -184,7 +185,9 @@ def test_computing_x_again_changes_no_bit_and_keeps_less(again: str) -> None:
     h, scale, shift = make(6, 16), make(16), make(16)
     operands = make_site(7, 16, 3)
     recipe: Any = (
-        (aten.gelu.default, (h,)) if again == "gelu" else (aten.layer_norm.default, (h, [16], scale, shift, 1e-5))
+        (aten.gelu.default, (h,), {}, None)
+        if again == "gelu"
+        else (aten.layer_norm.default, (h, [16], scale, shift, 1e-5), {}, (6, 16))
     )
     found = []
     for use in (None, recipe):
@@ -227,7 +230,7 @@ def test_autocast_runs_adapters_as_it_runs_the_base(again: bool) -> None:
     h = make(5, 16, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         x = aten.gelu.default(h)
-        (y,) = fused_linears(x, (0.5,), *operands, again=(aten.gelu.default, (h,)) if again else None)
+        (y,) = fused_linears(x, (0.5,), *operands, again=(aten.gelu.default, (h,), {}, None) if again else None)
         (expected,) = write_out(x, (0.5,), *operands)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected, rtol=0.03, atol=0.1)
@@ -241,7 +244,31 @@ def test_second_derivatives_where_x_is_computed_again() -> None:
     operands = make_site(4, 5, 2)
 
     def run(h: Tensor, *operands: Tensor) -> Tensor:
-        (y,) = fused_linears(aten.gelu.default(h), (0.5,), *operands, again=(aten.gelu.default, (h,)))
+        (y,) = fused_linears(aten.gelu.default(h), (0.5,), *operands, again=(aten.gelu.default, (h,), {}, None))
         return y
 
     assert torch.autograd.gradgradcheck(run, (make(3, 5), *operands))
+
+
+@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16)])
+def test_few_rows_by_torchs_operators_are_the_same(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = [*make_site(9, 16, 3), *make_site(4, 16, 2)]
+    x = make(*shape)
+    found = []
+    for few in (0, 64):
+        monkeypatch.setattr("passes.fused_ops._FEW_ROWS", few)
+        outputs = fused_linears(x, SCALES, *operands)
+        found.append(
+            [*outputs, *torch.autograd.grad(torch.stack([y.square().sum() for y in outputs]).sum(), [x, *operands])]
+        )
+    assert [y.shape for y in found[1][:2]] == [(*shape[:-1], 9), (*shape[:-1], 4)]
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_zero_lambda_with_few_rows_is_the_base_layer_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("passes.fused_ops._FEW_ROWS", 64)
+    W, b, P, lam, Q = make_site(9, 16, 3, dtype=torch.float32)
+    x = make(5, 16, dtype=torch.float32)
+    (y,) = fused_linears(x, (0.5,), W, b, P, torch.zeros_like(lam), Q)
+    assert torch.equal(y, torch.nn.functional.linear(x, W, b))
+    y.add_(1)  # not a view that autograd protects
