@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import passes as _passes
 
 if not getattr(_passes, "ADAPTER_COMPILER_PASSES", False):
@@ -18,13 +20,19 @@ from adapter_compiler.compiler import compile_with_adapters
 from adapter_compiler.config import AdapterConfig
 from adapter_compiler.errors import AdapterCompilerError
 from adapter_compiler.initialise import DataStart, InitialisationReport, initialise_adapters
-from adapter_compiler.onnx import ExportReport, OnnxAdapters, export_onnx, save_onnx_adapter
+from adapter_compiler.lazy import import_on_demand
 from adapter_compiler.realign import Realigner, rediagonalise
 from adapter_compiler.report.ranks import plot_ranks
 from adapter_compiler.static_allocation import StaticAllocation, allocate_ranks
 from adapter_compiler.training_state import load_training_state, save_training_state
 from passes.plan import AdapterPlan
 from passes.rules import AdapterRule
+
+if TYPE_CHECKING:
+    from adapter_compiler.onnx import ExportReport, OnnxAdapters, export_onnx, save_onnx_adapter
+else:
+    _ONNX = ("ExportReport", "OnnxAdapters", "export_onnx", "save_onnx_adapter")
+    __getattr__ = import_on_demand(__name__, dict.fromkeys(_ONNX, "adapter_compiler.onnx"))
 
 __all__ = [
     "AdaptedModel",
@@ -52,3 +60,7 @@ __all__ = [
     "save_onnx_adapter",
     "save_training_state",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import xml.etree.ElementTree
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import adapter_compiler as ac
+from adapter_compiler.cli import app
 from tests.documents import ROOT, find_links, read_blocks, read_python
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(str(f.relative_to(ROOT)) for f in sorted(ROOT.glob("docs/*.md")))]
@@ -74,6 +77,23 @@ def test_the_code_about_choosing_sites_runs() -> None:
     scope: dict[str, Any] = {"__name__": "choosing_sites"}
     exec(compile(read_python("docs/choosing_sites.md"), "docs/choosing_sites.md", "exec", dont_inherit=True), scope)
     assert scope["text"].startswith("{")
+
+
+@pytest.mark.slow
+def test_the_code_and_the_commands_about_deploying_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = read_blocks("docs/deploying.md")
+    (tmp_path / "my_model.py").write_text(blocks[0].text, encoding="utf-8")
+    scope: dict[str, Any] = {"__name__": "deploying"}
+    exec(compile(read_python("docs/deploying.md"), "docs/deploying.md", "exec", dont_inherit=True), scope)
+    fields = re.findall(r"^\| `(.*)` \|", (ROOT / "docs/deploying.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert all(hasattr(scope["report"], name) for names in fields for name in names.split("`, `"))
+    (commands,) = (block.text.splitlines() for block in blocks if block.language == "sh")
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "adapter-compiler"
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, (command, result.output)
 
 
 def test_the_readme_lists_every_public_name() -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import adapter_compiler
+import adapter_compiler.onnx
+
 ROOT = Path(__file__).parent.parent
 ALLOWED_IN_PASSES = {"networkx", "numpy", "onnx", "passes", "torch"} | sys.stdlib_module_names
 OPTIONAL = {"accelerate", "bitsandbytes", "lightning", "peft", "sklearn", "transformers"}
@@ -33,3 +36,20 @@ def test_import_loads_no_optional_library() -> None:
     code = f"import sys, adapter_compiler; print(*sorted({OPTIONAL!r} & sys.modules.keys()))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert loaded.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("module", ["adapter_compiler", "adapter_compiler.cli", "adapter_compiler.interop.fold_files"])
+def test_what_only_exports_is_imported_on_demand(module: str) -> None:
+    """Folding a checkpoint is to take little memory, of which imports are the largest part."""
+    heavy = {"matplotlib", "onnx_ir", "onnxruntime", "onnxscript"}
+    code = f"import sys, {module}; print(*sorted({heavy!r} & sys.modules.keys()))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert loaded.stdout.strip() == ""
+
+
+def test_names_that_are_imported_on_demand_are_there() -> None:
+    for package in (adapter_compiler, adapter_compiler.onnx):
+        assert all(getattr(package, name) is not None for name in package.__all__)
+    assert set(adapter_compiler.__all__) <= set(dir(adapter_compiler))
+    with pytest.raises(AttributeError, match="module 'adapter_compiler' has no attribute 'export_onxx'"):
+        adapter_compiler.export_onxx  # type: ignore[attr-defined]  # noqa: B018

@@ -70,7 +70,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             if path.stat().st_size != wanted:
                 raise ValueError(f"it has {path.stat().st_size} bytes, its header describes {wanted}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a safetensors file: {error}; expected a whole one; fetch or save it again"
+        ) from error
     return header, start
 
 

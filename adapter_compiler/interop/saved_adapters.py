@@ -157,7 +157,9 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a safetensors file: {error}; expected a whole one; save it again"
+        ) from error
 
 
 def find_form(name: str) -> AdapterForm:

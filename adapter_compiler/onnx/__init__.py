@@ -1,10 +1,27 @@
 """Export to ONNX, verified on onnxruntime."""
 
-from adapter_compiler.onnx.adapter_file import save_onnx_adapter
-from adapter_compiler.onnx.export import export_onnx
-from adapter_compiler.onnx.report import ExportAttempt, ExportReport, OutputError
-from adapter_compiler.onnx.session import OnnxAdapters
-from adapter_compiler.onnx.verify_model import FileVerification, verify_onnx
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapter_compiler.lazy import import_on_demand
+
+if TYPE_CHECKING:
+    from adapter_compiler.onnx.adapter_file import save_onnx_adapter
+    from adapter_compiler.onnx.export import export_onnx
+    from adapter_compiler.onnx.report import ExportAttempt, ExportReport, OutputError
+    from adapter_compiler.onnx.session import OnnxAdapters
+    from adapter_compiler.onnx.verify_model import FileVerification, verify_onnx
+else:
+    _MODULES = {
+        "adapter_file": ("save_onnx_adapter",),
+        "export": ("export_onnx",),
+        "report": ("ExportAttempt", "ExportReport", "OutputError"),
+        "session": ("OnnxAdapters",),
+        "verify_model": ("FileVerification", "verify_onnx"),
+    }
+    _PLACES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+    __getattr__ = import_on_demand(__name__, _PLACES)
 
 __all__ = [
     "ExportAttempt",

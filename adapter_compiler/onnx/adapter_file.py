@@ -99,7 +99,8 @@ def read_adapter_file(path: str | Path) -> dict[str, torch.Tensor]:
         return {name: from_ort_value(value) for name, value in values.items()}
     except Exception as error:  # onnxruntime raises plain RuntimeErrors
         raise CheckpointError(
-            f"{path} cannot be read as an .onnx_adapter file: {' '.join(str(error).split())}"
+            f"{path} cannot be read as an .onnx_adapter file: {' '.join(str(error).split())}; expected a whole one; "
+            "save it again"
         ) from error
 
 

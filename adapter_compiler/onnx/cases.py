@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from adapter_compiler.onnx.inputs import find_open_dimensions, resize_call
+from adapter_compiler.onnx.inputs import find_open_dimensions, resize_call, spell_names
 from passes.calls import ModuleCall, split_call
 from passes.capture import DimensionBound
 
@@ -20,6 +20,8 @@ DRAWS = 3
 _DRAWS_FOR_TRACES = 8
 #: Where the tracer warned of frozen values, inputs beyond the example's range must agree as well.
 _FACTORS_FOR_FROZEN = (-1.0, 10.0, -10.0)
+#: Inputs that a case's name lists one by one.
+_KEPT_IN_A_NAME = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,8 @@ class VerificationCase:
     """One input.
 
     Attributes:
-        name: ``example``, ``batch 5``, ``dimension 1 of size 9``, ``random values 1``.
+        name: ``example``, ``batch 5``, ``dimension 1 of size 9``, ``random values 1``; where some inputs could not
+            follow, ``batch 5 (image kept at 2)``.
         call: the arguments.
         fallback: milder arguments, for a model that refuses ``call`` or gives no finite values for it.
     """
@@ -56,8 +59,10 @@ def find_cases(
     yield VerificationCase(name="example", call=call)
     for dimension, size in find_open_dimensions(call, bounds):
         other = size + 1 if size > 1 else 3
+        resized = resize_call(call, bounds, dimension, size, other)
+        kept = _spell_kept(call, resized, bounds, dimension, size)
         name = "batch" if dimension == 0 else f"dimension {dimension} of size"
-        yield VerificationCase(name=f"{name} {other}", call=resize_call(call, bounds, dimension, size, other))
+        yield VerificationCase(name=f"{name} {other}{kept}", call=resized)
     if not call.tensors:
         return
     generator = torch.Generator().manual_seed(0)
@@ -111,6 +116,23 @@ def shuffle_call(call: ModuleCall, generator: torch.Generator) -> ModuleCall:
         return tensor
 
     return _replace_tensors(call, reorder)
+
+
+def _spell_kept(
+    call: ModuleCall, resized: ModuleCall, bounds: Sequence[Sequence[DimensionBound]], dimension: int, size: int
+) -> str:
+    """Which inputs did not follow, of those that have the same dimension: a batch, the same size, or an open one."""
+    inputs = zip(spell_names(call.names), call.tensors, resized.tensors, bounds, strict=True)
+    kept = [
+        f"{name} kept at {before.shape[dimension]}"
+        for name, before, after, bound in inputs
+        if before.dim() > dimension
+        and before.shape[dimension] == after.shape[dimension]
+        and (dimension == 0 or before.shape[dimension] == size or bound[dimension].symbol is not None)
+    ]
+    if len(kept) > _KEPT_IN_A_NAME:
+        kept = [kept[0], f"{len(kept) - 1} more"]
+    return f" ({', '.join(kept)})" if kept else ""
 
 
 def _is_flag(tensor: torch.Tensor) -> bool:

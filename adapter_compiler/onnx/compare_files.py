@@ -77,7 +77,7 @@ def read_input_ranges(path: Path, other: str | Path | None = None) -> Mapping[st
     """
     for candidate in (path, *([] if other is None else [Path(other)])):
         try:
-            ranges: Mapping[str, Any] = read_metadata(InitializerFile(candidate).model, candidate.name)["inputs"]
+            ranges: Mapping[str, Any] = read_metadata(InitializerFile(candidate).header, candidate.name)["inputs"]
             return ranges
         except ExportError:
             continue

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import onnx
 import torch
 
 from adapter_compiler.errors import CheckpointError, ExportError
 from adapter_compiler.onnx.initializers import InitializerFile
-from adapter_compiler.onnx.metadata import read_metadata, set_metadata
+from adapter_compiler.onnx.metadata import copy_with_metadata, read_metadata
 from passes.plan import AdapterPlan
 
 
@@ -60,16 +61,15 @@ def fold_onnx(
         CheckpointError: base and adapters do not belong together.
     """
     source = InitializerFile(base)
-    description = read_metadata(source.model, base.name)
+    description = read_metadata(source.header, base.name)
     if description["adapters"] == "merged":
         raise ExportError(f"{base.name} already has adapters merged into it; fold into an export of the base model")
     adapted = saved.plan.by_weight
     weights = _find_targets(description["weights"], saved, base)
-    shutil.copyfile(base, draft)
-    for name in source.external_files():
-        shutil.copyfile(base.parent / name, draft.parent / name)
+    ranks = {site: adapter.planned.rank for site, adapter in saved.adapters.items()}
+    copy_with_metadata(base, draft, {**description, "adapters": "merged", "ranks": ranks})
+    _copy_external_data(source.external_files(), base, draft)
     file = InitializerFile(draft)
-    _rename_external_data(file, draft, base.name)
     for done, (name, initializer) in enumerate(weights.items(), 1):
         old = file.read(initializer)
         if name in adapted:
@@ -78,9 +78,6 @@ def fold_onnx(
             _replace(file, initializer, saved.tensor(saved.replacements[name]), old)
         if progress is not None:
             progress(name, done, len(weights))
-    ranks = {site: adapter.planned.rank for site, adapter in saved.adapters.items()}
-    set_metadata(file.model, {**description, "adapters": "merged", "ranks": ranks})
-    file.save()
     return list(weights)
 
 
@@ -110,10 +107,19 @@ def _replace(file: InitializerFile, name: str, values: torch.Tensor, old: torch.
     file.write(name, values)
 
 
-def _rename_external_data(file: InitializerFile, draft: Path, base_name: str) -> None:
-    """External data is named after the file, so that folding twice in one folder overwrites nothing."""
-    for name in file.external_files():
-        wanted = draft.name + name.removeprefix(base_name) if name.startswith(base_name) else f"{draft.name}.{name}"
-        if wanted != name:
-            (draft.parent / name).rename(draft.parent / wanted)
-            file.rename_external(name, wanted)
+def _copy_external_data(names: Collection[str], base: Path, draft: Path) -> None:
+    """Under names of the new file, so that folding twice in one folder overwrites nothing."""
+    if not names:
+        return
+    wanted = {
+        name: draft.name + (name.removeprefix(base.name) if name.startswith(base.name) else "." + Path(name).name)
+        for name in names
+    }
+    for name, other in wanted.items():
+        shutil.copyfile(base.parent / name, draft.parent / other)
+    model = onnx.load(draft, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = wanted[entry.value]
+    onnx.save(model, draft)

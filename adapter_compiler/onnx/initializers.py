@@ -1,13 +1,16 @@
 """Read and overwrite single initializers of an ONNX file without loading the others.
 
-Weights stand in the file itself or, for large models, at an offset in a file beside it; either way one weight
-at a time is in memory.
+Weights stand in the file itself or, for large models, in a file beside it. Either way the place of each one's
+bytes is known, and one weight at a time is in memory.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy
 import onnx
@@ -15,6 +18,7 @@ import torch
 from onnx import TensorProto
 
 from adapter_compiler.errors import ExportError
+from adapter_compiler.onnx.wire import Field, read_range, walk_fields
 
 _DTYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
@@ -35,23 +39,24 @@ class InitializerFile:
 
     Attributes:
         path: the file.
-        model: its graph; weights that stand beside it are not loaded.
+        header: the model without its graph: versions and metadata.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the graph.
+        """Find the weights.
 
         Raises:
             ExportError: the file is missing or no ONNX model.
         """
         self.path = path
+        self.header = onnx.ModelProto()
+        self._tensors: dict[str, onnx.TensorProto] = {}
+        self._places: dict[str, _Place] = {}
         try:
-            self.model = onnx.load(path, load_external_data=False)
+            with path.open("rb") as file:
+                self._read_model(file)
         except Exception as error:  # protobuf and the file system raise unrelated types
-            raise ExportError(f"{path} cannot be read as an ONNX model: {error}") from error
-        if not self.model.HasField("graph"):
-            raise ExportError(f"{path} cannot be read as an ONNX model: it has no graph; expected a whole file")
-        self._tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
+            raise ExportError(f"{path} cannot be read as an ONNX model: {error}; expected a whole file") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -69,67 +74,87 @@ class InitializerFile:
 
     def external_files(self) -> set[str]:
         """Names of the files beside this one that hold weights."""
-        return {place[0] for tensor in self._tensors.values() if (place := _find_place(tensor)) is not None}
-
-    def rename_external(self, old: str, new: str) -> None:
-        """Let the weights that stand in the file ``old`` be looked for in ``new``."""
-        for tensor in self._tensors.values():
-            for entry in tensor.external_data:
-                if entry.key == "location" and entry.value == old:
-                    entry.value = new
+        beside = {place.file for place in self._places.values()} - {self.path}
+        return {file.relative_to(self.path.parent).as_posix() for file in beside}
 
     def read(self, name: str) -> torch.Tensor:
-        """A copy of a weight."""
-        tensor, dtype = self._tensors[name], self.dtype(name)
+        """A copy of a weight.
+
+        Raises:
+            ExportError: the file ends before the weight does.
+        """
+        dtype, place = self.dtype(name), self._places.get(name)
         assert dtype is not None
-        place = _find_place(tensor)
-        if place is None and not tensor.HasField("raw_data"):
-            return torch.from_numpy(numpy.array(onnx.numpy_helper.to_array(tensor)))
-        data = bytearray(tensor.raw_data if place is None else self._read_beside(*place))
-        if not data:
+        if place is None:
+            return torch.from_numpy(numpy.array(onnx.numpy_helper.to_array(self._tensors[name])))
+        if not place.length:
             return torch.empty(self.shape(name), dtype=dtype)
+        try:
+            with place.file.open("rb") as file:
+                data = read_range(file, place.offset, place.offset + place.length)
+        except ValueError as error:
+            raise ExportError(f"{place.file}, which holds the weight {name}, is truncated: {error}") from error
         return torch.frombuffer(data, dtype=dtype).reshape(self.shape(name))
 
     def write(self, name: str, values: torch.Tensor) -> None:
-        """Replace a weight by one of its shape and dtype; what stands in the file itself waits for :meth:`save`."""
-        tensor = self._tensors[name]
-        place = _find_place(tensor)
-        data = to_buffer(values)
+        """Overwrite a weight by one of its shape and dtype.
+
+        Raises:
+            ExportError: its values do not stand in the file as plain bytes.
+        """
+        place, data = self._places.get(name), to_buffer(values)
         if place is None:
-            tensor.ClearField("float_data")
-            tensor.ClearField("double_data")
-            tensor.ClearField("int32_data")
-            tensor.raw_data = bytes(data)
-            return
-        location, offset, length = place
-        if len(data) != length:
-            raise ExportError(f"{self.path}: {name} takes {length} bytes, the new values {len(data)}")
-        with (self.path.parent / location).open("r+b") as file:
-            file.seek(offset)
+            raise ExportError(
+                f"{self.path}: the values of {name} do not stand there as plain bytes (raw_data), so they cannot be "
+                "overwritten; expected a file as export_onnx writes it; export it again"
+            )
+        if len(data) != place.length:
+            raise ExportError(f"{self.path}: {name} takes {place.length} bytes, the new values {len(data)}")
+        with place.file.open("r+b") as file:
+            file.seek(place.offset)
             file.write(data)
 
-    def save(self) -> None:
-        """Write the graph back."""
-        onnx.save(self.model, self.path)
+    def _read_model(self, file: BinaryIO) -> None:
+        end = file.seek(0, io.SEEK_END)
+        graphs = 0
+        for field in walk_fields(file, 0, end):
+            if field.number == onnx.ModelProto.GRAPH_FIELD_NUMBER:
+                graphs += 1
+                for part in walk_fields(file, field.begin, field.end):
+                    if part.number == onnx.GraphProto.INITIALIZER_FIELD_NUMBER:
+                        self._add_tensor(file, part)
+            else:
+                self.header.MergeFromString(bytes(read_range(file, field.start, field.end)))
+        if not graphs:
+            raise ValueError("it has no graph")
 
-    def _read_beside(self, location: str, offset: int, length: int) -> bytes:
-        with (self.path.parent / location).open("rb") as file:
-            file.seek(offset)
-            data = file.read(length)
-        if len(data) != length:
-            raise ExportError(f"{self.path.parent / location} ends after {offset + len(data)} bytes; it is truncated")
-        return data
+    def _add_tensor(self, file: BinaryIO, field: Field) -> None:
+        """Read all of a tensor but its values, and note where those are."""
+        tensor, place = TensorProto(), None
+        for part in walk_fields(file, field.begin, field.end):
+            if part.number == TensorProto.RAW_DATA_FIELD_NUMBER:
+                place = _Place(file=self.path, offset=part.begin, length=part.end - part.begin)
+            else:
+                tensor.MergeFromString(bytes(read_range(file, part.start, part.end)))
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            beside = self.path.parent / entries["location"]
+            place = _Place(file=beside, offset=int(entries.get("offset", 0)), length=int(entries.get("length", 0)))
+        self._tensors[tensor.name] = tensor
+        if place is not None:
+            self._places[tensor.name] = place
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where the bytes of a weight are."""
+
+    file: Path
+    offset: int
+    length: int
 
 
 def to_buffer(values: torch.Tensor) -> memoryview:
     """The elements of a tensor, row by row, as they stand in files; nothing is copied if they lie so in memory."""
     flat = values.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def _find_place(tensor: onnx.TensorProto) -> tuple[str, int, int] | None:
-    """``(file, offset, length)`` of a tensor that stands beside the graph."""
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return None
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    return entries["location"], int(entries.get("offset", 0)), int(entries.get("length", 0))

@@ -17,6 +17,7 @@ import torch
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import ExportError
+from adapter_compiler.onnx.wire import copy_range, read_range, walk_fields
 from passes.calls import ModuleCall
 
 #: Key of the entry in the model's ``metadata_props``.
@@ -72,6 +73,20 @@ def write_metadata(path: Path, description: Mapping[str, Any]) -> None:
     model = onnx.load(path, load_external_data=False)
     set_metadata(model, description)
     onnx.save(model, path)
+
+
+def copy_with_metadata(source: Path, target: Path, description: Mapping[str, Any]) -> None:
+    """Copy a file under another description, a piece at a time; its graph is not parsed."""
+    entry = onnx.ModelProto()
+    set_metadata(entry, description)
+    with source.open("rb") as old, target.open("wb") as new:
+        for field in walk_fields(old, 0, source.stat().st_size):
+            if field.number == onnx.ModelProto.METADATA_PROPS_FIELD_NUMBER:
+                kept = onnx.StringStringEntryProto.FromString(bytes(read_range(old, field.begin, field.end)))
+                if kept.key == METADATA_KEY:
+                    continue
+            copy_range(old, new, field.start, field.end)
+        new.write(entry.SerializeToString())
 
 
 def set_metadata(model: onnx.ModelProto, description: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnxruntime
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from adapter_compiler.onnx.bisect import describe_first_departure
 from adapter_compiler.onnx.cases import DRAWS, VerificationCase, choose_variety, find_cases
 from adapter_compiler.onnx.compare_files import check_file
 from adapter_compiler.onnx.exportable import NamedOutputs, prepare_call
+from adapter_compiler.onnx.initializers import InitializerFile
 from adapter_compiler.onnx.inputs import spell_names
 from adapter_compiler.onnx.metadata import read_metadata
 from adapter_compiler.onnx.report import OutputError
@@ -98,7 +98,7 @@ def verify_onnx(
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        return read_metadata(onnx.load(path, load_external_data=False), path.name)
+        return read_metadata(InitializerFile(path).header, path.name)
     except ExportError:
         return {}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import adapter_compiler as ac
 from adapter_compiler.errors import CheckpointError, ConfigError, ExportError
+from adapter_compiler.interop.convert import convert_adapters
 from adapter_compiler.interop.fold_files import fold_files
 
 
@@ -197,6 +198,39 @@ def test_a_wrong_base_is_refused_and_nothing_is_written(damage: Any, message: st
     with pytest.raises(CheckpointError, match=message):
         fold_files(base, case["adapters"], out)
     assert not out.exists()
+    assert not out.parent.exists() or list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("length", [0, 10, 300, -7])
+def test_cut_adapters_are_refused_and_nothing_is_written(length: int, case: dict[str, Any]) -> None:
+    base, file = case["folder"] / "base.safetensors", case["adapters"] / "adapters.safetensors"
+    save_checkpoint(case["model"], base)
+    file.write_bytes(file.read_bytes()[:length])
+    message = r"adapters.safetensors cannot be read as a safetensors file: .*; expected a whole one; save it again"
+    with pytest.raises(CheckpointError, match=message):
+        fold_files(base, case["adapters"], case["folder"] / "new" / "out.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        convert_adapters(case["adapters"], case["folder"] / "new", to="peft-lora")
+    assert not (case["folder"] / "new").exists()
+
+
+def test_a_wrong_onnx_base_is_refused_and_nothing_is_written(case: dict[str, Any]) -> None:
+    base, out = case["folder"] / "base.onnx", case["folder"] / "new" / "out.onnx"
+    export_base(case, base)
+    whole = base.read_bytes()
+    for length in (0, 10, 300, -7):
+        base.write_bytes(whole[:length])
+        with pytest.raises(ExportError, match=r"base.onnx cannot be read as an ONNX model: .*; expected a whole file"):
+            fold_files(base, case["adapters"], out)
+    ac.export_onnx(nn.Linear(8, 12).eval(), base, (torch.randn(2, 8),))
+    with pytest.raises(CheckpointError, match=r"base.onnx: weight mix, which .*belong to another model"):
+        fold_files(base, case["adapters"], out)
+    case["model"].down = nn.Linear(12, 8, bias=False)
+    case["model"].up, case["model"].norm = nn.Linear(8, 12), nn.Identity()
+    case["model"].head = nn.Linear(9, 4)
+    export_base(case, base)
+    with pytest.raises(CheckpointError, match=r"head.bias has shape \[4\] .*the saved one \[3\]"):
+        fold_files(base, case["adapters"], out)
     assert not out.parent.exists() or list(out.parent.iterdir()) == []
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
 from adapter_compiler.onnx.cases import draw_like, find_cases, shuffle_call
 from passes.calls import split_call
+from passes.capture import DimensionBound
 
 
 @pytest.fixture
@@ -54,3 +57,38 @@ def test_scaled_values_come_last() -> None:
     assert [case.name for case in cases] == ["example", "random values 1", "random values 2", "values times -1"]
     assert torch.equal(cases[-1].call.tensors[0], -call.tensors[0])
     assert torch.equal(cases[-1].call.tensors[1], call.tensors[1])
+
+
+def open_bound(symbol: str | None, size: int) -> DimensionBound:
+    least, greatest = (size, size) if symbol is None else (2, float("inf"))
+    return DimensionBound(symbol=symbol, least=int(least), greatest=greatest)
+
+
+def name_cases(shapes: Mapping[str, tuple[int, ...]], symbols: Mapping[str, tuple[str | None, ...]]) -> list[str]:
+    call = split_call((), {name: torch.rand(shape) for name, shape in shapes.items()})
+    bounds = [
+        tuple(open_bound(symbol, size) for symbol, size in zip(symbols[name], shapes[name], strict=True))
+        for name in call.names
+    ]
+    return [case.name for case in find_cases(call, bounds, draws=0)]
+
+
+def test_inputs_that_cannot_follow_are_named() -> None:
+    shapes = {"ids": (2, 7), "pixels": (2, 3)}
+    both = name_cases(shapes, {"ids": ("a", "b"), "pixels": ("c", None)})
+    assert both == ["example", "batch 3", "dimension 1 of size 8"]
+    one = name_cases(shapes, {"ids": ("a", "b"), "pixels": (None, None)})
+    assert one == ["example", "batch 3 (pixels kept at 2)", "dimension 1 of size 8"]
+
+
+def test_batches_of_their_own_are_told_apart() -> None:
+    """Sizes of 1 and of 2 both become 3."""
+    names = name_cases({"ids": (2, 7), "pixels": (1, 3)}, {"ids": ("a", None), "pixels": ("b", None)})
+    assert names == ["example", "batch 3 (pixels kept at 1)", "batch 3 (ids kept at 2)"]
+
+
+def test_long_lists_are_cut_short() -> None:
+    shapes: dict[str, tuple[int, ...]] = {"ids": (2, 7), **{f"past{i}": (4, 7) for i in range(5)}}
+    symbols: dict[str, tuple[str | None, ...]] = dict.fromkeys(shapes, (None, None))
+    names = name_cases(shapes, {**symbols, "ids": ("a", None)})
+    assert names == ["example", "batch 3 (past0 kept at 4, 4 more)"]
