@@ -65,7 +65,8 @@ def _separate_linears(
     """The same by torch's own operators: for few rows, their backward in C++ outweighs that it is more kernels."""
     rows, outputs = _as_rows(x), []
     for (W, b, P, lam, Q), scale in zip(_by_site(operands), scales, strict=True):
-        hidden = torch.nn.functional.linear(rows, Q) * lam
+        hidden = torch.nn.functional.linear(rows, Q)
+        hidden = hidden if lam is None else hidden * lam
         output = torch.addmm(torch.nn.functional.linear(rows, W, b), hidden, P.t(), alpha=scale)
         outputs.append(output if x.dim() == 2 else _with_shape(output, (*x.shape[:-1], output.shape[-1])))
     return tuple(outputs)

@@ -54,9 +54,7 @@ def slim_attention(
         )
     bias = _make_bias(attn_mask, is_causal, query, key)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    q, k, v = (t.reshape(-1, *t.shape[2:]) for t in three)
-    output: torch.Tensor = _Attention.apply(q, k, v, bias, query.shape[:2], dropout_p, scale)  # type: ignore[no-untyped-call]
-    return output.view(*query.shape[:-1], v.shape[-1])
+    return _Attention.apply(query, key, value, bias, dropout_p, scale)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _is_plain(x: torch.Tensor) -> bool:
@@ -79,7 +77,7 @@ class _Dropout(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """(softmax(s q kᵀ + bias) ∘ noise) v / (1 - p), with batch and heads as one dimension [N, ...] of all but bias."""
+    """(softmax(s q kᵀ + bias) ∘ noise / (1 - p)) v, by the operators that torch uses, so that no bit differs."""
 
     @staticmethod
     def forward(
@@ -88,26 +86,30 @@ class _Attention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         bias: torch.Tensor | None,
-        heads: torch.Size,
         p: float,
         scale: float,
     ) -> torch.Tensor:
-        scores = _product(q, k.mT, scale)
-        probabilities = _softmax_(scores, bias, heads)
+        root = math.sqrt(scale)
+        scores = torch.matmul(q * root, k.mT * root)
+        probabilities = _softmax_(scores, bias)
         noise = scores.bernoulli_(1 - p)
         ctx.save_for_backward(q, k, v, bias, probabilities, noise.to(torch.int8))
-        ctx.heads, ctx.keep, ctx.scale = heads, 1 - p, scale
-        return _product(noise.mul_(probabilities), v, 1 / ctx.keep)
+        ctx.keep, ctx.scale = 1 - p, scale
+        return torch.matmul(noise.div_(ctx.keep).mul_(probabilities), v)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         q, k, v, bias, probabilities, kept = ctx.saved_tensors
         noise = kept.to(probabilities.dtype)
         if torch.is_grad_enabled():
-            output = _attend(q, k, v, bias, ctx.heads, noise / ctx.keep, ctx.scale)
+            output = _attend(q, k, v, bias, noise / ctx.keep, ctx.scale)
             wanted = [t for t in (q, k, v) if t.requires_grad]
             found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
-            return *(next(found) if t.requires_grad else None for t in (q, k, v)), None, None, None, None
+            return *(next(found) if t.requires_grad else None for t in (q, k, v)), None, None, None
+        shapes = [t.shape for t in (q, k, v)]
+        q, k, v, probabilities, noise, gradient = (
+            t.reshape(-1, *t.shape[2:]) for t in (q, k, v, probabilities, noise, gradient)
+        )
         dq = dk = dv = None
         if ctx.needs_input_grad[2]:
             dv = _product((noise * probabilities).mT, gradient, 1 / ctx.keep)
@@ -116,7 +118,8 @@ class _Attention(torch.autograd.Function):
             through = aten._softmax_backward_data.default(through, probabilities, -1, probabilities.dtype)
             dq = _product(through, k, ctx.scale / ctx.keep)
             dk = _product(through.mT, q, ctx.scale / ctx.keep)
-        return dq, dk, dv, None, None, None, None
+        found = (None if d is None else d.view(shape) for d, shape in zip((dq, dk, dv), shapes, strict=True))
+        return *found, None, None, None
 
 
 def _attend(
@@ -124,24 +127,22 @@ def _attend(
     k: torch.Tensor,
     v: torch.Tensor,
     bias: torch.Tensor | None,
-    heads: torch.Size,
     noise: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
     """The plain formula, for gradients that are to be differentiated again."""
-    return (_softmax_(q @ k.mT * scale, bias, heads) * noise) @ v
+    return (_softmax_(q @ k.mT * scale, bias) * noise) @ v
 
 
-def _softmax_(scores: torch.Tensor, bias: torch.Tensor | None, heads: torch.Size) -> torch.Tensor:
+def _softmax_(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Softmax of scores + bias, which changes the scores; rows that the bias masks wholly become 0, as in torch."""
     if bias is None:
         return torch.softmax(scores, -1)
-    by_head = scores.view(*heads, *scores.shape[1:])
-    probabilities = torch.softmax(by_head.add_(bias), -1)
+    probabilities = torch.softmax(scores.add_(bias), -1)
     dead = bias.amax(-1, keepdim=True) == -math.inf
     if bool(dead.any()):
         probabilities = probabilities.masked_fill(dead, 0)
-    return probabilities.view_as(scores)
+    return probabilities
 
 
 def _make_bias(

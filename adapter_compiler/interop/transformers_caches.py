@@ -19,7 +19,7 @@ def register_caches() -> None:
     from transformers import EncoderDecoderCache
     from transformers.integrations.executorch import register_dynamic_cache_export_support
 
-    register_dynamic_cache_export_support()  # type: ignore[no-untyped-call]
+    register_dynamic_cache_export_support()
     if EncoderDecoderCache not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(
             EncoderDecoderCache,
@@ -42,4 +42,4 @@ def _flatten_pair_with_keys(cache: Any) -> tuple[list[tuple[pytree.KeyEntry, Any
 def _unflatten_pair(parts: Any, _: None) -> Any:
     from transformers import EncoderDecoderCache
 
-    return EncoderDecoderCache(*parts)  # type: ignore[no-untyped-call]
+    return EncoderDecoderCache(*parts)

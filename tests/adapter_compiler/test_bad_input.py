@@ -186,7 +186,7 @@ CALLS: Mistakes = {
         lambda _: compile_net(args=(WIDE,)), "args[0]: torch.float32 (2, 5)", "2x5 and 4x6"
     ),
     "example of a wrong dtype": refusal(lambda _: compile_net(net().half()), GIVEN, "Float and Half"),
-    "example on a wrong device": refusal(lambda _: compile_net(net().to("meta")), GIVEN, "meta"),
+    "example on a wrong device": refusal(lambda _: compile_net(args=(X.to("meta"),)), GIVEN, "meta"),
     "example with too much": refusal(lambda _: compile_net(args=(X, X)), GIVEN, "takes 2 positional arguments but 3"),
     "example under a wrong name": refusal(
         lambda _: compile_net(args=(), kwargs={"inputs": X}), "inputs", "unexpected keyword argument 'inputs'"
