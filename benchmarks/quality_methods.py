@@ -44,7 +44,7 @@ class Method:
     grow: float = 0.0
 
 
-_LORA, _SVD = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
+_LORA, _SVD = (1e-3, 3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
 METHODS: dict[str, Method] = {
     "full": Method(rates=(3e-4, 1e-3, 3e-3)),
     "lora": Method(rates=_LORA, options={"kind": "lora"}),
@@ -119,7 +119,13 @@ def _train_peft(method: Method, task: Task, rank: int, rate: float, batches: lis
         config: Any = peft.LoraConfig(r=start, **common)
     else:
         steps = len(batches)
-        own = {"init_r": start, "target_r": rank, "tinit": steps // 10, "tfinal": 3 * steps // 10, "deltaT": 10}
+        own: dict[str, Any] = {
+            "init_r": start,
+            "target_r": rank,
+            "tinit": steps // 10,
+            "tfinal": 3 * steps // 10,
+            "deltaT": 10,
+        }
         config = peft.AdaLoraConfig(total_step=steps, **own, **common)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
