@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _NO_ROOM = "free some space or give another place"
@@ -27,7 +27,8 @@ def written_beside(path: str | Path) -> Iterator[Path]:
 
     Every file that the block leaves in that folder moves next to ``path`` (an ONNX file may bring its
     external data), the one named like ``path`` last. If the block raises, the folder is removed and
-    ``path`` is as it was; if the process is killed, the hidden folder stays.
+    ``path`` is as it was. If the process is killed, the hidden folder stays; ``path`` is the old file or the new
+    one, or absent while its companions are exchanged, but never an old file with new companions.
 
     Raises:
         FileNotFoundError: the block wrote no file named like ``path``.
@@ -40,9 +41,7 @@ def written_beside(path: str | Path) -> Iterator[Path]:
         yield draft
         if not draft.exists():
             raise FileNotFoundError(f"nothing was written for {path}")
-        for written in sorted(Path(folder).iterdir(), key=lambda file: file == draft):
-            _flush_to_disk(written)
-            os.replace(written, path.parent / written.name)
+        _move_in(sorted(Path(folder).iterdir(), key=lambda file: file == draft), path.parent)
 
 
 @contextlib.contextmanager
@@ -74,6 +73,30 @@ def _folder_beside(path: Path) -> Iterator[str]:
         yield folder
 
 
+def _move_in(written: Sequence[Path], folder: Path) -> None:
+    """Give files their places in ``folder``, all or none; the last one is the file that refers to the others."""
+    for file in written:
+        _flush_to_disk(file)
+    aside: list[tuple[Path, Path]] = []
+    placed: list[Path] = []
+    try:
+        if len(written) > 1:
+            kept = Path(tempfile.mkdtemp(dir=written[0].parent))
+            for place in (folder / file.name for file in reversed(written)):
+                if place.exists():
+                    os.replace(place, kept / place.name)
+                    aside.append((kept / place.name, place))
+        for file in written:
+            os.replace(file, folder / file.name)
+            placed.append(folder / file.name)
+    except BaseException:
+        for place in placed:
+            place.unlink()
+        for kept_file, place in reversed(aside):
+            os.replace(kept_file, place)
+        raise
+
+
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Let an error of the place to write name the file and say what to do, whichever library met it."""
@@ -82,11 +105,18 @@ def _explained(path: Path) -> Iterator[None]:
     except Exception as error:
         foreign = _FOREIGN.search(str(error))
         number = int(foreign[1]) if foreign else error.errno if isinstance(error, OSError) else None
-        if number not in _ADVICE:
+        if number not in _ADVICE or not _concerns(error, path):
             raise
         reason = os.strerror(number)
         message = f"{path} cannot be written ({reason}), what was there before is as it was; {_ADVICE[number]}"
         raise OSError(number, message) from error
+
+
+def _concerns(error: Exception, path: Path) -> bool:
+    """Whether an error is about the place to write, and not about a file that was to be read."""
+    names = [getattr(error, attribute, None) for attribute in ("filename", "filename2")]
+    found = [Path(name) for name in names if isinstance(name, (str, os.PathLike))]
+    return not found or any(f".{path.name}." in str(name) or name in (path, *path.parents) for name in found)
 
 
 def _assert_writable_name(path: Path) -> None:

@@ -17,7 +17,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file to write.")],
     adapters: Annotated[Path | None, typer.Option(help="Folder of trained adapters to load first.")] = None,
     runtime: Annotated[bool, typer.Option(help="Leave the adapters as inputs instead of merging them.")] = False,
-    opset: Annotated[int | None, typer.Option(help="ONNX operator set; default: the exporter's.")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set, 7 to 25; default: the exporter's.")] = None,
     int8: Annotated[Path | None, typer.Option(help="Also write the file with int8 weights here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -137,12 +138,18 @@ class InitializerFile:
             else:
                 tensor.MergeFromString(bytes(read_range(file, part.start, part.end)))
         if tensor.data_location == TensorProto.EXTERNAL:
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            beside = self.path.parent / entries["location"]
-            place = _Place(file=beside, offset=int(entries.get("offset", 0)), length=int(entries.get("length", 0)))
+            place = self._find_external(tensor)
         self._tensors[tensor.name] = tensor
         if place is not None:
             self._places[tensor.name] = place
+
+    def _find_external(self, tensor: onnx.TensorProto) -> _Place:
+        """Offset and length may be left out: from the start, as much as the shape says."""
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        dtype = _DTYPES.get(tensor.data_type)
+        size = 0 if dtype is None else math.prod(tensor.dims) * dtype.itemsize
+        file, length = self.path.parent / entries["location"], int(entries.get("length", size))
+        return _Place(file=file, offset=int(entries.get("offset", 0)), length=length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

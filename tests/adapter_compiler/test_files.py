@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def test_a_folder_that_cannot_be_written_is_named(
     write: Callable[..., Any], number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> str:
-        raise OSError(number, os.strerror(number), str(tmp_path / ".draft"))
+        raise OSError(number, os.strerror(number), str(tmp_path / ".new.draft"))
 
     monkeypatch.setattr("adapter_compiler.files.tempfile.mkdtemp", refuse)
     with pytest.raises(OSError, match=f"new {READ_ONLY}") as caught, write(tmp_path / "new"):
@@ -104,3 +105,48 @@ def test_a_failure_to_take_the_place_leaves_the_old_file(tmp_path: Path, monkeyp
 def test_errors_about_other_files_keep_their_words(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none"), written_beside(tmp_path / "new"):
         (tmp_path / "none").read_text()
+    unreadable = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "base"))
+    with pytest.raises(PermissionError) as caught, written_beside(tmp_path / "new"):
+        raise unreadable
+    assert caught.value is unreadable
+
+
+def test_a_new_companion_does_not_stay_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "model.onnx":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr("adapter_compiler.files.os.replace", refuse)
+    with pytest.raises(PermissionError), written_beside(tmp_path / "model.onnx") as draft:
+        draft.write_text("new")
+        draft.with_name("model.onnx.data").write_text("new")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", range(5))
+def test_companions_are_exchanged_together_or_not_at_all(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the four moves fails; and at no moment does the file stand beside companions of another one."""
+    path, beside = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    path.write_text("old")
+    beside.write_text("old")
+    calls, replace = [0], os.replace
+
+    def watch(source: Path, target: Path) -> None:
+        assert not path.exists() or path.read_text() == beside.read_text()
+        calls[0] += 1
+        if calls[0] == failing + 1:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr("adapter_compiler.files.os.replace", watch)
+    fails = failing < 4
+    with pytest.raises(PermissionError) if fails else contextlib.nullcontext(), written_beside(path) as draft:
+        draft.write_text("new")
+        draft.with_name("model.onnx.data").write_text("new")
+    assert [file.read_text() for file in (path, beside)] == ["old" if fails else "new"] * 2
+    assert sorted(tmp_path.iterdir()) == [path, beside]

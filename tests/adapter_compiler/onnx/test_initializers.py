@@ -105,6 +105,19 @@ def test_external_data_that_ends_too_early_is_named(tmp_path: Path) -> None:
         file.read("2.weight")
 
 
+def test_external_data_without_a_length_is_as_long_as_the_shape_says(tmp_path: Path) -> None:
+    model = make_model(layers=1)
+    expected = numpy_helper.to_array(model.graph.initializer[0])
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    stored = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    entries = stored.graph.initializer[0].external_data
+    location = next(entry.value for entry in entries if entry.key == "location")
+    del entries[:]
+    entries.add(key="location", value=location)
+    onnx.save(stored, tmp_path / "m.onnx")
+    assert np.array_equal(InitializerFile(tmp_path / "m.onnx").read("0.weight").numpy(), expected)
+
+
 def test_folding_holds_one_weight_at_a_time(tmp_path: Path) -> None:
     """12 weights of 1 MB, in the file itself; numbers are Python's own count of bytes, not the machine's."""
     onnx.save(make_model(layers=12, width=WIDTH), tmp_path / "base.onnx")
