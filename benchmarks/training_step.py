@@ -54,6 +54,8 @@ GOALS = {
 #: Peak training memory above the model, to that of peft AdaLoRA, at most.
 MEMORY_GOAL = 0.75
 
+NOTES = "\n## Notes\n"
+
 HEAD = """\
 # What a training step costs
 
@@ -62,7 +64,8 @@ HEAD = """\
 Forward, backward, optimizer step (AdamW, fused, for all) and zero_grad of all-MiniLM-L6-v2, a ViT and a GPT-2
 (random weights), in training mode with dropout. *floor* is the captured graph without adapters, with gradients
 of the activations only: what any training of adapters must compute. *ours* has rank 12 on its way to 8, as
-peft's AdaLoRA; *compacted* is what is left of it after the schedule. Ratios are medians over rounds in which the
+peft's AdaLoRA; *all kept* is the same without computing cheap activations again; *compacted* is what is left of it
+after the schedule. Ratios are medians over rounds in which the
 contenders take turns; below 1 is faster. Memory is what stands above the model's own weights.
 """
 
@@ -102,7 +105,8 @@ def main() -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     results = [run(key, options.rounds, CLOCKS[options.clock]) for key in options.work]
-    options.output.write_text(write_report(results, options.rounds, options.clock))
+    notes = read_notes(options.output)
+    options.output.write_text(write_report(results, options.rounds, options.clock) + notes)
     print(f"wrote {options.output}")
 
 
@@ -150,6 +154,12 @@ def write_report(results: list[Result], rounds: int, clock: str) -> str:
     threads, machine = torch.get_num_threads(), platform.machine()
     head = HEAD.format(rounds=rounds, clock=clock, threads=threads, torch=torch.__version__, machine=machine)
     return head + "\n" + "\n".join(line for result in results for line in write_section(result))
+
+
+def read_notes(path: Path) -> str:
+    """What people have written under the tables of an earlier report."""
+    _, mark, notes = path.read_text().partition(NOTES) if path.is_file() else ("", "", "")
+    return mark + notes
 
 
 def write_section(result: Result) -> list[str]:
