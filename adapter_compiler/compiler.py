@@ -24,12 +24,13 @@ from adapter_compiler.ownership import (
     replace_at,
     share_parameter,
 )
-from adapter_compiler.regions import RegionTree, find_boundaries
+from adapter_compiler.regions import RegionTree
 from adapter_compiler.store import AdapterStore
 from passes.calls import describe_refusal, sort_keywords
 from passes.forms import FORMS
 from passes.module_state import is_without_memory
 from passes.plan import AdapterPlan, PlannedAdapter
+from passes.regions import find_boundaries
 from passes.rules import AdapterRule
 from passes.sites import (
     AdapterSite,

@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import fnmatch
 import logging
 import warnings
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import nn
 
 from adapter_compiler.store import AdapterStore
 from adapter_compiler.variants import AdapterContext, Variant, VariantCache
-from passes.base import CaptureError, SiteError
+from passes.base import CaptureError
 from passes.calls import ModuleCall, sort_keywords, split_call
 from passes.capture import CapturedGraph, capture_call
 from passes.module_state import restored_state, runs_more_than_forward, without_fast_path
@@ -29,7 +28,7 @@ from passes.packed_weights import set_parameter
 from passes.plan import AdapterPlan, PlannedAdapter
 from passes.python_uses import WatchWeights
 from passes.quantise_weights import QuantiseWeightsPass
-from passes.regions import Rewiring, find_callable_submodules
+from passes.regions import Rewiring
 from passes.twins import find_twin_graph
 from passes.weight_uses import WeightUse, find_parameter_aliases, find_weight_uses
 
@@ -325,29 +324,3 @@ class RegionTree:
 
 def _keep(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
-
-
-def find_boundaries(model: nn.Module, wanted: Sequence[str | type[nn.Module]]) -> list[str]:
-    """Names of the submodules that are to be regions by themselves, by class or by glob over qualified names.
-
-    Of matches inside each other the outermost counts.
-
-    Raises:
-        SiteError: an entry matches no submodule.
-    """
-    found: list[str] = []
-    for entry in wanted:
-        callable_ones = set(find_callable_submodules(model))
-        named = [(name, module) for name, module in model.named_modules() if module in callable_ones]
-        if isinstance(entry, str):
-            matches = [name for name, _ in named if fnmatch.fnmatchcase(name, entry)]
-        else:
-            matches = [name for name, module in named if isinstance(module, entry)]
-        if not matches:
-            classes = sorted({type(module).__name__ for _, module in named})
-            raise SiteError(
-                f"regions={entry!r} matches no submodule of {type(model).__name__}; expected a glob over names such "
-                f"as {named[0][0] if named else 'none'!r} or one of the classes {', '.join(classes)}"
-            )
-        found += [name for name in matches if not any(name.startswith(f"{outer}.") for outer in matches)]
-    return list(dict.fromkeys(found))

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from passes.stacked_factors import cast, join_factors, join_lambdas, split_ranks
+
 #: Operands of one site in :func:`fused_linears`: weight, bias, P, λ, Q. λ is ``None`` for LoRA: P = B, Q = A.
 OPERANDS_PER_SITE = 5
 
@@ -123,16 +125,16 @@ class _FusedLinears(torch.autograd.Function):
         found: list[torch.Tensor | None] = []
         for i, (g, (W, b, _, _, _)) in enumerate(zip(flat, sites, strict=True)):
             first = 3 + OPERANDS_PER_SITE * i
-            found.append(_cast(g.t() @ _cast(rows, g.dtype), W.dtype) if needed[first] else None)
-            found.append(_cast(g.sum(dim=0), b.dtype) if needed[first + 1] else None)
+            found.append(cast(g.t() @ cast(rows, g.dtype), W.dtype) if needed[first] else None)
+            found.append(cast(g.sum(dim=0), b.dtype) if needed[first + 1] else None)
             found += factors.by_site[i]
         dx = None
         if needed[0]:
-            dx = torch.mm(flat[0], _cast(sites[0][0], flat[0].dtype))
+            dx = torch.mm(flat[0], cast(sites[0][0], flat[0].dtype))
             for g, site in zip(flat[1:], sites[1:], strict=True):
-                dx.addmm_(g, _cast(site[0], g.dtype))
-            _add_product_(dx, factors.reading.t(), _join([site[4] for site in sites], hidden.dtype), 1.0)
-            dx = _cast(dx, rows.dtype).view(ctx.shape)
+                dx.addmm_(g, cast(site[0], g.dtype))
+            _add_product_(dx, factors.reading.t(), join_factors([site[4] for site in sites], hidden.dtype), 1.0)
+            dx = cast(dx, rows.dtype).view(ctx.shape)
         return dx, None, None, *found
 
 
@@ -181,7 +183,7 @@ class _FusedUpdate(torch.autograd.Function):
         factors = _factor_gradients([_as_rows(gradient)], _as_rows(x), hidden, lambdas, sites, (ctx.scale,))
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = _cast(factors.reading.t() @ _cast(Q, hidden.dtype), x.dtype).view_as(x)
+            dx = cast(factors.reading.t() @ cast(Q, hidden.dtype), x.dtype).view_as(x)
         return gradient, dx, *factors.by_site[0], None
 
 
@@ -223,11 +225,11 @@ def _update_(
     Everything with the rank as a dimension has it first: those products are up to twice as fast on CPUs.
     """
     dtype = _compute_dtype(outputs[0], sites[0][2])
-    hidden = torch.mm(_join([site[4] for site in sites], dtype), _cast(rows, dtype).t())
-    lambdas = _join_lambdas(sites, dtype)
-    parts = _split(hidden * lambdas, sites)
+    hidden = torch.mm(join_factors([site[4] for site in sites], dtype), cast(rows, dtype).t())
+    lambdas = join_lambdas(sites, dtype)
+    parts = split_ranks(hidden * lambdas, sites)
     for output, part, site, scale in zip(outputs, parts, sites, scales, strict=True):
-        _add_product_(output, part.t(), _cast(site[2], dtype).t(), scale)
+        _add_product_(output, part.t(), cast(site[2], dtype).t(), scale)
     return hidden, lambdas
 
 
@@ -260,21 +262,27 @@ def _factor_gradients(
     through = torch.empty_like(hidden)
     dP = []
     pieces = zip(
-        gradients, _split(through, sites), _split(hidden, sites), _split(lambdas, sites), sites, scales, strict=True
+        gradients,
+        split_ranks(through, sites),
+        split_ranks(hidden, sites),
+        split_ranks(lambdas, sites),
+        sites,
+        scales,
+        strict=True,
     )
     for gradient, to, part, column, (_, _, P, _, _), scale in pieces:
-        g = _cast(gradient, dtype)
-        to.addmm_(_cast(P, dtype).t(), g.t(), beta=0, alpha=scale)
+        g = cast(gradient, dtype)
+        to.addmm_(cast(P, dtype).t(), g.t(), beta=0, alpha=scale)
         product = g.new_empty(len(part), g.shape[1]).addmm_(part, g, beta=0, alpha=scale)
         # In the memory layout of P, so that autograd takes it as it is.
         dP.append(torch.mul(product.t(), column.t(), out=torch.empty_like(P, memory_format=torch.contiguous_format)))
     dlam: Sequence[torch.Tensor | None] = [None] * len(sites)
     if any(site[3] is not None for site in sites):
-        dlam = _split(torch.linalg.vecdot(through, hidden), sites)
+        dlam = split_ranks(torch.linalg.vecdot(through, hidden), sites)
     through.mul_(lambdas)
-    dQ = _split(torch.mm(through, _cast(rows, dtype)), sites)
+    dQ = split_ranks(torch.mm(through, cast(rows, dtype)), sites)
     by_site = [
-        (p, None if lam is None or d is None else _cast(d, lam.dtype), _cast(q, Q.dtype))
+        (p, None if lam is None or d is None else cast(d, lam.dtype), cast(q, Q.dtype))
         for p, d, q, (_, _, _, lam, Q) in zip(dP, dlam, dQ, sites, strict=True)
     ]
     return _Factors(by_site, through)
@@ -295,44 +303,6 @@ def _with_shape(rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 def _by_site(operands: Sequence[Any]) -> list[tuple[Any, Any, Any, Any, Any]]:
     return [tuple(operands[i : i + OPERANDS_PER_SITE]) for i in range(0, len(operands), OPERANDS_PER_SITE)]
-
-
-def _split(stacked: torch.Tensor, sites: Sequence[Any]) -> Sequence[torch.Tensor]:
-    """The parts of [Σr, ...] that belong to each site."""
-    return stacked.split([len(site[4]) for site in sites]) if len(sites) > 1 else [stacked]
-
-
-def _join(factors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The factors one below the other: a view if they are neighbours in memory, as in a flat store."""
-    first = factors[0]
-    if len(factors) == 1:
-        return _cast(first, dtype)
-    if _are_neighbours(factors):
-        return _cast(first.as_strided((sum(map(len, factors)), *first.shape[1:]), first.stride()), dtype)
-    return _cast(torch.cat(list(factors)), dtype)
-
-
-def _are_neighbours(factors: Sequence[torch.Tensor]) -> bool:
-    if torch.compiler.is_compiling() or not all(type(f) in (torch.Tensor, torch.nn.Parameter) for f in factors):
-        return False
-    first = factors[0]
-    storage, row, offset = first.untyped_storage()._cdata, first.stride(0), first.storage_offset()
-    for factor in factors:
-        is_next = factor.storage_offset() == offset and factor.is_contiguous() and factor.dtype == first.dtype
-        if not is_next or factor.untyped_storage()._cdata != storage:
-            return False
-        offset += len(factor) * row
-    return True
-
-
-def _join_lambdas(sites: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
-    """λ of all sites as a column, [Σr, 1]; 1 where there is none."""
-    parts = [site[4].new_ones(len(site[4])) if site[3] is None else site[3] for site in sites]
-    return _join(parts, dtype).unsqueeze(1)
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _compute_dtype(output: torch.Tensor, factor: torch.Tensor) -> torch.dtype:

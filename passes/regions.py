@@ -10,12 +10,15 @@ Calls are rewired by an attribute ``forward`` of the instance, look-ups by a sub
 
 from __future__ import annotations
 
+import fnmatch
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from passes.base import SiteError
 
 #: ``dispatch(module, args, kwargs)`` answers a call of a submodule's ``forward``.
 Dispatch = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -103,3 +106,29 @@ def _make_subclass(cls: type, leaves: Mapping[str, str], look_up: LookUp) -> typ
 
     members: dict[str, Any] = {leaf: make_property(leaf, name) for leaf, name in leaves.items()}
     return type(cls.__name__, (cls,), {**members, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def find_boundaries(model: nn.Module, wanted: Sequence[str | type[nn.Module]]) -> list[str]:
+    """Names of the submodules that are to be regions by themselves, by class or by glob over qualified names.
+
+    Of matches inside each other the outermost counts.
+
+    Raises:
+        SiteError: an entry matches no submodule.
+    """
+    found: list[str] = []
+    for entry in wanted:
+        callable_ones = set(find_callable_submodules(model))
+        named = [(name, module) for name, module in model.named_modules() if module in callable_ones]
+        if isinstance(entry, str):
+            matches = [name for name, _ in named if fnmatch.fnmatchcase(name, entry)]
+        else:
+            matches = [name for name, module in named if isinstance(module, entry)]
+        if not matches:
+            classes = sorted({type(module).__name__ for _, module in named})
+            raise SiteError(
+                f"regions={entry!r} matches no submodule of {type(model).__name__}; expected a glob over names such "
+                f"as {named[0][0] if named else 'none'!r} or one of the classes {', '.join(classes)}"
+            )
+        found += [name for name in matches if not any(name.startswith(f"{outer}.") for outer in matches)]
+    return list(dict.fromkeys(found))
