@@ -261,15 +261,8 @@ def _factor_gradients(
     dtype = hidden.dtype
     through = torch.empty_like(hidden)
     dP = []
-    pieces = zip(
-        gradients,
-        split_ranks(through, sites),
-        split_ranks(hidden, sites),
-        split_ranks(lambdas, sites),
-        sites,
-        scales,
-        strict=True,
-    )
+    stacks = (split_ranks(stack, sites) for stack in (through, hidden, lambdas))
+    pieces = zip(gradients, *stacks, sites, scales, strict=True)
     for gradient, to, part, column, (_, _, P, _, _), scale in pieces:
         g = cast(gradient, dtype)
         to.addmm_(cast(P, dtype).t(), g.t(), beta=0, alpha=scale)

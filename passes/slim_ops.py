@@ -104,8 +104,8 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             output = _attend(q, k, v, bias, noise / ctx.keep, ctx.scale)
             wanted = [t for t in (q, k, v) if t.requires_grad]
-            found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
-            return *(next(found) if t.requires_grad else None for t in (q, k, v)), None, None, None
+            twice = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
+            return *(next(twice) if t.requires_grad else None for t in (q, k, v)), None, None, None
         shapes = [t.shape for t in (q, k, v)]
         q, k, v, probabilities, noise, gradient = (
             t.reshape(-1, *t.shape[2:]) for t in (q, k, v, probabilities, noise, gradient)

@@ -43,4 +43,5 @@ def join_lambdas(sites: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in a dtype; itself if it is that."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
