@@ -21,6 +21,7 @@ from adapter_compiler.initialise import DataStart, InitialisationReport, initial
 from adapter_compiler.onnx import ExportReport, OnnxAdapters, export_onnx, save_onnx_adapter
 from adapter_compiler.realign import Realigner, rediagonalise
 from adapter_compiler.report.ranks import plot_ranks
+from adapter_compiler.static_allocation import StaticAllocation, allocate_ranks
 from adapter_compiler.training_state import load_training_state, save_training_state
 from passes.plan import AdapterPlan
 from passes.rules import AdapterRule
@@ -39,6 +40,8 @@ __all__ = [
     "OnnxAdapters",
     "RankBudget",
     "Realigner",
+    "StaticAllocation",
+    "allocate_ranks",
     "compile_with_adapters",
     "export_onnx",
     "initialise_adapters",

@@ -38,7 +38,7 @@ def make_parameter_groups(
         ConfigError: a value cannot work.
     """
     for name, value, least in (("lr", lr, 0.0), ("lora_plus_ratio", lora_plus_ratio, 1.0)):
-        if not isinstance(value, (int, float)) or value < least:
+        if value < least:
             raise ConfigError(f"parameter_groups({name}={value!r}): expected a number of at least {least:g}")
     slow: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     fast = []

@@ -6,7 +6,8 @@ factorisation in which they are: with QR decompositions P = U_P R_P and Qᵀ = U
     R_P diag(λ) R_Qᵀ = X Σ Yᵀ  (r × r)   →   P = U_P X,  λ = Σ,  Q = (U_Q Y)ᵀ
 
 Triplets that have become zero then are free to go anywhere without changing the model: where the gradient G of
-the weight has left the subspace, ‖P PᵀG + G QᵀQ‖ < threshold · ‖G‖, they take its largest singular vectors outside of it.
+the weight has left the subspace, ‖P PᵀG + G QᵀQ‖ < threshold · ‖G‖, they take the largest singular vectors of what
+is outside of it.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ class Realigner:
             basis = P.detach()[:, live].to(wide.dtype), Q.detach()[live].to(wide.dtype)
             alignment[site] = measure_alignment(*basis, wide)
             if alignment[site] < self.threshold and not bool(live.all()):
-                _turn(P, Q, ~live, *basis, wide)
+                _turn((P, Q), ~live, basis, wide)
                 turned.append(site)
         self.alignment = alignment
         logger.info("re-aligned %d of %d sites at step %d", len(turned), len(alignment), self.step)
@@ -164,14 +165,13 @@ class Realigner:
 
 @torch.no_grad()
 def _turn(
-    P: torch.Tensor,
-    Q: torch.Tensor,
+    factors: tuple[torch.Tensor, torch.Tensor],
     free: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
+    basis: tuple[torch.Tensor, torch.Tensor],
     gradient: torch.Tensor,
 ) -> None:
-    """Let free triplets (λ = 0) take the largest singular vectors of the gradient outside of the others."""
+    """Let free triplets (λ = 0) take the largest singular vectors of the gradient outside of the others, the basis."""
+    (P, Q), (left, right) = factors, basis
     outside = gradient - left @ (left.mT @ gradient)
     outside = outside - (outside @ right.mT) @ right
     count = int(free.sum())
