@@ -68,7 +68,8 @@ def find_gradients(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 def test_eva_and_the_gradient_take_the_best_of_all(model: nn.Sequential, batches: list[Batch]) -> None:
     adapted = adapt(model, batches)
-    inputs = [batches[0][0], model[1](model[0](batches[0][0])), model[3](model[2](model[1](model[0](batches[0][0]))))]
+    with torch.no_grad():
+        inputs = [batches[0][0], model[:2](batches[0][0]), model[:4](batches[0][0])]
     for method, found in (
         ("eva", [torch.linalg.svdvals(x).square() / x.square().sum() for x in inputs]),
         ("gradient", [torch.linalg.svdvals(g) for g in find_gradients(model, batches[0])]),
