@@ -1,0 +1,162 @@
+"""Accuracy of every method at equal final rank, each at its own best learning rate, over seeds.
+
+    python -m benchmarks.quality --out quality.jsonl                                  digits, in minutes
+    python -m benchmarks.quality --out quality.jsonl --task banking77 --data DIR --model ENCODER
+
+Results are appended as JSON lines, one a run; a run that is in the file is not repeated, so the benchmark can be
+stopped and continued. The table takes for each method the learning rate with the best mean on the validation split,
+and gives mean and standard error on the test split and the paired difference to LoRA on the same seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.quality_methods import METHODS, run_method
+from benchmarks.quality_tasks import TEXT_TASKS, Task, make_digits, make_text
+
+console = Console()
+#: What the others are compared with, seed by seed.
+_REFERENCE = "lora"
+_KEY = ("task", "method", "rank", "rate", "steps", "seed")
+
+Result = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method in the table; differences are in points, ``None`` for the reference itself."""
+
+    method: str
+    rate: float
+    parameters: float
+    mean: float
+    error: float
+    difference: float | None
+    difference_error: float | None
+    seeds: int
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="The JSON lines; what is there already is not repeated.")],
+    task: Annotated[str, typer.Option(help=f"digits, {', '.join(TEXT_TASKS)}")] = "digits",
+    data: Annotated[Path | None, typer.Option(help="Folder with the text data sets, each in its own.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a sentence encoder that transformers loads.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank at the end, on average.")] = 2,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 150,
+    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 5,
+) -> None:
+    """Run what is missing, then print the table."""
+    torch.set_num_threads(1)
+    chosen = method or list(METHODS)
+    if unknown := set(chosen) - METHODS.keys():
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(METHODS)}", param_hint="--method")
+    done = {tuple(result[key] for key in _KEY) for result in read_results(out)}
+    for seed in range(seeds):
+        missing = [
+            (name, rate)
+            for name in chosen
+            for rate in METHODS[name].rates
+            if (task, name, rank, rate, steps, seed) not in done
+        ]
+        if not missing:
+            continue
+        made = make_task(task, data, model, seed)
+        for name, rate in missing:
+            result = _run(made, name, rank, rate, steps, seed)
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            console.print(
+                f"seed {seed} {name:<22} rate {rate:<7g} test {result['test']:.3f}  {result['seconds']:.1f} s"
+            )
+    show(summarise([r for r in read_results(out) if (r["task"], r["rank"], r["steps"]) == (task, rank, steps)]))
+
+
+def make_task(name: str, data: Path | None, model: Path | None, seed: int) -> Task:
+    """The task of this name, pretrained."""
+    if name == "digits":
+        return make_digits(seed)
+    if name not in TEXT_TASKS:
+        raise typer.BadParameter(f"{name}; there are digits, {', '.join(TEXT_TASKS)}", param_hint="--task")
+    if data is None or model is None:
+        raise typer.BadParameter(f"{name} needs --data and --model", param_hint="--task")
+    return make_text(name, data, model, seed)
+
+
+def _run(task: Task, name: str, rank: int, rate: float, steps: int, seed: int) -> Result:
+    start = time.perf_counter()
+    outcome = run_method(METHODS[name], task, rank=rank, rate=rate, steps=steps, seed=seed)
+    key = dict(zip(_KEY, (task.name, name, rank, rate, steps, seed), strict=True))
+    return {**key, **dataclasses.asdict(outcome), "seconds": round(time.perf_counter() - start, 2)}
+
+
+def read_results(path: Path) -> list[Result]:
+    """What has been run; a last line that was cut off is left out."""
+    return list(_read_lines(path)) if path.is_file() else []
+
+
+def _read_lines(path: Path) -> Iterator[Result]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def summarise(results: list[Result]) -> list[Row]:
+    """A row a method, at the learning rate that was best on the validation split."""
+    best = {}
+    for name in dict.fromkeys(result["method"] for result in results):
+        by_rate: dict[float, dict[int, Result]] = {}
+        for result in results:
+            if result["method"] == name:
+                by_rate.setdefault(result["rate"], {})[result["seed"]] = result
+        best[name] = max(by_rate.values(), key=lambda runs: statistics.mean(r["validation"] for r in runs.values()))
+    return [_make_row(name, runs, best.get(_REFERENCE, {})) for name, runs in best.items()]
+
+
+def _make_row(name: str, runs: dict[int, Result], reference: dict[int, Result]) -> Row:
+    scores = [100 * run["test"] for run in runs.values()]
+    paired = [100 * (run["test"] - reference[seed]["test"]) for seed, run in runs.items() if seed in reference]
+    is_compared = bool(paired) and name != _REFERENCE
+    return Row(
+        method=name,
+        rate=next(iter(runs.values()))["rate"],
+        parameters=statistics.mean(run["parameters"] for run in runs.values()),
+        mean=statistics.mean(scores),
+        error=_standard_error(scores),
+        difference=statistics.mean(paired) if is_compared else None,
+        difference_error=_standard_error(paired) if is_compared else None,
+        seeds=len(scores),
+    )
+
+
+def _standard_error(values: list[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def show(rows: list[Row]) -> None:
+    """Print the table, the best method first."""
+    table = Table("method", "rate", "values", "accuracy", f"difference to {_REFERENCE}", "seeds")
+    for row in sorted(rows, key=lambda row: -row.mean):
+        difference = "" if row.difference is None else f"{row.difference:+.1f} ± {row.difference_error:.1f}"
+        cells = (f"{row.rate:g}", f"{row.parameters:,.0f}", f"{row.mean:.1f} ± {row.error:.1f}", difference)
+        table.add_row(row.method, *cells, str(row.seeds))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,154 @@
+"""The methods that the quality benchmark compares, at equal rank at the end and equal scale s = alpha / rank.
+
+Only rsLoRA has another scale, alpha / √rank with the alpha of LoRA: it would else be LoRA itself. DoRA trains a
+magnitude for each row beside; the number of values that are left is part of every result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import adapter_compiler as ac
+from benchmarks.quality_tasks import Examples, Task, draw_batches, loss, measure_accuracy
+
+SCALE = 4.0
+BATCH_SIZE = 32
+#: Batches that initialisers look at.
+_LOOKS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way of training.
+
+    Attributes:
+        rates: learning rates to choose from.
+        options: of ``AdapterConfig``; ``None`` for what is not ours.
+        start: an initialiser that needs data.
+        peft: ``"lora"`` or ``"adalora"`` for peft's.
+        surplus: the rank at the start over that at the end; above 1 a budget prunes.
+        grow: share of the budget for pruned triplets.
+    """
+
+    rates: tuple[float, ...]
+    options: Mapping[str, Any] | None = None
+    start: str | None = None
+    peft: str | None = None
+    surplus: float = 1.0
+    grow: float = 0.0
+
+
+_LORA, _SVD = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
+METHODS: dict[str, Method] = {
+    "full": Method(rates=(3e-4, 1e-3, 3e-3)),
+    "lora": Method(rates=_LORA, options={"kind": "lora"}),
+    "rslora": Method(rates=(3e-4, *_LORA), options={"kind": "lora", "scaling": "rslora"}),
+    "dora": Method(rates=_LORA, options={"kind": "dora"}),
+    "pissa": Method(rates=(3e-4, *_LORA), options={"kind": "lora", "init": "pissa"}),
+    "lora_ga": Method(rates=(3e-4, *_LORA), options={"kind": "lora"}, start="lora_ga"),
+    "adalora": Method(rates=_SVD, options={"kind": "svd"}, surplus=1.5),
+    "adalora_grow": Method(rates=_SVD, options={"kind": "svd"}, surplus=1.5, grow=0.1),
+    "adalora_gradient": Method(rates=_SVD, options={"kind": "svd"}, start="gradient_svd", surplus=1.5),
+    "adalora_gradient_grow": Method(rates=_SVD, options={"kind": "svd"}, start="gradient_svd", surplus=1.5, grow=0.1),
+    "peft_lora": Method(rates=_LORA, peft="lora"),
+    "peft_adalora": Method(rates=_SVD, peft="adalora", surplus=1.5),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Accuracies, and how many values of the adapters (or of the model) are left in use."""
+
+    validation: float
+    test: float
+    parameters: int
+
+
+def run_method(method: Method, task: Task, *, rank: int, rate: float, steps: int, seed: int) -> Outcome:
+    """Train once. The batches depend on the seed only."""
+    batches = draw_batches(task.train, steps, BATCH_SIZE, seed)
+    torch.manual_seed(seed)
+    if method.peft is not None:
+        model, count = _train_peft(method, task, rank, rate, batches)
+    elif method.options is None:
+        model = task.copy_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+        _train(model, optimizer, batches)
+        count = sum(p.numel() for p in model.parameters())
+    else:
+        model, count = _train_ours(method, task, rank, rate, batches)
+    return Outcome(
+        validation=measure_accuracy(model, task.validation), test=measure_accuracy(model, task.test), parameters=count
+    )
+
+
+def _train_ours(method: Method, task: Task, rank: int, rate: float, batches: list[Examples]) -> tuple[nn.Module, int]:
+    start = round(method.surplus * rank)
+    head = () if task.head is None else (f"{task.head}.*",)
+    alpha = SCALE * start
+    config = ac.AdapterConfig(rank=start, alpha=alpha, sites=task.sites, trainable=head, **(method.options or {}))
+    adapted = ac.compile_with_adapters(task.copy_model(), example_kwargs=batches[0][0], config=config)
+    if method.start is not None:
+        look = ac.DataStart(method=method.start, at_once=len(adapted.sites))
+        ac.initialise_adapters(adapted, look, batches[:_LOOKS], loss)
+    optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=rate, weight_decay=0.0)
+    count = sum(p.numel() for p in adapted.adapters.parameters() if p.requires_grad)
+    budget = None
+    if method.surplus > 1:
+        schedule = ac.BudgetSchedule(
+            target_rank=rank, total_steps=len(batches), allocation=ac.Allocation(grow=method.grow)
+        )
+        budget = ac.RankBudget(adapted, optimizer, schedule)
+    _train(adapted, optimizer, batches)
+    return adapted, count if budget is None else budget.live_parameters
+
+
+def _train_peft(method: Method, task: Task, rank: int, rate: float, batches: list[Examples]) -> tuple[nn.Module, int]:
+    import peft
+
+    start = round(method.surplus * rank)
+    common: dict[str, Any] = {"target_modules": task.targets, "lora_alpha": SCALE * start}
+    common["modules_to_save"] = None if task.head is None else [task.head]
+    if method.peft == "lora":
+        config: Any = peft.LoraConfig(r=start, **common)
+    else:
+        steps = len(batches)
+        own = {"init_r": start, "target_r": rank, "tinit": steps // 10, "tfinal": 3 * steps // 10, "deltaT": 10}
+        config = peft.AdaLoraConfig(total_step=steps, **own, **common)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped: Any = peft.get_peft_model(task.copy_model(), config)
+    names = [(n, p) for n, p in wrapped.named_parameters() if p.requires_grad and "ranknum" not in n]
+    optimizer = torch.optim.AdamW([p for _, p in names], lr=rate, weight_decay=0.0)
+    allocate = wrapped.base_model.update_and_allocate if method.peft == "adalora" else None
+    _train(wrapped, optimizer, batches, allocate)
+    adapters = [(n, p) for n, p in names if "lora_" in n]
+    count = sum(p.numel() for _, p in adapters)
+    if allocate is not None:
+        count = sum(_count_live(wrapped, name, p) for name, p in adapters if "lora_E" in name)
+    return wrapped, count
+
+
+def _count_live(wrapped: nn.Module, name: str, lam: torch.Tensor) -> int:
+    """Values of the live triplets of one of peft's layers."""
+    parts = dict(wrapped.named_parameters())
+    size = parts[name.replace("lora_E", "lora_A")].shape[1] + parts[name.replace("lora_E", "lora_B")].shape[0] + 1
+    return int(torch.count_nonzero(lam.detach())) * size
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Examples], after: Any = None) -> None:
+    peak = optimizer.param_groups[0]["lr"]
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=len(batches), pct_start=0.1)
+    for step, batch in enumerate(batches):
+        loss(model, batch).backward()
+        optimizer.step()
+        if after is not None:
+            after(step)
+        optimizer.zero_grad()
+        rates.step()
