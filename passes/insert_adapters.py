@@ -25,6 +25,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import GraphPass, PassResult, PreconditionError, find_graph_modules
 from passes.capture import MODULE_PREFIX
+from passes.emit_rescaled import emit_factor, emit_matrix, emit_rescaled, emit_without_bias, shape_factor
 from passes.forms.base import NodeEmitter
 from passes.plan import AdapterPlan, PlannedAdapter
 from passes.weight_uses import GraphUse, find_body_reference, find_weight_uses
@@ -96,7 +97,7 @@ def _insert(graph_module: GraphModule, adapter: PlannedAdapter, uses: Sequence[G
         factors: dict[Node, Node] = {}
         for use in uses:
             if adapter.form.rescales and use.source not in factors:
-                factors[use.source] = _emit_factor(use.source, adapter, parameters)
+                factors[use.source] = emit_factor(use.source, adapter, parameters)
             _insert_on_activations(use, adapter, parameters, factors.get(use.source))
     else:
         for source in dict.fromkeys(use.source for use in uses):
@@ -127,25 +128,6 @@ def _fetch_parameters(graph_module: GraphModule, adapter: PlannedAdapter) -> dic
     return fetched
 
 
-def _emit_factor(source: Node, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> Node:
-    """C of a form that rescales, [out], in the outermost graph."""
-    emitter = NodeEmitter(after=max([source, *parameters.values()]), site=adapter.site.name)
-    matrix = _emit_matrix(emitter, source, adapter)
-    return adapter.form.emit_factor(emitter, matrix, parameters, adapter.scale)
-
-
-def _emit_matrix(emitter: NodeEmitter, source: Node, adapter: PlannedAdapter) -> Node:
-    """W as [out, in] in the adapter's dtype."""
-    site, matrix = adapter.site, source
-    if site.dtype != adapter.dtype:
-        matrix = emitter.emit(aten.to.dtype, matrix, adapter.dtype)
-    if site.transposed:
-        return emitter.emit(aten.t.default, matrix)
-    if len(site.shape) != 2:
-        return emitter.emit(aten.reshape.default, matrix, [site.out_features, site.in_features])
-    return matrix
-
-
 def _insert_on_activations(
     use: GraphUse, adapter: PlannedAdapter, parameters: Mapping[str, Node], factor: Node | None
 ) -> None:
@@ -154,44 +136,11 @@ def _insert_on_activations(
     emitter = NodeEmitter(after=output, site=adapter.site.name)
     update = _emit_update(emitter, use, adapter, inner)
     if factor is not None:
-        factor = _shape_factor(emitter, use, _bring_into(use.regions, factor, adapter), adapter)
-        update = _emit_rescaled(emitter, _emit_without_bias(emitter, use, adapter), update, factor)
+        factor = shape_factor(emitter, use, _bring_into(use.regions, factor, adapter), adapter)
+        update = emit_rescaled(emitter, emit_without_bias(emitter, use, adapter), update, factor)
     if _dtype_of(output) != adapter.dtype:
         update = emitter.emit(aten.type_as.default, update, output)
     _substitute(emitter, output, update)
-
-
-def _shape_factor(emitter: NodeEmitter, use: GraphUse, factor: Node, adapter: PlannedAdapter) -> Node:
-    """C so that it multiplies the output: along the features, along the channels, or for the entries looked up."""
-    if use.kind == "lookup":
-        x, *options = use.node.args[1:]
-        columns = emitter.emit(aten.unsqueeze.default, factor, 1)
-        return emitter.emit(aten.embedding.default, columns, x, *options[:1])
-    if use.kind == "convolution":
-        return emitter.emit(aten.reshape.default, factor, [-1, *[1] * (len(adapter.site.shape) - 2)])
-    return factor
-
-
-def _emit_without_bias(emitter: NodeEmitter, use: GraphUse, adapter: PlannedAdapter) -> Node:
-    """Y - b."""
-    arguments, bias = use.node.args, None
-    if use.node.target is aten.addmm.default:
-        bias, beta = arguments[0], use.node.kwargs.get("beta", 1)
-        if beta != 1:
-            bias = emitter.emit(aten.mul.Tensor, bias, beta)
-    elif use.kind in ("product", "convolution") and len(arguments) > 2:
-        bias = arguments[2]
-    if not isinstance(bias, Node):
-        return use.node
-    if use.kind == "convolution":
-        bias = emitter.emit(aten.reshape.default, bias, [-1, *[1] * (len(adapter.site.shape) - 2)])
-    return emitter.emit(aten.sub.Tensor, use.node, bias)
-
-
-def _emit_rescaled(emitter: NodeEmitter, base: Node, update: Node, factor: Node) -> Node:
-    """C ∘ (base + update) - base, such that it is exactly zero where c is 1 and the update 0."""
-    change = emitter.emit(aten.mul.Tensor, base, emitter.emit(aten.sub.Scalar, factor, 1))
-    return emitter.emit(aten.add.Tensor, change, emitter.emit(aten.mul.Tensor, update, factor))
 
 
 def _emit_update(emitter: NodeEmitter, use: GraphUse, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> Node:
@@ -210,9 +159,9 @@ def _insert_on_weight(source: Node, adapter: PlannedAdapter, parameters: Mapping
     emitter = NodeEmitter(after=last, site=adapter.site.name)
     update = adapter.form.emit_weight(emitter, parameters, adapter.scale)
     if adapter.form.rescales:
-        matrix = _emit_matrix(emitter, source, adapter)
+        matrix = emit_matrix(emitter, source, adapter)
         factor = adapter.form.emit_factor(emitter, matrix, parameters, adapter.scale)
-        update = _emit_rescaled(emitter, matrix, update, emitter.emit(aten.unsqueeze.default, factor, 1))
+        update = emit_rescaled(emitter, matrix, update, emitter.emit(aten.unsqueeze.default, factor, 1))
     if adapter.site.transposed:
         update = emitter.emit(aten.t.default, update)
     if len(adapter.site.shape) != 2:

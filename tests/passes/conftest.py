@@ -16,7 +16,7 @@ from passes.base import find_graph_modules
 from passes.calls import split_call
 from passes.capture import CapturedGraph, capture_call
 from passes.fold_adapters import FoldAdaptersPass
-from passes.forms import SvdForm
+from passes.forms import find_form
 from passes.insert_adapters import InsertAdaptersPass
 from passes.plan import AdapterPlan, PlannedAdapter
 from passes.sites import SiteSearch, SiteSelection, find_sites
@@ -80,8 +80,9 @@ def _hold(plan: AdapterPlan) -> nn.Module:
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
         for name, shape in adapter.parameter_shapes.items():
-            values = torch.zeros(shape, dtype=adapter.dtype) if name == "lam" else torch.randn(shape).to(adapter.dtype)
-            owner.register_parameter(name, nn.Parameter(values))
+            is_zero = name in ("lam", "B")
+            values = torch.zeros(shape, dtype=adapter.dtype) if is_zero else torch.randn(shape).to(adapter.dtype)
+            owner.register_parameter(name, nn.Parameter(values, requires_grad=name not in adapter.form.frozen))
     return root
 
 
@@ -91,6 +92,7 @@ def _prepare(
     selection: SiteSelection | None = None,
     rank: int = 2,
     dtype: torch.dtype | None = None,
+    form: str = "svd",
 ) -> Workbench:
     captured = capture_call(module, split_call(args, {}))
     uses = find_weight_uses(captured.graph_module, find_parameter_aliases(module))
@@ -98,7 +100,11 @@ def _prepare(
     plan = AdapterPlan(
         adapters=tuple(
             PlannedAdapter(
-                site=site, form=SvdForm(), rank=min(rank, site.largest_rank), scale=0.5, dtype=dtype or site.dtype
+                site=site,
+                form=find_form(form),
+                rank=min(rank, site.largest_rank),
+                scale=0.5,
+                dtype=dtype or site.dtype,
             )
             for site in search.sites
         )
@@ -110,6 +116,6 @@ def _prepare(
 
 @pytest.fixture
 def prepare() -> Callable[..., Workbench]:
-    """``prepare(module, *args, selection=, rank=, dtype=)`` gives a :class:`Workbench`."""
+    """``prepare(module, *args, selection=, rank=, dtype=, form=)`` gives a :class:`Workbench`."""
     torch.manual_seed(0)
     return _prepare

@@ -1,0 +1,71 @@
+"""Nodes for forms that rescale the rows of the sum, W' = c ∘ (W + ΔW), where an adapter runs on activations.
+
+    y = x Wᵀ + b   →   y + (c - 1) ∘ (y - b) + c ∘ form(x)
+
+so that W' itself never exists, no gradient of its size is made, and the change is exactly zero where c is 1 and ΔW 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.fx import Node
+
+from passes.forms.base import NodeEmitter
+from passes.plan import PlannedAdapter
+from passes.weight_uses import GraphUse
+
+aten = torch.ops.aten
+
+
+def emit_factor(source: Node, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> Node:
+    """C of a form that rescales, [out], in the outermost graph."""
+    emitter = NodeEmitter(after=max([source, *parameters.values()]), site=adapter.site.name)
+    matrix = emit_matrix(emitter, source, adapter)
+    return adapter.form.emit_factor(emitter, matrix, parameters, adapter.scale)
+
+
+def emit_matrix(emitter: NodeEmitter, source: Node, adapter: PlannedAdapter) -> Node:
+    """W as [out, in] in the adapter's dtype."""
+    site, matrix = adapter.site, source
+    if site.dtype != adapter.dtype:
+        matrix = emitter.emit(aten.to.dtype, matrix, adapter.dtype)
+    if site.transposed:
+        return emitter.emit(aten.t.default, matrix)
+    if len(site.shape) != 2:
+        return emitter.emit(aten.reshape.default, matrix, [site.out_features, site.in_features])
+    return matrix
+
+
+def shape_factor(emitter: NodeEmitter, use: GraphUse, factor: Node, adapter: PlannedAdapter) -> Node:
+    """C so that it multiplies the output: along the features, along the channels, or for the entries looked up."""
+    if use.kind == "lookup":
+        x, *options = use.node.args[1:]
+        columns = emitter.emit(aten.unsqueeze.default, factor, 1)
+        return emitter.emit(aten.embedding.default, columns, x, *options[:1])
+    if use.kind == "convolution":
+        return emitter.emit(aten.reshape.default, factor, [-1, *[1] * (len(adapter.site.shape) - 2)])
+    return factor
+
+
+def emit_without_bias(emitter: NodeEmitter, use: GraphUse, adapter: PlannedAdapter) -> Node:
+    """Y - b."""
+    arguments, bias = use.node.args, None
+    if use.node.target is aten.addmm.default:
+        bias, beta = arguments[0], use.node.kwargs.get("beta", 1)
+        if beta != 1:
+            bias = emitter.emit(aten.mul.Tensor, bias, beta)
+    elif use.kind in ("product", "convolution") and len(arguments) > 2:
+        bias = arguments[2]
+    if not isinstance(bias, Node):
+        return use.node
+    if use.kind == "convolution":
+        bias = emitter.emit(aten.reshape.default, bias, [-1, *[1] * (len(adapter.site.shape) - 2)])
+    return emitter.emit(aten.sub.Tensor, use.node, bias)
+
+
+def emit_rescaled(emitter: NodeEmitter, base: Node, update: Node, factor: Node) -> Node:
+    """C ∘ (base + update) - base, such that it is exactly zero where c is 1 and the update 0."""
+    change = emitter.emit(aten.mul.Tensor, base, emitter.emit(aten.sub.Scalar, factor, 1))
+    return emitter.emit(aten.add.Tensor, change, emitter.emit(aten.mul.Tensor, update, factor))
