@@ -119,7 +119,13 @@ def _train_peft(method: Method, task: Task, rank: int, rate: float, batches: lis
         config: Any = peft.LoraConfig(r=start, **common)
     else:
         steps = len(batches)
-        own = {"init_r": start, "target_r": rank, "tinit": steps // 10, "tfinal": 3 * steps // 10, "deltaT": 10}
+        own: dict[str, Any] = {
+            "init_r": start,
+            "target_r": rank,
+            "tinit": steps // 10,
+            "tfinal": 3 * steps // 10,
+            "deltaT": 10,
+        }
         config = peft.AdaLoraConfig(total_step=steps, **own, **common)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
