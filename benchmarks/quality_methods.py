@@ -44,7 +44,7 @@ class Method:
     grow: float = 0.0
 
 
-_LORA, _SVD = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
+_LORA, _SVD = (1e-3, 3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
 METHODS: dict[str, Method] = {
     "full": Method(rates=(3e-4, 1e-3, 3e-3)),
     "lora": Method(rates=_LORA, options={"kind": "lora"}),

@@ -264,3 +264,26 @@ def test_what_cannot_work_says_so(net: nn.Module, batches: list[Batch]) -> None:
         ac.AdapterConfig(init="lora_ga")
     with pytest.raises(ConfigError, match="expected an AdaptedModel"):
         ac.initialise_adapters(net, "lora_ga", batches, loss)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["dora", "svd"])
+def test_a_run_resumes_bit_for_bit_without_looking_at_data_again(
+    kind: str, net: nn.Module, batches: list[Batch], tmp_path: Path
+) -> None:
+    runs = [adapt(net, kind=kind) for _ in range(2)]
+    ac.initialise_adapters(runs[0], "lora_ga", batches, loss)
+    optimizers = [torch.optim.AdamW(run.parameter_groups(1e-2, lora_plus_ratio=4)) for run in runs]
+
+    def train(number: int, steps: int) -> None:
+        for _ in range(steps):
+            loss(runs[number], batches[0]).backward()
+            optimizers[number].step()
+            optimizers[number].zero_grad()
+
+    train(0, 3)
+    ac.save_training_state(tmp_path, runs[0], optimizers[0])
+    train(0, 2)
+    ac.load_training_state(tmp_path, runs[1], optimizers[1])
+    train(1, 2)
+    torch.testing.assert_close(runs[1].state_dict(), runs[0].state_dict(), rtol=0, atol=0)
+    assert torch.equal(runs[1](batches[0][0]), runs[0](batches[0][0]))
