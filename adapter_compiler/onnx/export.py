@@ -124,6 +124,11 @@ def _run_example(exporter: NamedOutputs, call: ModuleCall) -> list[tuple[str, to
         expected = exporter.named_outputs(call)
     except Exception as error:  # the model's own code raises what it likes
         raise ExportError(describe_refusal(exporter.module, *call.rebuild(call.tensors), error)) from error
+    if not expected:
+        raise ExportError(
+            f"{type(exporter.module).__name__} returns no tensor that a file could give; expected a tensor, or tuples, "
+            "dicts or dataclasses of some; return one, or register the class with torch.utils._pytree"
+        )
     for name, tensor in expected:
         assert_comparable("example", name, tensor)
     return expected

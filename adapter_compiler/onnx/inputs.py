@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,10 +39,22 @@ def spell_names(paths: Sequence[str]) -> list[str]:
 
 
 def name_leaves(result: Any, default: str = "output") -> list[tuple[str, Any]]:
-    """``(name, leaf)`` for each leaf of a result; a bare tensor is called ``default``."""
-    found = pytree.tree_flatten_with_path(result)[0]
+    """``(name, leaf)`` for each leaf of a result; a bare tensor is called ``default``.
+
+    Dataclasses are taken apart whether or not torch knows them as containers.
+    """
+    found = list(_flatten(result, ()))
     names = spell_names([_join(path, default) for path, _ in found])
     return [(name, leaf) for name, (_, leaf) in zip(names, found, strict=True)]
+
+
+def _flatten(tree: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+            yield (*place, *path), leaf
+            continue
+        for field in dataclasses.fields(leaf):
+            yield from _flatten(getattr(leaf, field.name), (*place, *path, pytree.GetAttrKey(field.name)))
 
 
 def _join(path: tuple[Any, ...], default: str) -> str:

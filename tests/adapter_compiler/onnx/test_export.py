@@ -154,6 +154,15 @@ class Result:
 torch.export.register_dataclass(Result, serialized_type_name="adapter_compiler_tests.Result")
 
 
+@dataclasses.dataclass
+class Unregistered:
+    """torch does not know it as a container."""
+
+    scores: Tensor
+    inner: Result
+    label: str = "a"
+
+
 class Structured(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -166,7 +175,8 @@ class Structured(nn.Module):
             return y, y * 2
         if self.kind == "twice":
             return {"a": y, "b": y}
-        return Result(scores=y, hidden=(y * 2, y * 3))
+        result = Result(scores=y, hidden=(y * 2, y * 3))
+        return result if self.kind == "dataclass" else Unregistered(scores=y * 4, inner=result)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +185,7 @@ class Structured(nn.Module):
         ("tuple", {"output.0": 1, "output.1": 2}),
         ("twice", {"a": 1}),
         ("dataclass", {"scores": 1, "hidden.0": 2, "hidden.1": 3}),
+        ("unregistered", {"scores": 4, "inner.scores": 1, "inner.hidden.0": 2, "inner.hidden.1": 3}),
     ],
 )
 def test_outputs_are_named_after_what_the_model_returns(kind: str, outputs: dict[str, int], tmp_path: Path) -> None:
@@ -329,6 +340,11 @@ class Untranslatable(nn.Module):
         return y
 
 
+class Silent(nn.Module):
+    def forward(self, x: Tensor) -> str:
+        return f"{x.dim()} dimensions"
+
+
 class Undefined(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.log() - x.log()
@@ -340,8 +356,9 @@ class Undefined(nn.Module):
         (Decides(), ExportError, "not exported: Decides|not exported: .*does not depend on tensor values"),
         (Untranslatable(), ExportError, "torch.onnx has no translation for this model: .*bessel_j0"),
         (Undefined(), VerificationError, "PyTorch gives inf or nan only"),
+        (Silent(), ExportError, "Silent returns no tensor that a file could give; expected a tensor"),
     ],
-    ids=["control flow", "operator", "nan"],
+    ids=["control flow", "operator", "nan", "no tensor"],
 )
 def test_what_cannot_be_exported_is_refused(model: nn.Module, error: type[Exception], message: str, old: Path) -> None:
     with pytest.raises(error, match=message):
