@@ -65,8 +65,8 @@ Forward, backward, optimizer step (AdamW, fused, for all) and zero_grad of all-M
 (random weights), in training mode with dropout. *floor* is the captured graph without adapters, with gradients
 of the activations only: what any training of adapters must compute. *ours* has rank 12 on its way to 8, as
 peft's AdaLoRA; *all kept* is the same without computing cheap activations again; *compacted* is what is left of it
-after the schedule. Ratios are medians over rounds in which the
-contenders take turns; below 1 is faster. Memory is what stands above the model's own weights.
+after the schedule. Ratios are medians over rounds in which the contenders take turns; below 1 is faster. Memory is
+what stands above the model's own weights.
 """
 
 
