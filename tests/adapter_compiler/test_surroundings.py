@@ -71,6 +71,7 @@ def compiles(test: Callable[..., None]) -> Callable[..., None]:
     for warning in (
         "ignore:The .grad attribute of a Tensor:UserWarning",
         "ignore:.*should not be instantiated:DeprecationWarning",
+        "ignore:.*torch.jit.script_method.*:DeprecationWarning",
     ):
         test = pytest.mark.filterwarnings(warning)(test)
     return test
