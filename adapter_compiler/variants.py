@@ -30,6 +30,7 @@ from passes.lift_weights import LiftedGraph
 from passes.packed_weights import find_packed_weights
 from passes.plan import AdapterPlan
 from passes.quantise_weights import RecomputeWeightsPass
+from passes.recognise_gelu import RecogniseGeluPass
 from passes.slim_activations import SlimActivationsPass
 from passes.verify import VerifyAdaptersPass
 
@@ -67,7 +68,7 @@ class AdapterContext:
             VerifyAdaptersPass(plan=self.plan),
         ]
         if self.fused:
-            passes += [FuseAdaptersPass(recompute=self.recompute), SlimActivationsPass()]
+            passes += [RecogniseGeluPass(), FuseAdaptersPass(recompute=self.recompute), SlimActivationsPass()]
         if find_packed_weights(graph_module):
             passes.append(RecomputeWeightsPass())
         return PassManager(passes=passes)(graph_module).graph_module

@@ -25,6 +25,7 @@ from passes.base import GraphPass, PassResult, find_graph_modules
 from passes.dataflow import is_in_place
 from passes.fused_ops import fused_linears, fused_update
 from passes.products import Product, match_product
+from passes.slim_ops import written_gelu
 
 aten = torch.ops.aten
 
@@ -186,6 +187,8 @@ def _find_again(x: Node) -> tuple[Any, ...] | None:
     shape = None
     if x.target is aten.view.default and isinstance(x.args[0], Node):
         x, shape = x.args[:2]  # type: ignore[assignment]
+    if x.target is written_gelu:
+        return (written_gelu.__name__, x.args, {}, shape)  # graphs print functions of torch's only
     return (x.target, x.args, dict(x.kwargs), shape) if x.target in _CHEAP else None
 
 

@@ -19,13 +19,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from passes.slim_ops import written_gelu
 from passes.stacked_factors import cast, join_factors, join_lambdas, split_ranks
 
 #: Operands of one site in :func:`fused_linears`: weight, bias, P, λ, Q. λ is ``None`` for LoRA: P = B, Q = A.
 OPERANDS_PER_SITE = 5
 
-#: A function, its arguments, those by name, and the shape that the result is viewed in.
-Again = tuple[Callable[..., torch.Tensor], Sequence[Any], Mapping[str, Any], Sequence[int] | None]
+#: A function of torch's or the name of one of :data:`_OWN`, its arguments, those by name, and the shape that the
+#: result is viewed in.
+Again = tuple[Callable[..., torch.Tensor] | str, Sequence[Any], Mapping[str, Any], Sequence[int] | None]
+
+_OWN = {written_gelu.__name__: written_gelu}
 
 #: Elements below which keeping x costs nothing that is worth another call.
 _SMALL = 1 << 15
@@ -149,7 +153,8 @@ def _without_tensors(again: Again) -> Again:
 
 def _recompute(again: Again, saved: Sequence[Any]) -> torch.Tensor:
     """X as it was in forward."""
-    function, arguments, options, shape = again
+    name, arguments, options, shape = again
+    function = _OWN[name] if isinstance(name, str) else name
     tensors = iter(saved)
     x: torch.Tensor = function(*(next(tensors) if a is _Place else a for a in arguments), **options)
     return x if shape is None else x.view(shape)

@@ -1,6 +1,7 @@
 """Dropout and attention with dropout on CPUs: the same numbers and random draws, with less kept for backward.
 
     slim_dropout      keeps which elements stay as bytes, not as numbers of x's type
+    written_gelu      keeps x, not each step of the formula
     slim_attention    keeps q, k, v, the probabilities and those bytes; torch's own path for attention with
                       dropout keeps scaled copies of q and k, the probabilities twice and the mask as numbers
 
@@ -57,6 +58,13 @@ def slim_attention(
     return _Attention.apply(query, key, value, bias, dropout_p, scale)  # type: ignore[no-any-return,no-untyped-call]
 
 
+def written_gelu(x: torch.Tensor, c: float, k: float) -> torch.Tensor:
+    """0.5 x (1 + tanh(c (x + k x³))), as GPT-2 writes GELU; backward is that of torch's own for the usual c and k."""
+    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+        return (x * 0.5) * (torch.tanh((x + torch.pow(x, 3.0) * k) * c) + 1.0)
+    return _WrittenGelu.apply(x, c, k)  # type: ignore[no-any-return,no-untyped-call]
+
+
 def _is_plain(x: torch.Tensor) -> bool:
     is_plain = type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype in _DTYPES and x.numel() > 0
     return is_plain and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
@@ -74,6 +82,18 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         (kept,) = ctx.saved_tensors
         return kept.to(gradient.dtype).div_(ctx.keep) * gradient, None
+
+
+class _WrittenGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, c: float, k: float) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return torch.pow(x, 3.0).mul_(k).add_(x).mul_(c).tanh_().add_(1.0).mul_(x * 0.5)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return aten.gelu_backward.default(gradient, x, approximate="tanh"), None, None
 
 
 class _Attention(torch.autograd.Function):
