@@ -2,7 +2,7 @@
 
     python benchmarks/coverage.py --out coverage.jsonl            # every model; goes on where it stopped
     python benchmarks/coverage.py --names bert,t5 --onnx          # some, with ONNX export
-    python benchmarks/coverage.py --every 4 --first 1             # a quarter of them, as CI does
+    python benchmarks/coverage.py --every 4 --first 1             # a quarter of them
     python benchmarks/coverage.py --out coverage.jsonl --table docs/coverage.md
 
 For each model: compile; identity at λ = 0, and outputs and gradients with a random ΔW against eager code with
