@@ -137,7 +137,7 @@ def match_starts(plan: AdapterPlan, saved: Mapping[str, Any]) -> AdapterPlan:
 
 
 def adopt_starts(adapted: AdaptedModel, plan: AdapterPlan) -> None:
-    """Give a model the forms that :func:`match_starts` found; parameters that train keep their identity."""
+    """Give a model the forms of a plan that keep starting values or not; parameters that train keep their identity."""
     if plan != adapted.plan:
         adapted.adapters.adopt(plan)
         adapted.rebuild(plan)

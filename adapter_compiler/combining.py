@@ -18,6 +18,7 @@ from adapter_compiler.factors import factor_triplets
 from adapter_compiler.named_adapters import fill_store, find_module_tensors, put_to_rest
 from passes.forms import SvdForm
 from passes.plan import AdapterPlan, PlannedAdapter
+from passes.sites import AdapterSite
 
 if TYPE_CHECKING:
     from adapter_compiler.adapted import AdaptedModel
@@ -34,8 +35,7 @@ def combine_adapters(
     adapted.adapter_set.assert_free(name)
     tensors = _choose_tensors(adapted, weights, rest_from)
     planned, values = [], {}
-    for site in _order_sites(adapted, weights):
-        found = _find_summands(adapted, weights, site)
+    for site, found in _find_summands(adapted, weights).items():
         joined = _join([_weigh(adapter, parameters, w) for adapter, parameters, w in found])
         combined = _plan_sum([adapter for adapter, _, _ in found], joined, rank)
         planned.append(combined)
@@ -53,25 +53,22 @@ def compress_triplets(triplets: Triplets, rank: int) -> Triplets:
     return (left @ U)[:, :rank], values[:rank], (Vh @ right.t())[:rank]
 
 
-def _order_sites(adapted: AdaptedModel, weights: Mapping[str, float]) -> list[str]:
-    """Names of the sites that any of the summands has, in model order."""
-    places = {name: place for place, (name, _) in enumerate(adapted.module.named_parameters())}
-    sites = {adapter.site for name in weights for adapter in adapted.adapter_set.plans[name]}
-    ordered = sorted(sites, key=lambda site: (places[site.weight], site.rows or (0, 0)))
-    return list(dict.fromkeys(site.name for site in ordered))
-
-
 def _find_summands(
-    adapted: AdaptedModel, weights: Mapping[str, float], site: str
-) -> list[tuple[PlannedAdapter, Mapping[str, torch.Tensor], float]]:
-    """The adapters of one weight, their parameters and their weights."""
-    found: list[tuple[PlannedAdapter, Mapping[str, torch.Tensor], float]] = []
+    adapted: AdaptedModel, weights: Mapping[str, float]
+) -> dict[str, list[tuple[PlannedAdapter, Mapping[str, torch.Tensor], float]]]:
+    """By site, in model order: the adapters that the sum has there, their parameters and their weights."""
+    places = {name: place for place, (name, _) in enumerate(adapted.module.named_parameters())}
+    found: dict[str, list[tuple[PlannedAdapter, Mapping[str, torch.Tensor], float]]] = {}
     for name, weight in weights.items():
+        store = adapted.store_of(name)
         for adapter in adapted.adapter_set.plans[name]:
-            if adapter.site.name == site:
-                _assert_additive(adapter, name)
-                found.append((adapter, adapted.store_of(name).parameters_of(adapter), float(weight)))
-    return found
+            _assert_additive(adapter, name)
+            found.setdefault(adapter.site.name, []).append((adapter, store.parameters_of(adapter), float(weight)))
+
+    def place(site: AdapterSite) -> tuple[int, tuple[int, int]]:
+        return places[site.weight], site.rows or (0, 0)
+
+    return dict(sorted(found.items(), key=lambda item: place(item[1][0][0].site)))
 
 
 def _weigh(adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor], weight: float) -> Triplets:

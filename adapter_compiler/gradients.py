@@ -58,9 +58,17 @@ def find_weight_gradients(
         # Adapters for different rows of a weight have the same gradient.
         for gradient in {id(gradient): gradient for gradient in gradients if gradient is not None}.values():
             gradient.div_(len(collected))
-        while group:
-            adapter = group.pop(0)
+        for adapter in group:
             yield adapter, _check(adapter, gradients.pop(0))
+
+
+def assert_adapted(adapted: object, function: str) -> None:
+    """Raise :class:`ConfigError` unless ``function`` was given an adapted model."""
+    if not isinstance(adapted, AdaptedModel):
+        raise ConfigError(
+            f"{function}(adapted=...) is a {type(adapted).__name__}, expected an AdaptedModel; give what "
+            "compile_with_adapters returned"
+        )
 
 
 def as_batches(batches: Iterable[Any]) -> Sequence[Any]:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from adapter_compiler.adapted import AdaptedModel
+from adapter_compiler.checkpoint import adopt_starts
 from adapter_compiler.errors import ConfigError
-from adapter_compiler.gradients import Loss, as_batches, find_weight_gradients
+from adapter_compiler.gradients import Loss, as_batches, assert_adapted, find_weight_gradients
 from adapter_compiler.initialisers import DATA_INITIALISERS, StartingFactors, write_start
 from adapter_compiler.initialisers.eva import IncrementalSvd
 from adapter_compiler.initialisers.gradient_svd import draw_gradient_svd
@@ -113,11 +114,7 @@ def initialise_adapters(
         SiteError: the loss does not depend on a weight, or its inputs or gradient are not to be had.
     """
     options = start if isinstance(start, DataStart) else DataStart(method=start)
-    if not isinstance(adapted, AdaptedModel):
-        raise ConfigError(
-            f"initialise_adapters(adapted=...) is a {type(adapted).__name__}, expected an AdaptedModel; give what "
-            "compile_with_adapters returned"
-        )
+    assert_adapted(adapted, "initialise_adapters")
     collected = as_batches(batches)
     _give_forms(adapted, shifted=options.method == "lora_ga")
     drawn = (_draw_from_inputs if options.method == "eva" else _draw_from_gradients)(adapted, options, collected, loss)
@@ -138,10 +135,7 @@ def _give_forms(adapted: AdaptedModel, *, shifted: bool) -> None:
         )
         for adapter in adapted.plan
     ]
-    plan = AdapterPlan(adapters=tuple(adapters))
-    if plan != adapted.plan:
-        adapted.adapters.adopt(plan)
-        adapted.rebuild(plan)
+    adopt_starts(adapted, AdapterPlan(adapters=tuple(adapters)))
 
 
 Drawn = Iterator[tuple[PlannedAdapter, StartingFactors, SiteStart]]

@@ -17,7 +17,7 @@ import torch
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.budget.allocator import Request, allocate_best, share_out
 from adapter_compiler.errors import ConfigError
-from adapter_compiler.gradients import Loss, as_batches, find_weight_gradients
+from adapter_compiler.gradients import Loss, as_batches, assert_adapted, find_weight_gradients
 from adapter_compiler.initialise import decompose_layer_inputs
 from adapter_compiler.options import assert_choice, assert_integer
 from passes.plan import AdapterPlan
@@ -71,10 +71,11 @@ def allocate_ranks(
         loss: ``loss(model, batch)`` gives the loss; for ``"eva"`` it is enough that it calls the model.
 
     Raises:
-        ConfigError: the total cannot be met within the bounds, or there is no batch.
+        ConfigError: the model is not adapted, the total cannot be met within the bounds, or there is no batch.
         SiteError: the loss does not depend on a weight, or its inputs are not to be had.
     """
     options = allocation if isinstance(allocation, StaticAllocation) else StaticAllocation(method=allocation)
+    assert_adapted(adapted, "allocate_ranks")
     plan = list(adapted.plan)
     total = sum(adapter.rank for adapter in plan) if options.total is None else options.total
     high = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,12 +92,12 @@ class AdapterPlan:
     def __len__(self) -> int:
         return len(self.adapters)
 
-    @property
+    @functools.cached_property
     def live(self) -> AdapterPlan:
         """Those of which something is left."""
         return AdapterPlan(adapters=tuple(adapter for adapter in self.adapters if not adapter.is_empty))
 
-    @property
+    @functools.cached_property
     def by_weight(self) -> dict[str, tuple[PlannedAdapter, ...]]:
         """The adapters of each weight: one, or several for different rows."""
         found: dict[str, tuple[PlannedAdapter, ...]] = {}

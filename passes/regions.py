@@ -117,9 +117,9 @@ def find_boundaries(model: nn.Module, wanted: Sequence[str | type[nn.Module]]) -
         SiteError: an entry matches no submodule.
     """
     found: list[str] = []
+    callable_ones = set(find_callable_submodules(model))
+    named = [(name, module) for name, module in model.named_modules() if module in callable_ones]
     for entry in wanted:
-        callable_ones = set(find_callable_submodules(model))
-        named = [(name, module) for name, module in model.named_modules() if module in callable_ones]
         if isinstance(entry, str):
             matches = [name for name, _ in named if fnmatch.fnmatchcase(name, entry)]
         else:

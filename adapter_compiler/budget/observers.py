@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_compiler.budget.checks import MaskingRecord
+from adapter_compiler.errors import MissingDependencyError
 
 
 class TensorBoardObserver:
@@ -22,11 +23,16 @@ class TensorBoardObserver:
             prefix: the first part of every tag.
 
         Raises:
-            ImportError: a folder was given and the package tensorboard is missing.
+            MissingDependencyError: a folder was given and the package tensorboard is missing.
         """
         if isinstance(target, (str, Path)):
-            from torch.utils.tensorboard.writer import SummaryWriter
-
+            try:
+                from torch.utils.tensorboard.writer import SummaryWriter
+            except ImportError as error:
+                raise MissingDependencyError(
+                    f"TensorBoardObserver({str(target)!r}) writes by the package tensorboard, which cannot be imported "
+                    f"({error}); pip install tensorboard, or give an open SummaryWriter"
+                ) from error
             target = SummaryWriter(str(target))
         self.writer = target
         self.prefix = prefix

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from adapter_compiler.checkpoint import FILE_NAME
+from adapter_compiler.checkpoint import FILE_NAME, describe_plan
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.files import written_beside
-from adapter_compiler.interop.saved_adapters import SavedAdapter, SavedAdapters, read_saved_adapters
+from adapter_compiler.interop.saved_adapters import SavedAdapters, read_saved_adapters
 from adapter_compiler.interop.write_peft import convert_to_peft
 
 #: Formats that adapters can be converted to.
@@ -45,20 +44,7 @@ def _write_native(saved: SavedAdapters, out: Path) -> Path:
         for key, value in saved.parameters_of(name).items():
             tensors[f"adapters.{name}.{key}"] = value.contiguous().clone()
     tensors |= {f"module.{name}": saved.tensor(key) for name, key in saved.replacements.items()}
-    sites = {name: _describe(adapter) for name, adapter in saved.adapters.items()}
-    header = json.dumps({"version": 1, "sites": sites, "aliases": {}})
+    header = json.dumps({"version": 1, "sites": describe_plan(saved.plan), "aliases": {}})
     with written_beside(out / FILE_NAME) as draft:
         save_file(tensors, draft, metadata={"adapter_compiler": header, "format": "pt"})
     return out
-
-
-def _describe(adapter: SavedAdapter) -> dict[str, Any]:
-    planned = adapter.planned
-    return {
-        "form": planned.form.name,
-        "rank": planned.rank,
-        "scale": planned.scale,
-        "shape": list(planned.site.shape),
-        "transposed": planned.site.transposed,
-        "rows": list(planned.site.rows) if planned.site.rows else None,
-    }

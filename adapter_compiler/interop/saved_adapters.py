@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ class SavedAdapters:
             tensor: torch.Tensor = file.get_tensor(key)
             return tensor
 
-    @property
+    @functools.cached_property
     def plan(self) -> AdapterPlan:
         """The adapters in the file's order."""
         return AdapterPlan(adapters=tuple(adapter.planned for adapter in self.adapters.values()))

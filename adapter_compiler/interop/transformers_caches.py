@@ -6,18 +6,28 @@ smaller graphs, see :func:`passes.self_check.observe_eager`.
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
 from torch.utils import _pytree as pytree
 
+logger = logging.getLogger(__name__)
+
 
 def register_caches() -> None:
-    """Register transformers' cache classes with ``torch.utils._pytree``; nothing if transformers is not in use."""
+    """Register transformers' cache classes with ``torch.utils._pytree``; nothing if transformers is not in use.
+
+    A version that lacks them, or the function for it, is left alone: models that return caches then run in parts.
+    """
     if "transformers" not in sys.modules:
         return
-    from transformers import EncoderDecoderCache
-    from transformers.integrations.executorch import register_dynamic_cache_export_support
+    try:
+        from transformers import EncoderDecoderCache
+        from transformers.integrations.executorch import register_dynamic_cache_export_support
+    except ImportError as error:
+        logger.info("this transformers does not say how to take its caches apart: %s", error)
+        return
 
     register_dynamic_cache_export_support()
     if EncoderDecoderCache not in pytree.SUPPORTED_NODES:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -437,3 +438,9 @@ def test_a_cache_comes_out_of_one_graph_and_goes_in_by_python() -> None:
         second = adapted(following, cache=first.cache)
         torch.testing.assert_close(second.logits, folded(following, cache=expected.cache).logits)
         assert first.cache.get_seq_length() == 7
+
+
+def test_a_transformers_without_its_cache_support_does_not_stop_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(sys.modules, "transformers.integrations.executorch", None)
+    assert ac.compile_with_adapters(nn.Linear(4, 4), (torch.randn(2, 4),)).sites

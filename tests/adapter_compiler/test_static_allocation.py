@@ -102,3 +102,8 @@ def test_a_total_that_cannot_be_met_is_refused(model: nn.Sequential, batches: li
     with pytest.raises(ConfigError, match=r"StaticAllocation\(method='magic'\): expected one of 'eva', 'gora'"):
         ac.allocate_ranks(adapted, "magic", batches, loss)
     assert dataclasses.replace(ac.StaticAllocation(method="eva"), min_rank=1).min_rank == 1
+
+
+def test_a_model_without_adapters_is_refused(model: nn.Sequential, batches: list[Batch]) -> None:
+    with pytest.raises(ConfigError, match=r"allocate_ranks\(adapted=...\) is a Sequential, expected an AdaptedModel"):
+        ac.allocate_ranks(model, "eva", batches, lambda model, batch: model(batch[0]))  # type: ignore[arg-type]

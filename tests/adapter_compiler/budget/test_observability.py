@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 import adapter_compiler as ac
 from adapter_compiler.budget import MaskingRecord, TensorBoardObserver
+from adapter_compiler.errors import MissingDependencyError
 from tests.adapter_compiler.budget.drills import make_adapted, run
 
 
@@ -55,6 +58,12 @@ def test_tensorboard_gets_every_record() -> None:
     for site, rank in budget.ranks().items():
         assert (f"a/rank/{site}", rank, 8) in writer.scalars
     assert not any(tag == "a/loss" for tag, _, _ in writer.scalars), "no loss was given"
+
+
+def test_a_folder_without_tensorboard_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    with pytest.raises(MissingDependencyError, match=r"TensorBoardObserver\('.*runs'\) .* pip install tensorboard"):
+        TensorBoardObserver(tmp_path / "runs")
 
 
 def test_parameters_without_gradient_are_named_once_with_the_cause(caplog: pytest.LogCaptureFixture) -> None:
