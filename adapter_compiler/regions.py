@@ -20,10 +20,11 @@ from torch import nn
 
 from adapter_compiler.store import AdapterStore
 from adapter_compiler.variants import AdapterContext, Variant, VariantCache
+from passes.assumptions import AssumptionError, undone_on_departure
 from passes.base import CaptureError
 from passes.calls import ModuleCall, sort_keywords, split_call
 from passes.capture import CapturedGraph, capture_call
-from passes.module_state import restored_state, runs_more_than_forward, without_fast_path
+from passes.module_state import is_collecting, restored_state, runs_more_than_forward, without_fast_path
 from passes.packed_weights import set_parameter
 from passes.plan import AdapterPlan, PlannedAdapter
 from passes.python_uses import WatchWeights
@@ -66,14 +67,34 @@ class Region:
         with self._tree.watching(paused=True):
             found = self.find_graph(args, kwargs)
             if found is not None:
-                variant, call = found
-                return variant.run(call, checkpointed=self._tree.context.checkpointed)
+                try:
+                    return self._run_graph(*found)
+                except AssumptionError as error:
+                    self._note_departure(found[0], str(error))
         return self._tree.run_python(self.module, args, kwargs)
+
+    def _run_graph(self, variant: Variant, call: ModuleCall) -> Any:
+        checkpointed = self._tree.context.checkpointed
+        if not variant.captured.assumptions:
+            return variant.run(call, checkpointed=checkpointed)
+        variant.record.calls += 1
+        with undone_on_departure(self.module):
+            return variant.run(call, checkpointed=checkpointed)
+
+    def _note_departure(self, variant: Variant, reason: str) -> None:
+        variant.record.departures += 1
+        logger.debug("%s runs as Python this time: %s", self.path or "the model", reason)
+        if variant.record.is_poor:
+            record = variant.record
+            self._refuse(
+                self.variants.drop(variant),
+                f"values departed from the example's in {record.departures} of {record.calls} calls: {reason}",
+            )
 
     def _run_compiled(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Under torch.compile the choice of the graph is left to Python, and the graph is compiled."""
         found = torch.compiler.disable(self.find_graph)(args, kwargs)
-        if found is None:
+        if found is None or found[0].captured.assumptions:  # a compiled graph has no way out
             return self._tree.run_python(self.module, args, kwargs)
         variant, call = found
         return variant.run(call, checkpointed=self._tree.context.checkpointed)
@@ -82,6 +103,9 @@ class Region:
         """The graph for a call, captured if there is none yet; ``None`` if the call does not capture."""
         if inner := self._tree.find_boundary_inside(self):
             self._refuse("boundary", f"it holds the region {inner}, which the configuration names")
+            return None
+        if is_collecting(self.module):
+            self._refuse("collecting", "its caller collects outputs of its submodules through hooks")
             return None
         try:
             call = split_call(args, sort_keywords(kwargs))

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from adapter_compiler.store import AdapterStore
+from passes.assumptions import TrackRecord
 from passes.base import GraphPass, PassManager, clone_graph_module
 from passes.calls import ModuleCall
 from passes.capture import CapturedGraph
@@ -84,6 +85,7 @@ class Variant:
         training: whether the module was in training mode.
         inputs: the call's tensors, as in ``x: float32[4, 16]``.
         sites: names of the sites in the graph.
+        record: how the assumptions of the graph have held.
     """
 
     captured: CapturedGraph
@@ -91,6 +93,7 @@ class Variant:
     training: bool
     inputs: tuple[str, ...]
     sites: frozenset[str]
+    record: TrackRecord = dataclasses.field(default_factory=TrackRecord, compare=False)
 
     def run(self, call: ModuleCall, *, checkpointed: bool = False) -> Any:
         """What the module returns for ``call``."""
@@ -164,6 +167,12 @@ class VariantCache:
                 ", ".join(dropped.inputs),
             )
         return variant
+
+    def drop(self, variant: Variant) -> Hashable:
+        """Forget a graph; returns the key of the calls that it served."""
+        kept = next(kept for kept, other in self._variants.items() if other is variant)
+        del self._variants[kept]
+        return kept[0]
 
     def rebuild(self) -> None:
         """Insert the context's present adapters into every kept graph, without capturing anew."""

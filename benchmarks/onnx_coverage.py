@@ -10,6 +10,7 @@ a second run with the same --output goes on where the first one stopped.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import subprocess
 import sys
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON lines, one a model; rows that are there are kept")
     parser.add_argument("--table", type=Path, help="write the table as markdown")
     parser.add_argument("--timeout", type=float, default=900, help="seconds a model may take")
+    parser.add_argument("--workers", type=int, default=2, help="models at a time")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -120,16 +122,17 @@ def main() -> None:
         return
     names = choose_names(options.group, options.names)
     known = read_rows(options.output) if options.output else {}
-    for position, name in enumerate(names, 1):
-        if name in known:
-            continue
-        known[name] = run_one(name, options.timeout)
-        print(
-            f"{position}/{len(names)} {name}: {known[name]['stage']} {known[name].get('reason', '')[:160]}", flush=True
-        )
-        if options.output:
-            with options.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(known[name]) + "\n")
+    todo = [name for name in names if name not in known]
+    with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
+        futures = [pool.submit(run_one, name, options.timeout) for name in todo]
+        for position, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            row = future.result()
+            known[row["name"]] = row
+            reason = row.get("reason", "")[:160]
+            print(f"{position}/{len(todo)} {row['name']}: {row['stage']} {row['seconds']} s {reason}", flush=True)
+            if options.output:
+                with options.output.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
     table = as_table([known[name] for name in names])
     print(table.split("\n", 1)[0])
     if options.table:

@@ -7,7 +7,8 @@ copied. Dimensions are left symbolic as far as the model allows: all of them, el
 of each tensor, else none.
 
 Every capture is run once against the module on the same example under the same random state;
-outputs, buffers and gradients must agree. What export cannot express it refuses, and so does this function.
+outputs, buffers and gradients must agree. What export cannot express it refuses, and so does this function;
+only what Python asks of values may be assumed to stay as it is in the example, see :mod:`passes.assumptions`.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from passes.assumptions import AssumptionError, assert_steady, find_assumptions, undone_on_departure, values_of_example
 from passes.base import CaptureError
 from passes.calls import ModuleCall, flatten_result
-from passes.module_state import HOOK_KINDS, canonical_kernels, is_torch_hook, restored_state
+from passes.module_state import HOOK_KINDS, canonical_kernels, is_known_hook, is_without_memory, restored_state
 from passes.packed_weights import find_packed_weights, hollow_weights, set_parameter
 from passes.self_check import Observation, assert_same, observe_eager, observe_run
 
 logger = logging.getLogger(__name__)
 
+#: How torch.export names a branch that it cannot decide.
+_DEPENDS_ON_VALUES = "GuardOnDataDependentSymNode"
 #: Where the captured module's parameters and buffers stand in a captured graph.
 MODULE_PREFIX = "module."
 
@@ -58,6 +62,7 @@ class CapturedGraph:
         bounds: per input tensor, per dimension, what sizes the graph is right for.
         dynamic: ``"all"``, ``"first"`` or ``"none"``: which dimensions were left symbolic.
         largest_error: greatest departure from eager seen in the self-check.
+        assumptions: what the graph asserts of values, in words; a call that departs raises in the graph.
     """
 
     graph_module: GraphModule
@@ -66,6 +71,7 @@ class CapturedGraph:
     guards: Callable[..., Any] | None
     dynamic: str
     largest_error: float
+    assumptions: tuple[str, ...] = ()
 
     def accepts(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the graph is right for tensors of these shapes. Sizes 0 and 1 are never generalised to."""
@@ -106,15 +112,38 @@ class ExportedCall:
 DYNAMIC_CHOICES = ("all", "first", "none")
 
 
-def export_call(module: nn.Module, call: ModuleCall, choices: Sequence[str] = DYNAMIC_CHOICES) -> ExportedCall:
+#: Those that are tried with the values of the example where none exports without.
+_ASSUMED_CHOICES = ("all", "first")
+
+
+def export_call(
+    module: nn.Module, call: ModuleCall, choices: Sequence[str] = DYNAMIC_CHOICES, *, assume: bool = False
+) -> ExportedCall:
     """Export ``module`` for ``call`` in its present training mode, with as many symbolic dimensions as work.
 
-    ``choices`` are tried in order; the first that exports counts.
+    ``choices`` are tried in order; the first that exports counts. With ``assume``, what depends on values
+    is then decided as in the example, and asserted.
 
     Raises:
         CaptureError: the module does not export as one graph, or does not run on this call at all.
     """
     failures: list[str] = []
+    found = _export_first(module, call, choices, failures)
+    if found is None and assume and any(_DEPENDS_ON_VALUES in failure for failure in failures):
+        with values_of_example():
+            found = _export_first(module, call, _ASSUMED_CHOICES, [])
+    if found is not None:
+        return found
+    raise CaptureError(
+        f"{module._get_name()} does not capture as one graph: {failures[0]}"
+        + (f" (with fixed shapes: {failures[-1]})" if failures[-1] != failures[0] else "")
+        + "; torch.export needs control flow that does not depend on tensor values"
+    )
+
+
+def _export_first(
+    module: nn.Module, call: ModuleCall, choices: Sequence[str], failures: list[str]
+) -> ExportedCall | None:
     for dynamic in choices:
         wrapper = _FlatCall(module, call)
         try:
@@ -130,16 +159,13 @@ def export_call(module: nn.Module, call: ModuleCall, choices: Sequence[str] = DY
         inputs = [placeholders[name] for name in program.graph_signature.user_inputs]
         bounds = tuple(_bounds(node.meta["val"], program.range_constraints) for node in inputs)
         return ExportedCall(program=program, output_spec=wrapper.seen.spec, bounds=bounds, dynamic=dynamic)
-    raise CaptureError(
-        f"{module._get_name()} does not capture as one graph: {failures[0]}"
-        + (f" (with fixed shapes: {failures[-1]})" if failures[-1] != failures[0] else "")
-        + "; torch.export needs control flow that does not depend on tensor values"
-    )
+    return None
 
 
-def capture_call(module: nn.Module, call: ModuleCall) -> CapturedGraph:
+def capture_call(module: nn.Module, call: ModuleCall, *, assume: bool = True) -> CapturedGraph:
     """Capture ``module.forward`` for ``call`` in its present training mode and check the result against eager.
 
+    With ``assume``, a graph may assert that values answer the module's Python as those of ``call`` do.
     Hooks of ``module`` itself are not part of the graph: whoever calls the graph runs them.
 
     Raises:
@@ -148,11 +174,17 @@ def capture_call(module: nn.Module, call: ModuleCall) -> CapturedGraph:
     """
     _refuse_inner_hooks(module)
     expected = observe_eager(module, call)
-    captured = _to_captured_graph(export_call(module, call))
-    for name, parameter in find_packed_weights(module).items():
+    packed = find_packed_weights(module)
+    # Packed weights, and weights on meta, have no values to trace with.
+    has_values = not packed and not is_without_memory(module)
+    captured = _to_captured_graph(export_call(module, call, assume=assume and has_values))
+    for name, parameter in packed.items():
         if _is_used(captured.graph_module, MODULE_PREFIX + name):
             set_parameter(captured.graph_module, MODULE_PREFIX + name, parameter)
-    return check_against_eager(module, call, captured, expected)
+    captured = check_against_eager(module, call, captured, expected)
+    if captured.assumptions:
+        assert_steady(module, call, captured.graph_module)
+    return captured
 
 
 def _is_used(graph_module: GraphModule, target: str) -> bool:
@@ -174,14 +206,18 @@ def check_against_eager(
         CaptureError: the departure is beyond the tolerance of the dtype, or a graph cannot keep what the module keeps.
     """
     expected = observe_eager(module, call) if expected is None else expected
-    found = observe_run(module, call, lambda: list(captured.graph_module(*call.tensors)))
+    try:
+        with undone_on_departure(module):
+            found = observe_run(module, call, lambda: list(captured.graph_module(*call.tensors)))
+    except AssumptionError as error:
+        raise CaptureError(f"{type(module).__name__} depends on values: {error}") from error
     return dataclasses.replace(captured, largest_error=assert_same(type(module).__name__, found, expected))
 
 
 def _refuse_inner_hooks(module: nn.Module) -> None:
     for name, child in module.named_modules():
         hooks = [hook for kind in HOOK_KINDS for hook in getattr(child, kind, {}).values()]
-        foreign = [hook for hook in hooks if not is_torch_hook(hook)]
+        foreign = [hook for hook in hooks if not is_known_hook(hook)]
         if child is not module and foreign:
             hook = getattr(foreign[0], "__name__", foreign[0])
             raise CaptureError(
@@ -255,6 +291,7 @@ def _to_captured_graph(call: ExportedCall) -> CapturedGraph:
         guards=None if guards is None else guards.forward,
         dynamic=call.dynamic,
         largest_error=float("nan"),
+        assumptions=find_assumptions(graph_module),
     )
 
 

@@ -7,6 +7,7 @@ numpy's generator, nor an assignment to an attribute; those are found here, by w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import sys
 from collections import deque
@@ -22,6 +23,10 @@ HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backw
 _CONTAINERS = (list, dict, set, deque)
 #: Attributes that torch itself manages: registries are followed elsewhere, the rest are caches of the weights.
 _MANAGED = {"_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs", "forward", *HOOK_KINDS}
+#: Where transformers puts hooks into submodules, which collect what ``output_hidden_states`` and its like ask for.
+_COLLECTING = "transformers.utils.output_capturing"
+#: Attributes that say only that something has been set up, which a first call does and every later one relies on.
+_SET_UP = {"_output_capturing_hooks_installed"}
 
 
 def is_without_memory(module: nn.Module) -> bool:
@@ -35,11 +40,22 @@ def runs_more_than_forward(module: nn.Module) -> bool:
     return any(getattr(module, kind) for kind in HOOK_KINDS) or type(module).__call__ is not nn.Module.__call__
 
 
+def is_collecting(module: nn.Module) -> bool:
+    """Whether the caller collects outputs of submodules through hooks of transformers, which a graph would not run."""
+    library = sys.modules.get(_COLLECTING)
+    collector = getattr(library, "_active_collector", None)
+    if collector is None or not collector.get():
+        return False
+    inner = (child for child in module.modules() if child is not module)
+    return any(_is_collecting_hook(hook) for child in inner for hook in getattr(child, "_forward_hooks", {}).values())
+
+
 @contextlib.contextmanager
 def restored_state(module: nn.Module) -> Iterator[None]:
-    """Undo what running a module leaves behind: random states, buffers and attributes."""
-    in_python = (child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule))
-    registries = [(child._buffers, dict(child._buffers)) for child in in_python]
+    """Undo what running a module leaves behind: random states, buffers, hooks and attributes."""
+    in_python = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]
+    kinds = ("_buffers", *HOOK_KINDS)
+    registries = [(child.__dict__[kind], dict(child.__dict__[kind])) for child in in_python for kind in kinds]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers() if not buffer.is_meta]
     attributes = _Attributes(module)
     with _restored_generators(module):
@@ -56,15 +72,30 @@ def restored_state(module: nn.Module) -> Iterator[None]:
                     buffer.copy_(saved)
 
 
+@dataclasses.dataclass(kw_only=True)
+class StateChanges:
+    """What a run changed beyond buffers and torch's generators, in words: attributes, and anything else."""
+
+    attributes: list[str] = dataclasses.field(default_factory=list)
+    others: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def first(self) -> str | None:
+        """One of them, if there are any."""
+        return next(iter((*self.others, *self.attributes)), None)
+
+
 @contextlib.contextmanager
-def find_state_changes(module: nn.Module, found: list[str]) -> Iterator[None]:
-    """Append to ``found`` what the run inside the block changed beyond buffers and torch's generators, in words."""
+def find_state_changes(module: nn.Module, found: StateChanges) -> Iterator[None]:
+    """Append to ``found`` what the run inside the block changes."""
     attributes = _Attributes(module)
     before = _read_foreign_generators()
+    versions = {n: (p, p._version) for n, p in module.named_parameters() if not p.is_inference()}
     yield
-    found += [f"changes its attribute {name}" for name in attributes.find_changed()]
+    found.others += [f"changes its parameter {n} in place" for n, (p, v) in versions.items() if p._version != v]
+    found.attributes += [f"changes its attribute {name}" for name in attributes.find_changed()]
     after = _read_foreign_generators()
-    found += [f"draws from the generator of {name}" for name, state in before.items() if state != after[name]]
+    found.others += [f"draws from the generator of {name}" for name, state in before.items() if state != after[name]]
 
 
 @contextlib.contextmanager
@@ -108,7 +139,7 @@ class _Attributes:
         """Qualified names of attributes that were added, removed or given another value."""
         for owner, child, before in self._owners:
             now = dict(_watched_items(child))
-            for key in before.keys() | now.keys():
+            for key in (before.keys() | now.keys()) - _SET_UP:
                 if key not in now or key not in before or not _is_same(*before[key], now[key]):
                     yield f"{owner}.{key}" if owner else key
 
@@ -125,13 +156,26 @@ class _Attributes:
 
 def _watched_items(child: nn.Module) -> Iterator[tuple[str, Any]]:
     """Plain attributes, without those that a hook of torch.nn.utils computes from weights at each call."""
-    computed = {getattr(hook, "name", None) for hook in child._forward_pre_hooks.values() if is_torch_hook(hook)}
+    computed = {getattr(hook, "name", None) for hook in child._forward_pre_hooks.values() if _is_torch_hook(hook)}
     return ((key, value) for key, value in child.__dict__.items() if key not in _MANAGED and key not in computed)
 
 
-def is_torch_hook(hook: Any) -> bool:
-    """Whether a hook belongs to torch's own weight_norm, spectral_norm or the like, which only compute."""
-    return str(getattr(hook, "__module__", type(hook).__module__)).startswith("torch.nn.utils.")
+def is_known_hook(hook: Any) -> bool:
+    """Whether a graph may hold what a hook does: torch's, which only compute, and those :func:`is_collecting` knows."""
+    return _is_torch_hook(hook) or _is_collecting_hook(hook)
+
+
+def _is_torch_hook(hook: Any) -> bool:
+    """Whether a hook belongs to torch's own weight_norm, spectral_norm or the like."""
+    return _home_of(hook).startswith("torch.nn.utils.")
+
+
+def _is_collecting_hook(hook: Any) -> bool:
+    return _home_of(hook) == _COLLECTING
+
+
+def _home_of(hook: Any) -> str:
+    return str(getattr(hook, "__module__", type(hook).__module__))
 
 
 def _is_same(value: Any, contents: Any, now: Any) -> bool:

@@ -8,6 +8,9 @@ checkpoint, which runs without gradients, computes again with them.
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from passes.base import CaptureError
 from passes.calls import ModuleCall, flatten_result
-from passes.module_state import canonical_kernels, find_state_changes, restored_state
+from passes.module_state import StateChanges, canonical_kernels, find_state_changes, restored_state
 from passes.packed_weights import PackedWeight
 
 #: Largest accepted departure of a captured graph from eager: (relative, absolute) by dtype.
@@ -41,11 +44,14 @@ Observation = Mapping[str, Any]
 def observe_eager(module: nn.Module, call: ModuleCall) -> Observation:
     """What the module's own code gives for a call.
 
+    Attributes may change where that makes no difference to any later call, see :func:`_leaves_no_trace`;
+    a graph leaves them as they are.
+
     Raises:
         CaptureError: it keeps something between calls which a graph cannot keep.
     """
     args, kwargs = call.rebuild(call.tensors)
-    changes: list[str] = []
+    changes = StateChanges()
 
     leaves, spec = pytree.tree_flatten((args, kwargs))
 
@@ -55,11 +61,62 @@ def observe_eager(module: nn.Module, call: ModuleCall) -> Observation:
 
     seen = observe_run(module, call, run)
     after, spec_after = pytree.tree_flatten((args, kwargs))
+    if changes.attributes and not changes.others and _leaves_no_trace(module, call):
+        changes.attributes.clear()
     if spec_after != spec or any(a is not b for a, b in zip(leaves, after, strict=True)):
-        changes.append("puts other values into its arguments")
-    if changes:
-        raise CaptureError(f"{type(module).__name__} {changes[0]}, which a graph would not do again")
+        changes.others.append("puts other values into its arguments")
+    if changes.first is not None:
+        raise CaptureError(f"{type(module).__name__} {changes.first}, which a graph would not do again")
     return seen
+
+
+def _leaves_no_trace(module: nn.Module, call: ModuleCall) -> bool:
+    """Whether what a call leaves in attributes is only a place to note something, or a cache.
+
+    A second call must leave all as it is, and a call with other values must return the same before and after.
+    """
+    other = dataclasses.replace(call, tensors=tuple(map(_change_values, call.tensors)))
+    again = StateChanges()
+    with canonical_kernels(), restored_state(module), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with restored_state(module):
+                before = _run_seeded(module, other)
+            _run_seeded(module, call)
+            with find_state_changes(module, again):
+                _run_seeded(module, call)
+            after = _run_seeded(module, other)
+        except Exception:  # the module's own code may refuse such values in its own way
+            return False
+    return again.first is None and len(before) == len(after) and all(map(_is_identical, before, after))
+
+
+def _run_seeded(module: nn.Module, call: ModuleCall) -> list[Any]:
+    """The leaves of the result, computed with random numbers that are the same each time; the caller restores them."""
+    torch.manual_seed(0)
+    random.seed(0)
+    args, kwargs = copy.deepcopy(call.rebuild(call.tensors))
+    return [_detached(leaf) for leaf in flatten_result(module.forward(*args, **kwargs))[0]]
+
+
+def _change_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Values that are surely accepted, and others: half of each, or the least one everywhere."""
+    tensor = tensor.detach()
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor * 0.5
+    if tensor.dtype == torch.bool or not tensor.numel():
+        return tensor.clone()
+    return tensor.new_full(tensor.shape, int(tensor.min()))
+
+
+def _is_identical(one: Any, other: Any) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return type(one) is type(other) and bool(one == other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool(
+        torch.equal(one.nan_to_num(), other.nan_to_num()) if one.is_floating_point() else torch.equal(one, other)
+    )
 
 
 def observe_run(module: nn.Module, call: ModuleCall, run: Callable[[], list[Any]]) -> Observation:

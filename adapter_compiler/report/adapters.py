@@ -16,6 +16,7 @@ from passes.packed_weights import count_bytes
 if TYPE_CHECKING:
     from adapter_compiler.adapted import AdaptedModel
     from adapter_compiler.quantisation import QuantisationReport
+    from adapter_compiler.variants import Variant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +146,12 @@ def _count_live(rank: int, parameters: Mapping[str, torch.Tensor]) -> int:
     return 0 if lam.is_meta else int(torch.count_nonzero(lam.detach()))
 
 
+def _describe_graph(variant: Variant) -> str:
+    assumed = len(variant.captured.assumptions)
+    ending = f", if {assumed} conditions on values hold as in the example" if assumed else ""
+    return f"{'train' if variant.training else 'eval'}({', '.join(variant.inputs)}){ending}"
+
+
 def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
     """The report of an adapted model as it stands."""
     errors = adapted.fold_report.rounding_error if adapted.fold_report else {}
@@ -180,7 +187,7 @@ def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
             RegionRow(
                 name=region.path,
                 module=type(region.module).__name__,
-                graphs=tuple(f"{'train' if v.training else 'eval'}({', '.join(v.inputs)})" for v in region.variants),
+                graphs=tuple(map(_describe_graph, region.variants)),
                 refused=tuple(region.refused.values()),
             )
             for region in regions

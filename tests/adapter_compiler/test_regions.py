@@ -171,14 +171,13 @@ def assert_right(adapted: ac.AdaptedModel, model: nn.Module, *args: Any) -> None
 
 
 CASES: list[tuple[Callable[[], nn.Module], Any, str]] = [
-    (Decides, X, "depend on tensor values"),
     (TakesBatch, Batch(X), "argument args[0] is a "),
     (GivesBatch, X, "result itself is a "),
     (Counts, X, "changes its attribute calls"),
     (DrawsFromPython, X, "draws from the generator of Python's random module"),
     (ReachesIn, X, "depend on tensor values"),
     (lambda: Recomputes(False), X, "depend on tensor values"),
-    (lambda: Recomputes(True), X, "depend on tensor values"),
+    (lambda: Recomputes(True), X, "a reentrant checkpoint does not capture"),
 ]
 
 
@@ -201,7 +200,110 @@ def test_a_branch_that_the_example_did_not_take_is_adapted_without_an_example() 
     for x in (X.abs(), -X.abs()):
         assert_right(adapted, model, x)
     assert {site.name for site in adapted.sites} == {"left.weight", "right.weight"}
-    assert [region.path for region in adapted.regions if len(region.variants)] == ["left", "right"]
+    assert [region.path for region in adapted.regions if len(region.variants)] == ["", "right"]
+
+
+class Keeps(nn.Module):
+    """Draws, writes into a buffer, and only then looks at values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("total").add_(1)
+        x = F.dropout(self.left(x), 0.5)
+        return x if x.detach().abs().sum() > 1e-9 else self.right(x) + F.dropout(torch.ones_like(x), 0.5)
+
+
+def test_a_call_whose_values_decide_otherwise_is_run_again_as_python() -> None:
+    model = Keeps()
+    adapted = adapt(model, X)
+    with torch.no_grad():
+        for part in (model, adapted.module):
+            part.left.bias.zero_()
+    assert "if 3 conditions on values hold" in str(adapted.report())
+    assert_right(adapted, model, X)
+    assert_right(adapted, model, torch.zeros_like(X))
+    (graph,) = adapted.regions[0].variants
+    assert (graph.record.calls, graph.record.departures) == (2, 1)
+    assert float(adapted.module.get_buffer("total")) == 2
+
+
+def test_a_graph_whose_assumptions_keep_failing_is_given_up() -> None:
+    model = Keeps()
+    adapted = adapt(model, X)
+    with torch.no_grad():
+        for part in (model, adapted.module):
+            part.left.bias.zero_()
+    for _ in range(5):
+        assert_right(adapted, model, torch.zeros_like(X))
+    assert len(adapted.regions[0].variants) == 0
+    assert "values departed from the example's in 4 of 4 calls" in " ".join(str(adapted.report()).split())
+
+
+class Notes(nn.Module):
+    """Keeps what it can always make again: a width as a number, and a table that grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.width, self.tables = nn.Linear(WIDTH, WIDTH), 0, {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.width = x.shape[-1]
+        if self.width not in self.tables:
+            self.tables[self.width] = torch.arange(float(self.width))
+        y: Tensor = self.inner(x) * self.width + self.tables[self.width]
+        return y
+
+
+class ScalesByItsFirstInput(nn.Module):
+    """As layers do that initialise themselves from data: later calls depend on the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale = nn.Linear(WIDTH, WIDTH), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            self.scale = x.detach().abs().max()
+        y: Tensor = self.inner(x) / self.scale
+        return y
+
+
+class Shows(nn.Module):
+    """Puts a tensor where the user may look for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.shown = nn.Linear(WIDTH, WIDTH), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        self.shown = y.detach()
+        return y
+
+
+def test_a_cache_that_changes_no_result_is_no_obstacle() -> None:
+    model = Notes()
+    adapted = adapt(model, X)
+    assert_right(adapted, model, X)
+    assert_right(adapted.eval(), model.eval(), X[:2])
+    assert not adapted.regions[0].refused
+    assert not adapted.module.tables
+
+
+@pytest.mark.parametrize("make", [ScalesByItsFirstInput, Shows])
+def test_an_attribute_that_a_later_call_or_the_user_may_read_is_kept(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    adapted = adapt(model, X)
+    assert_right(adapted, model, X)
+    model(X)
+    assert_right(adapted, model, 3 * X)
+    assert "changes its attribute" in " ".join(adapted.report().regions[0].refused)
+    if isinstance(model, Shows):
+        assert torch.equal(adapted.module.shown, adapted(3 * X))
 
 
 def test_a_branch_that_the_example_did_not_take_is_reported() -> None:
@@ -438,6 +540,41 @@ def test_a_cache_comes_out_of_one_graph_and_goes_in_by_python() -> None:
         second = adapted(following, cache=first.cache)
         torch.testing.assert_close(second.logits, folded(following, cache=expected.cache).logits)
         assert first.cache.get_seq_length() == 7
+
+
+class Sentences(nn.Module):
+    """Reads hidden states that transformers collects by hooks which it registers at the first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        config = transformers.BertConfig(
+            vocab_size=20, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16
+        )
+        self.encoder = transformers.BertModel(config, add_pooling_layer=False)
+
+    def forward(self, ids: Tensor, output_hidden_states: bool = True) -> Tensor:
+        found = self.encoder(ids, output_hidden_states=output_hidden_states)
+        y: Tensor = found.hidden_states[-2] if output_hidden_states else found.last_hidden_state
+        return y
+
+
+def test_outputs_that_transformers_collects_by_hooks_are_part_of_the_graph() -> None:
+    model, ids = Sentences().eval(), torch.randint(0, 20, (2, 6))
+    adapted = adapt(model, ids).eval()
+    assert_right(adapted, model, ids)
+    assert not adapted.regions[0].refused
+    assert not any(child._forward_hooks for child in adapted.module.modules())
+
+
+def test_outputs_are_collected_through_regions_that_were_captured_without() -> None:
+    model, ids = Sentences().eval(), torch.randint(0, 20, (2, 6))
+    adapted = adapt(model, ids, False, regions=("encoder.encoder",)).eval()
+    assert_right(adapted, model, ids, False)
+    assert_right(adapted, model, ids, True)
+    assert_right(adapted, model, ids, False)
+    (encoder,) = (region for region in adapted.regions if region.path == "encoder.encoder")
+    assert "collects outputs" in " ".join(encoder.refused.values())
 
 
 def test_a_transformers_without_its_cache_support_does_not_stop_compiling(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from passes.assumptions import AssumptionError, undone_on_departure
 from passes.base import CaptureError
 from passes.calls import split_call
 from passes.capture import capture_call
@@ -71,17 +72,38 @@ def test_branches_on_sizes_are_guarded() -> None:
     assert not short.accepts((torch.randn(3, 9),))
 
 
-def test_data_dependent_control_flow_is_refused_with_the_reason() -> None:
-    class Decides(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * 2 if x.sum() > 0 else x
+class Decides(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
 
+
+class Reads(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(x.max())
+
+
+def test_control_flow_that_depends_on_values_is_refused_with_the_reason_where_nothing_may_be_assumed() -> None:
     with pytest.raises(CaptureError) as caught:
-        capture_call(Decides(), split_call((torch.randn(3, 4),), {}))
+        capture_call(Decides(), split_call((torch.randn(3, 4),), {}), assume=False)
     message = str(caught.value)
     assert "Decides does not capture as one graph" in message
     assert "does not depend on tensor values" in message
     assert "data-dependent" in message
+
+
+def test_a_branch_on_values_is_taken_as_in_the_example_and_asserted() -> None:
+    x = torch.ones(3, 4)
+    captured = capture_call(Decides(), split_call((x,), {}))
+    assert captured.assumptions
+    assert captured.dynamic == "all"
+    torch.testing.assert_close(captured.graph_module(x[:2])[0], 2 * x[:2])
+    with pytest.raises(AssumptionError, match="assertion failed"), undone_on_departure(nn.Identity()):
+        captured.graph_module(-x)
+
+
+def test_a_number_that_is_another_one_each_time_is_not_assumed() -> None:
+    with pytest.raises(CaptureError, match="does not hold for others"):
+        capture_call(Reads(), split_call((torch.rand(3, 4),), {}))
 
 
 class Counts(nn.Module):
