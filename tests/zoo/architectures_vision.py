@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from tests.zoo.build import Config, describe_architecture
+from tests.zoo.entry import in_float64
 from tests.zoo.inputs import image, image_with_class, image_with_map, video_with_class
 from tests.zoo.shapes import IMAGE, LAYERS
 
@@ -88,12 +89,14 @@ VISION = (
         {"image_size": 32, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 16, 24, 32]},
         traits=["convolution", "buffers"],
     ),
-    vision(
-        "mobilenet-v2",
-        "MobileNetV2ForImageClassification",
-        image_with_class,
-        {"image_size": 32, "depth_multiplier": 0.25},
-        traits=["convolution", "buffers"],
+    in_float64(
+        vision(
+            "mobilenet-v2",
+            "MobileNetV2ForImageClassification",
+            image_with_class,
+            {"image_size": 32, "depth_multiplier": 0.25},
+            traits=["convolution", "buffers"],
+        )
     ),
     vision(
         "efficientnet",
@@ -118,12 +121,14 @@ VISION = (
         traits=["convolution", "drop-path"],
     ),
     vision("cvt", "CvtForImageClassification", image_with_class, CVT, traits=["convolution", "drop-path", "buffers"]),
-    vision(
-        "levit",
-        "LevitForImageClassification",
-        image_with_class,
-        LEVIT,
-        traits=["convolution", "buffers", "no-eval-backward"],
+    in_float64(
+        vision(
+            "levit",
+            "LevitForImageClassification",
+            image_with_class,
+            LEVIT,
+            traits=["convolution", "buffers", "no-eval-backward"],
+        )
     ),
     vision(
         "focalnet",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 def no_args(batch: int, length: int) -> tuple[Any, ...]:
@@ -47,6 +48,20 @@ class ZooEntry:
     def other_example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call at another batch size and, where there is one, another length."""
         return self.args(*self.other_size), self.inputs(*self.other_size)
+
+
+def in_float64(entry: ZooEntry) -> ZooEntry:
+    """The same model in float64: normalised over so few values that float32 gives other gradients at each order."""
+
+    def widen(made: Any) -> Any:
+        return pytree.tree_map_only(Tensor, lambda t: t.double() if t.dtype == torch.float32 else t, made)
+
+    return dataclasses.replace(
+        entry,
+        build=lambda: entry.build().double(),
+        inputs=lambda *size: widen(entry.inputs(*size)),
+        args=lambda *size: widen(entry.args(*size)),
+    )
 
 
 def find_tensors(value: Any) -> Iterator[Tensor]:
