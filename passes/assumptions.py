@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 import torch._functorch.config
 from torch import nn
+from torch._subclasses import meta_utils
 from torch.fx import GraphModule
 
 from passes.base import CaptureError, find_graph_modules
@@ -52,8 +53,11 @@ def values_of_example() -> Iterator[None]:
     """Inside, a trace decides what depends on values by those of the example, and asserts them in the graph."""
     loud = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch._subclasses")]
     levels = [each.level for each in loud]
-    with torch._functorch.config.patch(
-        fake_tensor_propagate_real_tensors=True, generate_fake_kernels_from_real_mismatches=True
+    with (
+        torch._functorch.config.patch(
+            fake_tensor_propagate_real_tensors=True, generate_fake_kernels_from_real_mismatches=True
+        ),
+        _values_of_parameters(),
     ):
         try:
             for each in loud:  # they warn of every decision, which is what is wanted here
@@ -62,6 +66,29 @@ def values_of_example() -> Iterator[None]:
         finally:
             for each, level in zip(loud, levels, strict=True):
                 each.setLevel(level)
+
+
+@contextlib.contextmanager
+def _values_of_parameters() -> Iterator[None]:
+    """Inside, a trace with values has those of Parameters too.
+
+    PyTorch (2.13) copies the values of plain tensors only; where a Parameter's should be, it leaves whatever the
+    memory held, and a branch is decided by chance.
+    """
+    name = "_safe_copy"
+    original = getattr(meta_utils, name, None)
+    if original is None:
+        yield
+        return
+
+    def copy(target: torch.Tensor, source: torch.Tensor | None) -> None:
+        original(target, source.detach() if isinstance(source, nn.Parameter) else source)
+
+    setattr(meta_utils, name, copy)
+    try:
+        yield
+    finally:
+        setattr(meta_utils, name, original)
 
 
 def find_assumptions(graph_module: GraphModule) -> tuple[str, ...]:

@@ -113,7 +113,7 @@ DYNAMIC_CHOICES = ("all", "first", "none")
 
 
 #: Those that are tried with the values of the example where none exports without.
-_ASSUMED_CHOICES = ("all", "first")
+ASSUMED_CHOICES = ("all", "first")
 
 
 def export_call(
@@ -131,7 +131,7 @@ def export_call(
     found = _export_first(module, call, choices, failures)
     if found is None and assume and any(_DEPENDS_ON_VALUES in failure for failure in failures):
         with values_of_example():
-            found = _export_first(module, call, _ASSUMED_CHOICES, [])
+            found = _export_first(module, call, [choice for choice in ASSUMED_CHOICES if choice in choices], [])
     if found is not None:
         return found
     raise CaptureError(

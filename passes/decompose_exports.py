@@ -4,6 +4,7 @@
     histc(x)          counts of equal bins       →   Σ_i [bin(x_i) = b]
     lgamma(x)         ln |Γ(x)|                  →   Stirling's series after a shift, reflected for x < 1/2
     amax(x), amin(x)  over all dimensions        →   max(x), min(x)
+    randperm(n)       a random order of 0 … n-1  →   argsort(rand(n))
     op(number, x)     where op takes two tensors →   op(full(number), x)
 
 A grouped product becomes dense: every expert computes every row, which costs as many products as there are
@@ -115,6 +116,17 @@ def reduce_to_least(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -
     return NotImplemented if dim or keepdim else x.min()
 
 
+def permute_at_random(
+    n: int,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+) -> Tensor:
+    """A random order of 0 … n-1, which is that of n numbers drawn."""
+    return torch.rand(n, dtype=torch.float32, device=device).argsort().to(dtype or torch.int64)
+
+
 def _lift_leading_number(graph: Graph) -> None:
     """A number in the place of a first tensor becomes a tensor of no dimensions."""
     for node in list(graph.nodes):
@@ -133,4 +145,5 @@ _RULES: Mapping[str, Callable[..., Tensor]] = {
     "aten::lgamma": log_gamma,
     "aten::amax": reduce_to_largest,
     "aten::amin": reduce_to_least,
+    "aten::randperm": permute_at_random,
 }

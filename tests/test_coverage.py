@@ -1,4 +1,4 @@
-"""A part of what benchmarks/coverage.py runs: models that capture whole, in regions, and hardly at all."""
+"""A quarter of what benchmarks/coverage.py runs, of every group: models that capture whole, in regions, and hardly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,69 @@ FAST = (
     "bilinear",
     "autocast-region",
 )
-OTHERS = ("early-exit", "padded-encoder", "python-counter", "packed-qkv", "unet", "einsum", "dual-dtype", "bert", "t5")
+AWKWARD = (
+    "early-exit",
+    "scalar-read",
+    "batch-norms",
+    "packed-qkv",
+    "unet",
+    "einsum",
+    "dual-dtype",
+    "padded-encoder",
+    "python-counter",
+    "grown-table",
+    "hooked",
+    "dataclass-output",
+    "distribution-output",
+    "through-numpy",
+    "recovers",
+    "tied-autoencoder",
+    "flat-parameter",
+    "unused-weight",
+    "batch-of-one",
+    "functional-call",
+    "task-weights",
+    "hypernetwork",
+    "lazy",
+    "masked-linear",
+    "quantised",
+    "star-arguments",
+    "graph-convolution",
+    "convolutions",
+    "complex-weights",
+    "click-model",
+    "vector-quantised",
+    "expert-stack",
+    "siamese",
+    "chain-tagger",
+    "feature-tokens",
+    "routed-experts",
+    "packed-sequence",
+)
+ARCHITECTURES = (
+    "fnet",
+    "xlm",
+    "electra",
+    "deberta",
+    "bert",
+    "opt",
+    "llama",
+    "gpt-bigcode",
+    "bart",
+    "t5",
+    "olmoe",
+    "lfm2",
+    "recurrent-gemma",
+    "segformer",
+    "vit",
+    "resnet",
+    "vit-mae",
+    "sew",
+    "whisper",
+    "visual-bert",
+    "siglip",
+    "patchtst",
+)
 CHECKS = ["compile", "identity_eval", "identity_train", "outputs_eval", "outputs_train", "other_size"]
 CHECKS += ["pruning", "fold", "reach"]
 
@@ -41,7 +103,7 @@ def test_every_check_holds(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", (*ARCHITECTURES, *AWKWARD))
 def test_every_check_holds_on_larger_models(name: str) -> None:
     outcome = check(name)
     assert (outcome.whole_train and outcome.whole_eval) or outcome.reasons

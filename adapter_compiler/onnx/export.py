@@ -22,6 +22,7 @@ from adapter_compiler.onnx.exportable import NamedOutputs, prepare_call
 from adapter_compiler.onnx.inputs import spell_names
 from adapter_compiler.onnx.metadata import describe_file, write_metadata
 from adapter_compiler.onnx.opsets import check_opset
+from adapter_compiler.onnx.repeatable import open_repeatable
 from adapter_compiler.onnx.report import ExportAttempt, ExportReport, OutputError
 from adapter_compiler.onnx.runtime import add_runtime_adapters, verify_runtime_adapters
 from adapter_compiler.onnx.strategies import Strategy, WrittenDraft, find_ladder, write_draft
@@ -104,6 +105,7 @@ class _Result:
     errors: list[OutputError]
     refused: list[str]
     casts: tuple[str, ...]
+    drawing: int
 
 
 def _assert_adapters(model: nn.Module, adapters: str) -> None:
@@ -148,8 +150,9 @@ def _attempt(
     session, casts = open_with_casts(draft)
     draws, factors = choose_variety(DRAWS, is_traced=written.program is None, is_frozen=bool(written.frozen))
     cases = list(find_cases(call, written.bounds, draws=draws, factors=factors))
+    session, reference, drawing = open_repeatable(draft, session, exporter.named_outputs)
     try:
-        errors, refused = verify_cases(session, cases, names.inputs, exporter.named_outputs)
+        errors, refused = verify_cases(session, cases, names.inputs, reference)
     except DepartureError as error:
         tensors = next(case.call.tensors for case in cases if case.name == error.case)
         culprit = describe_first_departure(draft, written.program, names.inputs, tensors)
@@ -163,9 +166,10 @@ def _attempt(
         description["sites"] = add_runtime_adapters(draft, model, description["weights"])
         write_metadata(draft, description)
         more, _ = verify_runtime_adapters(open_with_casts(draft)[0], model, cases, names.inputs)
-        return _Result(written=written, errors=[*errors, *more], refused=refused, casts=casts)
-    write_metadata(draft, description)
-    return _Result(written=written, errors=errors, refused=refused, casts=casts)
+        errors += more
+    else:
+        write_metadata(draft, description)
+    return _Result(written=written, errors=errors, refused=refused, casts=casts, drawing=drawing)
 
 
 def _report(
@@ -194,5 +198,6 @@ def _report(
         attempts=tuple(attempts),
         frozen=result.written.frozen,
         casts=result.casts,
+        drawing=result.drawing,
         adapters=adapters if is_adapted else "none",
     )

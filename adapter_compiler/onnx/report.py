@@ -61,6 +61,7 @@ class ExportReport:
         frozen: what the TorchScript exporter turned into a constant, in its own words; branches and loops
             that no verified input has shown to matter.
         casts: operators that run in float32, because onnxruntime lacks them for the model's dtype.
+        drawing: nodes of the file that draw random numbers; it was compared with PyTorch on draws that are fixed.
         adapters: ``"merged"``, ``"runtime"``, or ``"none"`` for a model without adapters.
     """
 
@@ -76,6 +77,7 @@ class ExportReport:
     attempts: tuple[ExportAttempt, ...] = ()
     frozen: tuple[str, ...] = ()
     casts: tuple[str, ...] = ()
+    drawing: int = 0
     adapters: str = "none"
 
     @property
@@ -127,3 +129,5 @@ class ExportReport:
         yield from (f"frozen: {what}" for what in self.frozen)
         if self.casts:
             yield f"run in float32 for want of a kernel: {', '.join(self.casts)}"
+        if self.drawing:
+            yield f"{self.drawing} nodes draw random numbers, and were compared with PyTorch on draws that are fixed"

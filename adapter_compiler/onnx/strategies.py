@@ -5,6 +5,7 @@ From best to last resort:
     torch.export      all dimensions open, then the first one of each tensor, then none
     captured graph    the same for ``forward`` alone, as compiling captures it, without hooks of the model itself
     TorchScript       the same; freezes branches and loops, so verification decides
+    assumed values    torch.export once more, with branches on values frozen as in the example
 
 Inputs and outputs are always flat, with names from the model's signature, which alone rescues models that
 return caches or take dicts. The captured graph can help only where a call runs more than ``forward``: what
@@ -28,8 +29,9 @@ from adapter_compiler.onnx.inputs import double_batch_of_one
 from adapter_compiler.onnx.opsets import assert_opset
 from adapter_compiler.onnx.torchscript import guess_bounds, trace_to_file
 from adapter_compiler.onnx.translate import translate_program
+from passes.assumptions import find_assumptions
 from passes.calls import ModuleCall, split_call
-from passes.capture import DYNAMIC_CHOICES, DimensionBound, ExportedCall, export_call
+from passes.capture import ASSUMED_CHOICES, DYNAMIC_CHOICES, DimensionBound, ExportedCall, export_call
 from passes.module_state import runs_more_than_forward
 
 _OPENNESS = {"all": "all dimensions open", "first": "batch open", "none": "fixed shapes"}
@@ -40,7 +42,7 @@ class Strategy:
     """One rung of the ladder.
 
     Attributes:
-        exporter: ``"torch.export"``, ``"captured graph"`` or ``"TorchScript"``.
+        exporter: ``"torch.export"``, ``"captured graph"``, ``"TorchScript"`` or ``"assumed values"``.
         dynamic: ``"all"``, ``"first"`` or ``"none"``: the dimensions to leave open.
     """
 
@@ -57,7 +59,9 @@ def find_ladder(module: nn.Module) -> tuple[Strategy, ...]:
     """The rungs for a model; the captured graph is one only where ``forward`` is not all that a call runs."""
     captured = ("captured graph",) if runs_more_than_forward(module) else ()
     exporters = ("torch.export", *captured, "TorchScript")
-    return tuple(Strategy(exporter=exporter, dynamic=dynamic) for exporter in exporters for dynamic in DYNAMIC_CHOICES)
+    rungs = [(exporter, dynamic) for exporter in exporters for dynamic in DYNAMIC_CHOICES]
+    rungs += [("assumed values", dynamic) for dynamic in ASSUMED_CHOICES]
+    return tuple(Strategy(exporter=exporter, dynamic=dynamic) for exporter, dynamic in rungs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,12 +133,13 @@ def _translate(
         translated = translate_program(exported.program, inputs, outputs, opset=opset)
         translated.save(draft)
         written = assert_opset(draft, opset)
-        return WrittenDraft(opset=written, bounds=exported.bounds, program=translated.exported_program)
+        frozen = find_assumptions(exported.program.graph_module) if strategy.exporter == "assumed values" else ()
+        return WrittenDraft(opset=written, bounds=exported.bounds, frozen=frozen, program=translated.exported_program)
     raise ExportError(f"not exported: {failure}") from failure
 
 
 def _export(strategy: Strategy, exporter: NamedOutputs, call: ModuleCall) -> ExportedCall:
-    if strategy.exporter == "torch.export":
-        return export_call(exporter, call, (strategy.dynamic,))
+    if strategy.exporter in ("torch.export", "assumed values"):
+        return export_call(exporter, call, (strategy.dynamic,), assume=strategy.exporter == "assumed values")
     graph_module = capture_forward(exporter.module, call)
     return export_call(graph_module, split_call(call.tensors, {}), (strategy.dynamic,))

@@ -9,6 +9,7 @@ the file.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -85,11 +86,22 @@ def _find_weights(program: ExportedProgram) -> list[str]:
 
 
 def restore_weight_names(model: onnx_ir.Model) -> None:
-    """Initializers get the user's state-dict keys, without the names of the wrappers around the module."""
+    """Initializers get the user's state-dict keys, without the names of the wrappers around the module.
+
+    A weight that is called like an input or another value gets an underscore: names are unique in a file.
+    """
+    values = (value for node in model.graph.all_nodes() for value in node.outputs)
+    taken = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values(), *values)}
     for name, value in list(model.graph.initializers.items()):
         wanted = name.removeprefix(MODULE_PREFIX).removeprefix(MODULE_PREFIX)
-        if wanted != name and wanted not in model.graph.initializers:
-            value.name = wanted
+        if wanted != name:
+            value.name = next(spelling for spelling in spellings(wanted) if spelling not in taken)
+            taken.add(value.name)
+
+
+def spellings(name: str) -> Iterator[str]:
+    """A weight's name, and those that it may have where others have that one."""
+    return (name + "_" * count for count in itertools.count())
 
 
 @contextlib.contextmanager

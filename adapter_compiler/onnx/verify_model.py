@@ -21,6 +21,7 @@ from adapter_compiler.onnx.exportable import NamedOutputs, prepare_call
 from adapter_compiler.onnx.initializers import InitializerFile
 from adapter_compiler.onnx.inputs import spell_names
 from adapter_compiler.onnx.metadata import read_metadata
+from adapter_compiler.onnx.repeatable import open_repeatable
 from adapter_compiler.onnx.report import OutputError
 from adapter_compiler.onnx.runtime import verify_runtime_adapters
 from adapter_compiler.onnx.strategies import find_ladder, write_draft
@@ -85,8 +86,9 @@ def verify_onnx(
         is_traced = str(record.get("strategy", "")).startswith("TorchScript")
         draws, factors = choose_variety(draws, is_traced=is_traced, is_frozen=bool(record.get("frozen")))
         cases = list(find_cases(call, _read_bounds(session, inputs, call), draws=draws, factors=factors))
+        repeatable, reference, _ = open_repeatable(path, session, exporter.named_outputs)
         try:
-            errors, refused = verify_cases(session, cases, inputs, exporter.named_outputs)
+            errors, refused = verify_cases(repeatable, cases, inputs, reference)
         except DepartureError as error:
             culprit = _find_culprit(error, path, record, exporter, call, cases, inputs, outputs)
             raise VerificationError(f"{path.name}: {error}{culprit}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,11 @@ import torch
 from torch import nn
 
 from adapter_compiler.onnx.initializers import InitializerFile
+from adapter_compiler.onnx.translate import spellings
 from passes.weight_uses import find_parameter_aliases
+
+#: How many spellings of a name are looked for.
+_SPELLINGS = 3
 
 
 def map_weights(draft: Path, module: nn.Module) -> dict[str, dict[str, Any]]:
@@ -24,7 +29,8 @@ def map_weights(draft: Path, module: nn.Module) -> dict[str, dict[str, Any]]:
     file = InitializerFile(draft)
     found: dict[str, dict[str, Any]] = {}
     for name, names, tensor in _named_weights(module):
-        stored = next((candidate for candidate in names if _holds(file, candidate, tensor)), None)
+        spelled = (spelling for alias in names for spelling in itertools.islice(spellings(alias), _SPELLINGS))
+        stored = next((candidate for candidate in spelled if _holds(file, candidate, tensor)), None)
         if stored is not None:
             found[name] = {"initializer": stored, "aliases": [other for other in names if other != name]}
     return found

@@ -204,11 +204,11 @@ def test_a_branch_that_the_example_did_not_take_is_adapted_without_an_example() 
 
 
 class Keeps(nn.Module):
-    """Draws, writes into a buffer, and only then looks at values."""
+    """Draws, writes into a buffer, and only then looks at values: enough of them that dropout never takes all."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.left, self.right = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.left, self.right = nn.Linear(WIDTH, 64), nn.Linear(64, 64)
         self.register_buffer("total", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -63,8 +63,8 @@ def check_entry(entry: ZooEntry, *, onnx: bool = False) -> Outcome:
     outcome = Outcome(name=entry.name, group=entry.group)
     _seed()
     model = entry.build()
-    _warm_up(model, entry)
-    adapted = _attempt(outcome, "compile", lambda: _compile(model.train(), entry, "all-linear"))
+    warm_up(model, entry)
+    adapted = _attempt(outcome, "compile", lambda: compile_entry(model.train(), entry))
     outcome.compile_seconds = time.process_time() - started
     if adapted is not None:
         _attempt(outcome, "identity_eval", lambda: _check_identity(adapted, entry, training=False))
@@ -106,14 +106,14 @@ def _seed(seed: int = 7) -> None:
     numpy.random.seed(seed)
 
 
-def _warm_up(model: nn.Module, entry: ZooEntry) -> None:
+def warm_up(model: nn.Module, entry: ZooEntry) -> None:
     """Lazy modules get their shapes."""
     if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
         args, kwargs = entry.example()
         model(*args, **kwargs)
 
 
-def _compile(model: nn.Module, entry: ZooEntry, sites: str) -> ac.AdaptedModel:
+def compile_entry(model: nn.Module, entry: ZooEntry, sites: str = "all-linear") -> ac.AdaptedModel:
     """With the sites asked for, or all that there are where the model has no matrix product."""
     _seed()
     args, kwargs = entry.example()
@@ -123,7 +123,7 @@ def _compile(model: nn.Module, entry: ZooEntry, sites: str) -> ac.AdaptedModel:
     except SiteError:
         if sites == "*":
             raise
-    return _compile(model, entry, "*")
+    return compile_entry(model, entry, "*")
 
 
 def _randomise(adapted: ac.AdaptedModel) -> None:
@@ -227,7 +227,7 @@ def _check_fold(adapted: ac.AdaptedModel, entry: ZooEntry) -> None:
 
 def _check_pruning(model: nn.Module, entry: ZooEntry) -> None:
     """Six steps from rank 4 to an average of 2; the budget is kept exactly and some λ moved."""
-    adapted = _compile(model.train(), entry, "all-linear")
+    adapted = compile_entry(model.train(), entry)
     optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=1e-3)
     schedule = ac.BudgetSchedule(target_rank=2, total_steps=6, warmup_steps=1, final_steps=2, interval=1)
     budget = ac.RankBudget(adapted, optimizer, schedule)
@@ -246,7 +246,7 @@ def _check_pruning(model: nn.Module, entry: ZooEntry) -> None:
 def _check_reach(outcome: Outcome, model: nn.Module, entry: ZooEntry) -> None:
     """Every weight of two dimensions or more that gets a gradient can carry an adapter that is in use."""
     used = _find_used(model, entry)
-    adapted = _compile(model.train(), entry, "*")
+    adapted = compile_entry(model.train(), entry, "*")
     sites = {site.name.partition("[")[0] for site in adapted.sites}
     outcome.used_weights = len(used)
     outcome.reachable_weights = len(used & sites)

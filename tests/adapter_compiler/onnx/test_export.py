@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 import adapter_compiler as ac
 from adapter_compiler.errors import ConfigError, ExportError, VerificationError
+from adapter_compiler.interop.fold_files import fold_files
+from adapter_compiler.onnx.strategies import find_ladder
+from adapter_compiler.onnx.verify_model import verify_onnx
 
 
 @pytest.fixture(autouse=True)
@@ -236,6 +239,78 @@ def test_initializers_are_named_as_in_the_state_dict(tmp_path: Path) -> None:
     kept = stored.keys() & state.keys()
     assert all(np.array_equal(stored[name], state[name].numpy()) for name in kept)
     assert not [name for name in stored if name.startswith("module.")]
+
+
+class Homonyms(nn.Module):
+    """An input, an output and a part of a dictionary are called like weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers, self.output = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return (numbers.unsqueeze(2) * self.numbers).sum(1) @ self.output
+
+
+@pytest.mark.parametrize("strategy", ["torch.export", "TorchScript"])
+def test_a_weight_called_like_an_input_or_output_is_kept_apart(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, numbers = Homonyms().eval(), torch.randn(5, 3)
+    adapted = ac.compile_with_adapters(model, (numbers,), config=ac.AdapterConfig(rank=2, alpha=2))
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.normal_()
+    monkeypatch.setattr(
+        "adapter_compiler.onnx.export.find_ladder",
+        lambda module: [s for s in find_ladder(module) if s.name.startswith(strategy)],
+    )
+    base = ac.export_onnx(model, tmp_path / "base.onnx", (numbers,))
+    assert run_onnx(base.path, numbers=numbers).keys() == {"output"}
+    adapted.save(tmp_path / "adapters")
+    fold_files(base.path, tmp_path / "adapters", tmp_path / "merged.onnx")
+    found = run_onnx(tmp_path / "merged.onnx", numbers=numbers)
+    assert_close(found["output"], adapted.eval()(numbers))
+
+
+class Draws(nn.Module):
+    """Every way of drawing that exports, in eval mode; what it draws is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.inner(x)
+        return {
+            "dropout": F.dropout(y, 0.3, training=True),
+            "normal": y + torch.randn_like(y) + torch.randn(x.shape[0], 4),
+            "uniform": y * torch.rand(4) + torch.rand_like(x),
+            "chosen": torch.bernoulli(y.sigmoid()),
+            "order": y[:, torch.randperm(4)],
+        }
+
+
+def test_a_model_that_draws_random_numbers_is_verified_on_draws_that_are_fixed(tmp_path: Path) -> None:
+    model, x = Draws().eval(), torch.randn(64, 4)
+    report = ac.export_onnx(model, tmp_path / "model.onnx", (x,))
+    assert report.drawing >= 7
+    assert "draw random numbers" in str(report)
+    assert report.max_abs_error < 1e-5
+    session = onnxruntime.InferenceSession(report.path)
+    names = [output.name for output in session.get_outputs()]
+    feeds = {"x": x.repeat(100, 1).numpy()}
+    one, other = (dict(zip(names, session.run(names, feeds), strict=True)) for _ in range(2))
+    y = model.inner(x).repeat(100, 1)
+    assert not np.array_equal(one["normal"], other["normal"])
+    assert abs(one["normal"].mean() - float(y.detach().mean())) < 0.1
+    assert abs((one["dropout"] == 0).mean() - 0.3) < 0.02
+    assert set(np.unique(one["chosen"])) == {0.0, 1.0}
+    verify_onnx(report.path, model, (x,))
+    with torch.no_grad():
+        model.inner.bias.add_(0.1)
+    with pytest.raises(VerificationError, match="departs from PyTorch"):
+        verify_onnx(report.path, model, (x,))
 
 
 @pytest.fixture
