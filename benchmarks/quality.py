@@ -2,10 +2,12 @@
 
     python -m benchmarks.quality --out quality.jsonl                                  digits, in minutes
     python -m benchmarks.quality --out quality.jsonl --task banking77 --data DIR --model ENCODER
+    python -m benchmarks.quality --out quality.jsonl --task med --seeds 0 --markdown   the table of what is there
 
 Results are appended as JSON lines, one a run; a run that is in the file is not repeated, so the benchmark can be
-stopped and continued. The table takes for each method the learning rate with the best mean on the validation split,
-and gives mean and standard error on the test split and the paired difference to LoRA on the same seeds.
+stopped and continued, and two of them can share a file (each with methods of its own). Every learning rate is tried
+on the first seeds; the one that is best on their validation splits is then run on all seeds. The table gives mean
+and standard error on the test split and the paired difference to LoRA on the same seeds.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.quality_methods import METHODS, run_method
+from benchmarks.quality_methods import METHODS, get_rates, run_method
 from benchmarks.quality_tasks import TEXT_TASKS, Task, make_digits, make_text
 
 console = Console()
@@ -58,31 +60,51 @@ def main(
     rank: Annotated[int, typer.Option(help="Rank at the end, on average.")] = 2,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 150,
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 5,
+    sweep: Annotated[int, typer.Option(help="Seeds on which every learning rate is tried.")] = 2,
+    markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
 ) -> None:
     """Run what is missing, then print the table."""
     torch.set_num_threads(1)
     chosen = method or list(METHODS)
     if unknown := set(chosen) - METHODS.keys():
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(METHODS)}", param_hint="--method")
-    done = {tuple(result[key] for key in _KEY) for result in read_results(out)}
+    key = {"task": task, "rank": rank, "steps": steps}
     for seed in range(seeds):
-        missing = [
-            (name, rate)
-            for name in chosen
-            for rate in METHODS[name].rates
-            if (task, name, rank, rate, steps, seed) not in done
-        ]
-        if not missing:
-            continue
-        made = make_task(task, data, model, seed)
-        for name, rate in missing:
-            result = _run(made, name, rank, rate, steps, seed)
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-            console.print(
-                f"seed {seed} {name:<22} rate {rate:<7g} test {result['test']:.3f}  {result['seconds']:.1f} s"
-            )
-    show(summarise([r for r in read_results(out) if (r["task"], r["rank"], r["steps"]) == (task, rank, steps)]))
+        made: Task | None = None
+        for name in chosen:
+            rates = get_rates(task, METHODS[name])
+            for rate in _missing_rates(_select(read_results(out), {**key, "method": name}), rates, seed, sweep):
+                made = made or make_task(task, data, model, seed)
+                result = _run(made, name, rank, rate, steps, seed)
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
+                console.print(
+                    f"seed {seed} {name:<22} rate {rate:<7g} test {result['test']:.3f}  {result['seconds']:.1f} s"
+                )
+    show(summarise(_select(read_results(out), key)), markdown)
+
+
+def _select(results: list[Result], wanted: Result) -> list[Result]:
+    return [result for result in results if all(result[name] == value for name, value in wanted.items())]
+
+
+def _missing_rates(results: list[Result], rates: Sequence[float], seed: int, sweep: int) -> list[float]:
+    """The learning rates that one method has to run on a seed."""
+    done = {result["rate"] for result in results if result["seed"] == seed}
+    wanted = rates if seed < sweep else (find_best_rate(results),)
+    return [rate for rate in wanted if rate not in done]
+
+
+def find_best_rate(results: list[Result]) -> float:
+    """The learning rate of one method that is best on the validation splits of the seeds that every rate was run on."""
+    runs: dict[float, dict[int, float]] = {}
+    for result in results:
+        runs.setdefault(result["rate"], {})[result["seed"]] = result["validation"]
+    shared = set.intersection(*(set(scores) for scores in runs.values()))
+    return max(
+        runs,
+        key=lambda rate: statistics.mean(score for seed, score in runs[rate].items() if seed in shared or not shared),
+    )
 
 
 def make_task(name: str, data: Path | None, model: Path | None, seed: int) -> Task:
@@ -120,11 +142,9 @@ def summarise(results: list[Result]) -> list[Row]:
     """A row a method, at the learning rate that was best on the validation split."""
     best = {}
     for name in dict.fromkeys(result["method"] for result in results):
-        by_rate: dict[float, dict[int, Result]] = {}
-        for result in results:
-            if result["method"] == name:
-                by_rate.setdefault(result["rate"], {})[result["seed"]] = result
-        best[name] = max(by_rate.values(), key=lambda runs: statistics.mean(r["validation"] for r in runs.values()))
+        own = _select(results, {"method": name})
+        rate = find_best_rate(own)
+        best[name] = {result["seed"]: result for result in own if result["rate"] == rate}
     return [_make_row(name, runs, best.get(_REFERENCE, {})) for name, runs in best.items()]
 
 
@@ -148,14 +168,24 @@ def _standard_error(values: list[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: list[Row], markdown: bool = False) -> None:
     """Print the table, the best method first."""
-    table = Table("method", "rate", "values", "accuracy", f"difference to {_REFERENCE}", "seeds")
-    for row in sorted(rows, key=lambda row: -row.mean):
-        difference = "" if row.difference is None else f"{row.difference:+.1f} ± {row.difference_error:.1f}"
-        cells = (f"{row.rate:g}", f"{row.parameters:,.0f}", f"{row.mean:.1f} ± {row.error:.1f}", difference)
-        table.add_row(row.method, *cells, str(row.seeds))
+    heads = ("method", "rate", "values", "accuracy", f"difference to {_REFERENCE}", "seeds")
+    lines = [_to_cells(row) for row in sorted(rows, key=lambda row: -row.mean)]
+    if markdown:
+        for line in (heads, ("---",) * len(heads), *lines):
+            print("| " + " | ".join(line) + " |")
+        return
+    table = Table(*heads)
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
+
+
+def _to_cells(row: Row) -> tuple[str, ...]:
+    difference = "" if row.difference is None else f"{row.difference:+.1f} ± {row.difference_error:.1f}"
+    cells = (row.method, f"{row.rate:g}", f"{row.parameters:,.0f}", f"{row.mean:.1f} ± {row.error:.1f}", difference)
+    return (*cells, str(row.seeds))
 
 
 if __name__ == "__main__":

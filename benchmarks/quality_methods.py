@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ import adapter_compiler as ac
 from benchmarks.quality_tasks import Examples, Task, draw_batches, loss, measure_accuracy
 
 SCALE = 4.0
-BATCH_SIZE = 32
+#: The peak learning rate of a new head, whatever the adapters' is.
+HEAD_RATE = 1e-3
 #: Batches that initialisers look at.
 _LOOKS = 8
 
@@ -28,7 +29,7 @@ class Method:
     """One way of training.
 
     Attributes:
-        rates: learning rates to choose from.
+        rates: which learning rates there are to choose from; "strong" ones move the model more at the same rate.
         options: of ``AdapterConfig``; ``None`` for what is not ours.
         start: an initialiser that needs data.
         peft: ``"lora"`` or ``"adalora"`` for peft's.
@@ -36,7 +37,7 @@ class Method:
         grow: share of the budget for pruned triplets.
     """
 
-    rates: tuple[float, ...]
+    rates: str = "lora"
     options: Mapping[str, Any] | None = None
     start: str | None = None
     peft: str | None = None
@@ -44,21 +45,40 @@ class Method:
     grow: float = 0.0
 
 
-_LORA, _SVD = (1e-3, 3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
 METHODS: dict[str, Method] = {
-    "full": Method(rates=(3e-4, 1e-3, 3e-3)),
-    "lora": Method(rates=_LORA, options={"kind": "lora"}),
-    "rslora": Method(rates=(3e-4, *_LORA), options={"kind": "lora", "scaling": "rslora"}),
-    "dora": Method(rates=_LORA, options={"kind": "dora"}),
-    "pissa": Method(rates=(3e-4, *_LORA), options={"kind": "lora", "init": "pissa"}),
-    "lora_ga": Method(rates=(3e-4, *_LORA), options={"kind": "lora"}, start="lora_ga"),
-    "adalora": Method(rates=_SVD, options={"kind": "svd"}, surplus=1.5),
-    "adalora_grow": Method(rates=_SVD, options={"kind": "svd"}, surplus=1.5, grow=0.1),
-    "adalora_gradient": Method(rates=_SVD, options={"kind": "svd"}, start="gradient_svd", surplus=1.5),
-    "adalora_gradient_grow": Method(rates=_SVD, options={"kind": "svd"}, start="gradient_svd", surplus=1.5, grow=0.1),
-    "peft_lora": Method(rates=_LORA, peft="lora"),
-    "peft_adalora": Method(rates=_SVD, peft="adalora", surplus=1.5),
+    "full": Method(rates="full"),
+    "lora": Method(options={"kind": "lora"}),
+    "rslora": Method(rates="strong", options={"kind": "lora", "scaling": "rslora"}),
+    "dora": Method(options={"kind": "dora"}),
+    "pissa": Method(rates="strong", options={"kind": "lora", "init": "pissa"}),
+    "lora_ga": Method(rates="strong", options={"kind": "lora"}, start="lora_ga"),
+    "adalora": Method(rates="svd", options={"kind": "svd"}, surplus=1.5),
+    "adalora_grow": Method(rates="svd", options={"kind": "svd"}, surplus=1.5, grow=0.1),
+    "adalora_gradient": Method(rates="svd", options={"kind": "svd"}, start="gradient_svd", surplus=1.5),
+    "adalora_gradient_grow": Method(rates="svd", options={"kind": "svd"}, start="gradient_svd", surplus=1.5, grow=0.1),
+    "peft_lora": Method(peft="lora"),
+    "peft_adalora": Method(rates="svd", peft="adalora", surplus=1.5),
 }
+#: Learning rates by task and by ``Method.rates``.
+_RATES: dict[str, dict[str, tuple[float, ...]]] = {
+    "digits": {
+        "full": (3e-4, 1e-3, 3e-3),
+        "lora": (1e-3, 3e-3, 1e-2, 3e-2),
+        "strong": (3e-4, 1e-3, 3e-3, 1e-2),
+        "svd": (1e-2, 3e-2, 1e-1),
+    },
+    "text": {
+        "full": (3e-5, 1e-4, 3e-4),
+        "lora": (3e-4, 1e-3, 3e-3),
+        "strong": (1e-4, 3e-4, 1e-3),
+        "svd": (3e-3, 1e-2, 3e-2),
+    },
+}
+
+
+def get_rates(task: str, method: Method) -> tuple[float, ...]:
+    """The learning rates that are tried."""
+    return _RATES.get(task, _RATES["text"])[method.rates]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,13 +92,13 @@ class Outcome:
 
 def run_method(method: Method, task: Task, *, rank: int, rate: float, steps: int, seed: int) -> Outcome:
     """Train once. The batches depend on the seed only."""
-    batches = draw_batches(task.train, steps, BATCH_SIZE, seed)
+    batches = draw_batches(task.train, steps, task.batch_size, seed)
     torch.manual_seed(seed)
     if method.peft is not None:
         model, count = _train_peft(method, task, rank, rate, batches)
     elif method.options is None:
         model = task.copy_model()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+        optimizer = _make_optimizer(task, model.named_parameters(), rate)
         _train(model, optimizer, batches)
         count = sum(p.numel() for p in model.parameters())
     else:
@@ -97,7 +117,7 @@ def _train_ours(method: Method, task: Task, rank: int, rate: float, batches: lis
     if method.start is not None:
         look = ac.DataStart(method=method.start, at_once=len(adapted.sites))
         ac.initialise_adapters(adapted, look, batches[:_LOOKS], loss)
-    optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=rate, weight_decay=0.0)
+    optimizer = _make_optimizer(task, [*adapted.module.named_parameters(), *adapted.adapters.named_parameters()], rate)
     count = sum(p.numel() for p in adapted.adapters.parameters() if p.requires_grad)
     budget = None
     if method.surplus > 1:
@@ -131,7 +151,7 @@ def _train_peft(method: Method, task: Task, rank: int, rate: float, batches: lis
         warnings.simplefilter("ignore")
         wrapped: Any = peft.get_peft_model(task.copy_model(), config)
     names = [(n, p) for n, p in wrapped.named_parameters() if p.requires_grad and "ranknum" not in n]
-    optimizer = torch.optim.AdamW([p for _, p in names], lr=rate, weight_decay=0.0)
+    optimizer = _make_optimizer(task, names, rate)
     allocate = wrapped.base_model.update_and_allocate if method.peft == "adalora" else None
     _train(wrapped, optimizer, batches, allocate)
     adapters = [(n, p) for n, p in names if "lora_" in n]
@@ -148,9 +168,19 @@ def _count_live(wrapped: nn.Module, name: str, lam: torch.Tensor) -> int:
     return int(torch.count_nonzero(lam.detach())) * size
 
 
+def _make_optimizer(task: Task, named: Iterable[tuple[str, nn.Parameter]], rate: float) -> torch.optim.Optimizer:
+    """AdamW, with a learning rate of its own for the head."""
+    own: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            own[task.head in name.split(".")].append(parameter)
+    groups = [{"params": own[is_head], "lr": lr} for is_head, lr in ((False, rate), (True, HEAD_RATE)) if own[is_head]]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Examples], after: Any = None) -> None:
-    peak = optimizer.param_groups[0]["lr"]
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=len(batches), pct_start=0.1)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=len(batches), pct_start=0.1)
     for step, batch in enumerate(batches):
         loss(model, batch).backward()
         optimizer.step()

@@ -1,7 +1,8 @@
-"""What the quality benchmark learns: the digits of the demo turned and inverted, or intents of short texts.
+"""What the quality benchmark learns: the digits of the demo turned and inverted, or the classes of short texts.
 
-Each task has a pretrained model, few examples to train on, as many to choose the learning rate by, and others to be
-measured on.
+Each task has a pretrained model, few examples to train on, others to choose the learning rate by, and others again to
+be measured on. Text models have a new head, fitted on the frozen encoder first; every method starts from it and
+trains it at the same rate, so that the methods differ in what they do to the encoder only.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import csv
 import dataclasses
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ from adapter_compiler.demo.training import pretrain
 
 #: Inputs by name, and labels.
 Examples = tuple[dict[str, Tensor], Tensor]
+#: One text or two, and the name of their class.
+LabelledText = tuple[tuple[str, ...], str]
+_TOKENS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,7 @@ class Task:
         test: examples to report.
         sites: globs of the weights that carry adapters.
         targets: the same as a regular expression over modules, for peft.
+        batch_size: examples a step.
         head: the module that is new and trains fully, if there is one.
     """
 
@@ -48,6 +54,7 @@ class Task:
     test: Examples
     sites: tuple[str, ...]
     targets: str
+    batch_size: int = 32
     head: str | None = None
 
     def copy_model(self) -> nn.Module:
@@ -68,9 +75,13 @@ def draw_batches(examples: Examples, count: int, size: int, seed: int) -> list[E
 
 
 def take(examples: Examples, rows: Tensor) -> Examples:
-    """Some of the examples."""
+    """Some of the examples; texts as long as the longest of them."""
     inputs, labels = examples
-    return {name: value[rows] for name, value in inputs.items()}, labels[rows]
+    taken = {name: value[rows] for name, value in inputs.items()}
+    if "attention_mask" in taken:
+        length = int(taken["attention_mask"].sum(1).max())
+        taken = {name: value[:, :length] for name, value in taken.items()}
+    return taken, labels[rows]
 
 
 @torch.no_grad()
@@ -78,12 +89,20 @@ def measure_accuracy(model: nn.Module, examples: Examples) -> float:
     """The share of right answers, in eval mode."""
     was_training = model.training
     model.eval()
-    rows = torch.arange(len(examples[1])).split(256)
-    right = sum(
-        int((model(**inputs).argmax(-1) == labels).sum()) for inputs, labels in (take(examples, r) for r in rows)
-    )
+    right = 0
+    for rows in _split_by_length(examples):
+        inputs, labels = take(examples, rows)
+        right += int((model(**inputs).argmax(-1) == labels).sum())
     model.train(was_training)
     return right / len(examples[1])
+
+
+def _split_by_length(examples: Examples) -> tuple[Tensor, ...]:
+    """Rows in batches for evaluation, texts of like length together."""
+    inputs, labels = examples
+    mask = inputs.get("attention_mask")
+    order = torch.arange(len(labels)) if mask is None else mask.sum(1).argsort()
+    return order.split(128 if mask is None else 32)
 
 
 def make_digits(seed: int, *, shots: int = 200) -> Task:
@@ -119,55 +138,115 @@ class TextClassifier(nn.Module):
         return logits
 
 
-def make_text(name: str, data: Path, encoder: Path, seed: int, *, shots: int = 10, tests: int = 1000) -> Task:
-    """Few-shot intents; ``shots`` of each class to train on, and half as many to choose the rate by."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """Where labelled texts come from, and how many of each class are learnt from."""
+
+    read: Callable[[Path], tuple[list[LabelledText], list[LabelledText]]]
+    shots: int
+
+
+def make_text(name: str, data: Path, encoder: Path, seed: int, *, tests: int = 500) -> Task:
+    """A few texts of each class to train on, and half as many to choose the rate by."""
     from transformers import AutoModel, AutoTokenizer
 
-    train, test = _READERS[name](data / name)
+    source = TEXT_TASKS[name]
+    train, test = source.read(data / name)
     classes = sorted({label for _, label in train})
     generator = torch.Generator().manual_seed(seed)
     order = [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
     by_class = {label: [row for row in order if row[1] == label] for label in classes}
     tokenizer = AutoTokenizer.from_pretrained(encoder)
 
-    def encode(rows: list[tuple[str, str]]) -> Examples:
-        tokens: Any = tokenizer(
-            [text for text, _ in rows], padding="max_length", truncation=True, max_length=32, return_tensors="pt"
-        )
+    def encode(rows: list[LabelledText]) -> Examples:
+        columns = [list(column) for column in zip(*(texts for texts, _ in rows), strict=True)]
+        tokens: Any = tokenizer(*columns, padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt")
         inputs = {key: tokens[key] for key in ("input_ids", "attention_mask")}
         return inputs, torch.tensor([classes.index(label) for _, label in rows])
 
+    shots, extra = source.shots, max(1, source.shots // 2)
+    examples = encode([row for rows in by_class.values() for row in rows[:shots]])
     chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:tests].tolist()
     torch.manual_seed(seed)
     body = AutoModel.from_pretrained(encoder)
+    model = TextClassifier(body, body.config.hidden_size, len(classes)).eval()
+    _fit_head(model, examples)
     return Task(
         name=name,
-        model=TextClassifier(body, body.config.hidden_size, len(classes)),
-        train=encode([row for rows in by_class.values() for row in rows[:shots]]),
-        validation=encode([row for rows in by_class.values() for row in rows[shots : shots + shots // 2]]),
+        model=model,
+        train=examples,
+        validation=encode([row for rows in by_class.values() for row in rows[shots : shots + extra]]),
         test=encode([test[i] for i in chosen]),
         sites=("*.layer.*.dense.weight", "*.query.weight", "*.key.weight", "*.value.weight"),
         targets=r"encoder\.encoder\.layer\..*\.(query|key|value|dense)",
+        batch_size=16,
         head="head",
     )
 
 
-def _read_banking(folder: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    splits = []
+def _fit_head(model: TextClassifier, examples: Examples) -> None:
+    """Logistic regression on the features of the frozen encoder, with weight decay."""
+    features: list[Tensor] = []
+    seen = model.head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    with torch.no_grad():
+        order = _split_by_length(examples)
+        for rows in order:
+            model(**take(examples, rows)[0])
+    seen.remove()
+    inputs, labels, head = torch.cat(features), examples[1][torch.cat(order)], model.head
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def evaluate() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(head(inputs), labels) + 1e-4 * head.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(evaluate)
+    head.zero_grad()
+
+
+def _read_banking(folder: Path) -> tuple[list[LabelledText], list[LabelledText]]:
+    splits: list[list[LabelledText]] = []
     for split in ("train", "test"):
         with (folder / f"{split}.csv").open(encoding="utf-8", newline="") as file:
-            splits.append([(row["text"], row["category"]) for row in csv.DictReader(file)])
+            splits.append([((row["text"],), row["category"]) for row in csv.DictReader(file)])
     return splits[0], splits[1]
 
 
-def _read_clinc(folder: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def _read_clinc(folder: Path) -> tuple[list[LabelledText], list[LabelledText]]:
     splits = json.loads((folder / "data_full.json").read_text(encoding="utf-8"))
-    return [tuple(row) for row in splits["train"]], [tuple(row) for row in splits["test"]]
+    train, test = ([((text,), label) for text, label in splits[name]] for name in ("train", "test"))
+    return train, test
 
 
-_READERS: dict[str, Callable[[Path], tuple[list[tuple[str, str]], list[tuple[str, str]]]]] = {
-    "banking77": _read_banking,
-    "clinc150": _read_clinc,
-}
+def _read_movies(folder: Path) -> tuple[list[LabelledText], list[LabelledText]]:
+    """Snippets of reviews that raters found good or bad; those that they were undecided about are left out."""
+    lines = (folder / "movieReviewSnippets_GroundTruth.txt").read_text(encoding="utf-8").splitlines()
+    rated = [(float(rating), text) for _, rating, text in (line.split("\t", 2) for line in lines)]
+    rows: list[LabelledText] = [((text,), "good" if r > 0 else "bad") for r, text in rated if abs(r) >= 0.5]
+    return _split(rows)
+
+
+def _read_med(folder: Path) -> tuple[list[LabelledText], list[LabelledText]]:
+    """Pairs of sentences: does the first entail the second?"""
+    with (folder / "MED.tsv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    pairs: list[LabelledText] = [((row["sentence1"], row["sentence2"]), row["gold_label"]) for row in rows]
+    return _split(pairs)
+
+
+def _split(rows: list[LabelledText]) -> tuple[list[LabelledText], list[LabelledText]]:
+    """One in five by a hash of the text, the same for every seed."""
+    held_out = [zlib.crc32("\t".join(texts).encode()) % 5 == 0 for texts, _ in rows]
+    train, test = ([r for r, out in zip(rows, held_out, strict=True) if out is wanted] for wanted in (False, True))
+    return train, test
+
+
 #: Tasks that need a data folder and an encoder.
-TEXT_TASKS = tuple(_READERS)
+TEXT_TASKS = {
+    "banking77": TextSource(read=_read_banking, shots=5),
+    "clinc150": TextSource(read=_read_clinc, shots=4),
+    "movie_snippets": TextSource(read=_read_movies, shots=200),
+    "med": TextSource(read=_read_med, shots=400),
+}

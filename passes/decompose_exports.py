@@ -4,6 +4,7 @@
     histc(x)          counts of equal bins       →   Σ_i [bin(x_i) = b]
     lgamma(x)         ln |Γ(x)|                  →   Stirling's series after a shift, reflected for x < 1/2
     amax(x), amin(x)  over all dimensions        →   max(x), min(x)
+    cdist(a, b, p)    distances of rows          →   (Σ_k |a_ik - b_jk|^p)^(1/p)
     randperm(n)       a random order of 0 … n-1  →   argsort(rand(n))
     op(number, x)     where op takes two tensors →   op(full(number), x)
 
@@ -116,6 +117,18 @@ def reduce_to_least(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -
     return NotImplemented if dim or keepdim else x.min()
 
 
+def measure_distances(a: Tensor, b: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
+    """The p-norm distances [..., I, J] between the rows of a [..., I, K] and of b [..., J, K]."""
+    apart = (a.unsqueeze(-2) - b.unsqueeze(-3)).abs()
+    if p == 0:
+        return (apart != 0).sum(-1).to(apart.dtype)
+    if p == 1:
+        return apart.sum(-1)
+    if math.isinf(p):
+        return apart.amax(-1)
+    return apart.square().sum(-1).sqrt() if p == 2 else apart.pow(p).sum(-1).pow(1 / p)
+
+
 def permute_at_random(
     n: int,
     dtype: torch.dtype | None = None,
@@ -145,5 +158,7 @@ _RULES: Mapping[str, Callable[..., Tensor]] = {
     "aten::lgamma": log_gamma,
     "aten::amax": reduce_to_largest,
     "aten::amin": reduce_to_least,
+    "aten::cdist": measure_distances,
+    "aten::_cdist_forward": measure_distances,
     "aten::randperm": permute_at_random,
 }

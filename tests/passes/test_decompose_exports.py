@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.decompose_exports import count_bins, decompose_for_export, log_gamma, multiply_groups
+from passes.decompose_exports import (
+    count_bins,
+    decompose_for_export,
+    log_gamma,
+    measure_distances,
+    multiply_groups,
+)
 
 
 @pytest.mark.parametrize("ends", [[2, 5, 7], [0, 7, 7], [3, 3, 5]])
@@ -29,6 +35,12 @@ def test_log_gamma_is_that_of_torch(dtype: torch.dtype) -> None:
     x = torch.cat([torch.linspace(-7.9, 9, 500, dtype=dtype), torch.logspace(-3, 6, 100, dtype=dtype)])
     tolerance = 1e-5 if dtype is torch.float32 else 1e-9
     torch.testing.assert_close(log_gamma(x), torch.lgamma(x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0, 2.0, 3.5, float("inf")])
+def test_distances_are_those_of_cdist(p: float) -> None:
+    a, b = torch.randn(2, 7, 4), torch.randn(5, 4)
+    torch.testing.assert_close(measure_distances(a, b, p), torch.cdist(a, b.expand(2, 5, 4), p))
 
 
 class Counts(nn.Module):
