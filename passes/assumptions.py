@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import sys
 from collections.abc import Iterator
+from pathlib import PurePath
 
 import torch
 import torch._functorch.config
 from torch import nn
 from torch._subclasses import meta_utils
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from passes.base import CaptureError, find_graph_modules
 from passes.calls import ModuleCall
@@ -58,6 +60,7 @@ def values_of_example() -> Iterator[None]:
             fake_tensor_propagate_real_tensors=True, generate_fake_kernels_from_real_mismatches=True
         ),
         _values_of_parameters(),
+        _as_in_eager_code(),
     ):
         try:
             for each in loud:  # they warn of every decision, which is what is wanted here
@@ -91,10 +94,40 @@ def _values_of_parameters() -> Iterator[None]:
         setattr(meta_utils, name, original)
 
 
+@contextlib.contextmanager
+def _as_in_eager_code() -> Iterator[None]:
+    """Inside, only PyTorch itself is told that a module is being exported.
+
+    Models that ask take another path then, to avoid branches on values. Here these are no obstacle, and the other
+    path may be one that was never run: several models of transformers fail on it.
+    """
+    original = torch.compiler.is_exporting
+
+    def is_exporting() -> bool:
+        asks = str(sys._getframe(1).f_globals.get("__name__", ""))
+        return original() and asks.partition(".")[0] == "torch"
+
+    torch.compiler.is_exporting = is_exporting
+    try:
+        yield
+    finally:
+        torch.compiler.is_exporting = original
+
+
 def find_assumptions(graph_module: GraphModule) -> tuple[str, ...]:
-    """The assertions in a graph, in words."""
+    """The lines of the model whose questions for values a graph answers as in the example; each once."""
     nodes = [node for body in find_graph_modules(graph_module) for node in body.graph.nodes if node.target is _ASSERT]
-    return tuple(str(node.args[1] if len(node.args) > 1 else node) for node in nodes)
+    return tuple(dict.fromkeys(_name_line(node) for node in nodes))
+
+
+def _name_line(node: Node) -> str:
+    """``model.py:12: if mask.any():`` by the node's own record, or what the assertion says."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    places = [i for i, line in enumerate(lines) if line.startswith('File "')]
+    if not places:
+        return str(node.args[1] if len(node.args) > 1 else node)
+    path, number, *_ = lines[places[-1]].removeprefix('File "').replace('", line ', ", ").split(", ")
+    return ": ".join([f"{PurePath(path).name}:{number}", *lines[places[-1] + 1 : places[-1] + 2]])
 
 
 @contextlib.contextmanager

@@ -31,7 +31,14 @@ from torch.utils import _pytree as pytree
 from passes.assumptions import AssumptionError, assert_steady, find_assumptions, undone_on_departure, values_of_example
 from passes.base import CaptureError
 from passes.calls import ModuleCall, flatten_result
-from passes.module_state import HOOK_KINDS, canonical_kernels, is_known_hook, is_without_memory, restored_state
+from passes.module_state import (
+    HOOK_KINDS,
+    canonical_kernels,
+    is_known_hook,
+    is_without_memory,
+    restored_state,
+    without_idle_moves,
+)
 from passes.packed_weights import find_packed_weights, hollow_weights, set_parameter
 from passes.self_check import Observation, assert_same, observe_eager, observe_run
 
@@ -39,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 #: How torch.export names a branch that it cannot decide.
 _DEPENDS_ON_VALUES = "GuardOnDataDependentSymNode"
+#: What the model's own code or an operator raises, rather than torch.export.
+_OF_THE_MODEL = ("ValueError", "IndexError", "RuntimeError: shape", "RuntimeError: The size")
 #: Where the captured module's parameters and buffers stand in a captured graph.
 MODULE_PREFIX = "module."
 
@@ -129,16 +138,27 @@ def export_call(
     """
     failures: list[str] = []
     found = _export_first(module, call, choices, failures)
-    if found is None and assume and any(_DEPENDS_ON_VALUES in failure for failure in failures):
+    reason = (
+        failures[0] + (f" (with fixed shapes: {failures[-1]})" if failures[-1] != failures[0] else "")
+        if failures
+        else ""
+    )
+    if found is None and assume and any(_is_worth_values(failure) for failure in failures):
+        failures = []
         with values_of_example():
-            found = _export_first(module, call, [choice for choice in ASSUMED_CHOICES if choice in choices], [])
+            found = _export_first(module, call, [choice for choice in ASSUMED_CHOICES if choice in choices], failures)
+        reason += f" (with the values of the example: {failures[0]})" if failures else ""
     if found is not None:
         return found
     raise CaptureError(
-        f"{module._get_name()} does not capture as one graph: {failures[0]}"
-        + (f" (with fixed shapes: {failures[-1]})" if failures[-1] != failures[0] else "")
-        + "; torch.export needs control flow that does not depend on tensor values"
+        f"{module._get_name()} does not capture as one graph: {reason}; "
+        "torch.export needs control flow that does not depend on tensor values"
     )
+
+
+def _is_worth_values(failure: str) -> bool:
+    """Whether a trace with values may get further: a branch depends on them, or code failed that runs in eager."""
+    return _DEPENDS_ON_VALUES in failure or failure.startswith(_OF_THE_MODEL)
 
 
 def _export_first(
@@ -256,6 +276,7 @@ def _export(wrapper: _FlatCall, call: ModuleCall, dynamic: str) -> ExportedProgr
         stack.enter_context(canonical_kernels())
         stack.enter_context(restored_state(wrapper.module))
         stack.enter_context(hollow_weights(wrapper.module))
+        stack.enter_context(without_idle_moves())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         # What export prints of a graph that it gives up on says less than the error that it raises.

@@ -5,7 +5,10 @@
     lgamma(x)         ln |Γ(x)|                  →   Stirling's series after a shift, reflected for x < 1/2
     amax(x), amin(x)  over all dimensions        →   max(x), min(x)
     cdist(a, b, p)    distances of rows          →   (Σ_k |a_ik - b_jk|^p)^(1/p)
+    _is_all_true(x)   as asserted                →   all(x); the same with any
+    exp(X)            of square matrices         →   Taylor's series of X / 2^s, squared s times
     randperm(n)       a random order of 0 … n-1  →   argsort(rand(n))
+    multinomial(p, n) draws by weights p         →   the n greatest of log p - log(-log(rand))
     op(number, x)     where op takes two tensors →   op(full(number), x)
 
 A grouped product becomes dense: every expert computes every row, which costs as many products as there are
@@ -33,6 +36,8 @@ _GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 _SHIFT = 8
 #: B_2k / (2k (2k-1)), the coefficients of Stirling's series (Abramowitz and Stegun 6.1.41).
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188)
+#: exp(X) = exp(X / 2^s)^(2^s), with Taylor's series to a degree whose rest is below float64's rounding for norms of 1.
+_SQUARINGS, _DEGREE = 10, 18
 
 
 def decompose_for_export(program: ExportedProgram) -> ExportedProgram:
@@ -129,6 +134,31 @@ def measure_distances(a: Tensor, b: Tensor, p: float = 2.0, compute_mode: int | 
     return apart.square().sum(-1).sqrt() if p == 2 else apart.pow(p).sum(-1).pow(1 / p)
 
 
+def holds_all(x: Tensor) -> Tensor:
+    """Whether every element is true."""
+    return x.all()
+
+
+def holds_any(x: Tensor) -> Tensor:
+    """Whether an element is true."""
+    return x.any()
+
+
+def exponentiate_matrix(x: Tensor) -> Tensor:
+    """The exponential of the matrices x [..., N, N] with norms up to about 1000, computed in float64 and cast back.
+
+    Scaling and squaring with a fixed number of steps (Higham 2005), so that no value decides what is computed.
+    """
+    scaled = x.to(torch.float64) / 2**_SQUARINGS
+    term = result = torch.eye(x.shape[-1], dtype=torch.float64, device=x.device).expand(x.shape)
+    for degree in range(1, _DEGREE + 1):
+        term = torch.matmul(term, scaled) / degree
+        result = result + term
+    for _ in range(_SQUARINGS):
+        result = torch.matmul(result, result)
+    return result.to(x.dtype)
+
+
 def permute_at_random(
     n: int,
     dtype: torch.dtype | None = None,
@@ -138,6 +168,14 @@ def permute_at_random(
 ) -> Tensor:
     """A random order of 0 … n-1, which is that of n numbers drawn."""
     return torch.rand(n, dtype=torch.float32, device=device).argsort().to(dtype or torch.int64)
+
+
+def draw_samples(p: Tensor, num_samples: int, replacement: bool = False, generator: Any = None) -> Tensor:
+    """Indices [..., n] drawn by weights p [..., K], by the Gumbel-max trick (Kool et al. 2019 without replacement)."""
+    if not replacement:
+        return (p.log() - torch.log(-torch.log(torch.rand_like(p)))).topk(num_samples, dim=-1).indices
+    drawn = torch.rand((*p.shape[:-1], num_samples, p.shape[-1]), dtype=p.dtype, device=p.device)
+    return (p.log().unsqueeze(-2) - torch.log(-torch.log(drawn))).argmax(-1)
 
 
 def _lift_leading_number(graph: Graph) -> None:
@@ -158,7 +196,10 @@ _RULES: Mapping[str, Callable[..., Tensor]] = {
     "aten::lgamma": log_gamma,
     "aten::amax": reduce_to_largest,
     "aten::amin": reduce_to_least,
-    "aten::cdist": measure_distances,
-    "aten::_cdist_forward": measure_distances,
+    **dict.fromkeys(("aten::cdist", "aten::_cdist_forward"), measure_distances),
+    "aten::_is_all_true": holds_all,
+    "aten::_is_any_true": holds_any,
+    **dict.fromkeys(("aten::matrix_exp", "aten::linalg_matrix_exp"), exponentiate_matrix),
+    "aten::multinomial": draw_samples,
     "aten::randperm": permute_at_random,
 }

@@ -213,6 +213,33 @@ def canonical_kernels() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_idle_moves() -> Iterator[None]:
+    """Inside, ``module.to(...)`` does nothing where the module is already as asked.
+
+    So it is in eager code, and routers of experts rely on it; but a traced parameter cannot be moved, not even to
+    where it is.
+    """
+    original = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        wanted: tuple[Any, ...] = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, _, memory_format = wanted
+        tensors = [*module.parameters(), *module.buffers()]
+        is_there = all(
+            (device is None or t.device == device)
+            and (dtype is None or t.dtype == dtype or not (t.is_floating_point() or t.is_complex()))
+            for t in tensors
+        )
+        return module if is_there and memory_format is None else original(module, *args, **kwargs)
+
+    setattr(nn.Module, "to", to)  # noqa: B010  a method cannot be assigned to
+    try:
+        yield
+    finally:
+        setattr(nn.Module, "to", original)  # noqa: B010
+
+
+@contextlib.contextmanager
 def without_fast_path() -> Iterator[None]:
     """Switch off the fused inference path of ``nn.TransformerEncoder``, which reads weights past their modules."""
     before = torch.backends.mha.get_fastpath_enabled()

@@ -159,6 +159,8 @@ def _attempt(
         raise VerificationError(f"{error}{culprit}") from error
     kind = adapters if isinstance(model, AdaptedModel) else "none"
     description = describe_file(model, call, names.inputs, adapters=kind, strategy=strategy.name)
+    kept = [f"buffer {name}, which a call of the model changes" for name in exporter.find_written_buffers(call)]
+    written = dataclasses.replace(written, frozen=(*written.frozen, *kept))
     description["frozen"] = list(written.frozen)
     description["weights"] = map_weights(draft, exporter.module)
     if adapters == "runtime":

@@ -13,6 +13,7 @@ from adapter_compiler.errors import ConfigError
 from adapter_compiler.onnx.inputs import bind_to_names, name_leaves
 from adapter_compiler.ownership import copy_module, share_parameter
 from passes.calls import ModuleCall
+from passes.module_state import restored_state
 
 
 class NamedOutputs(nn.Module):
@@ -28,9 +29,23 @@ class NamedOutputs(nn.Module):
         return tuple(_distinct_tensors(self.module(*args, **kwargs)).values())
 
     def named_outputs(self, call: ModuleCall) -> list[tuple[str, torch.Tensor]]:
-        """The outputs for a call, named after the keys of what the module returns."""
+        """The outputs for a call, named after the keys of what the module returns; the call leaves no trace."""
         args, kwargs = call.rebuild(call.tensors)
-        return list(_distinct_tensors(self.module(*args, **kwargs)).items())
+        with restored_state(self.module):
+            return list(_distinct_tensors(self.module(*args, **kwargs)).items())
+
+    def find_written_buffers(self, call: ModuleCall) -> list[str]:
+        """The buffers that a call changes. A file cannot: each of its calls begins as the first one does here."""
+        args, kwargs = call.rebuild(call.tensors)
+        before = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+        with restored_state(self.module):
+            self.module(*args, **kwargs)
+            after = dict(self.module.named_buffers())
+            return [name for name, old in before.items() if not _is_same(old, after.get(name))]
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and one.shape == other.shape and bool(((one == other) | (one != one)).all())
 
 
 def _distinct_tensors(result: Any) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapter_compiler.onnx.verify import Reference, open_session
 from passes.calls import ModuleCall
+from passes.decompose_exports import draw_samples
 
 _GOLDEN = 0.6180339887
 #: A uniform draw, less 1/2 and times this, has the variance of a normal one.
@@ -92,6 +93,11 @@ def _randperm(n: int, *_: Any, dtype: torch.dtype | None = None, **options: Any)
     return _uniform((n,), torch.float32).argsort().to(dtype or torch.int64)
 
 
+def _multinomial(p: Tensor, num_samples: int, replacement: bool = False, **_: Any) -> Tensor:
+    with _RepeatableDraws():  # type: ignore[no-untyped-call]
+        return draw_samples(p, num_samples, replacement)
+
+
 _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     aten.rand: _from_size(_uniform),
     aten.rand_like: _from_tensor(_uniform),
@@ -100,6 +106,7 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     aten.randperm: _randperm,
     aten.bernoulli: _bernoulli,
     aten.bernoulli_: _bernoulli_,
+    aten.multinomial: _multinomial,
     aten.native_dropout: _dropout,
 }
 

@@ -58,8 +58,8 @@ class ExportReport:
         not_verified: inputs the file could not be compared on, because the model itself refuses them.
         fold: rounding errors of the fold, if adapters were folded.
         attempts: the strategies in the order tried, the last one successful.
-        frozen: what the TorchScript exporter turned into a constant, in its own words; branches and loops
-            that no verified input has shown to matter.
+        frozen: what is a constant in the file: buffers that a call of the model changes, and branches and loops
+            on values, by their lines or the TorchScript exporter's words, that no verified input has shown to matter.
         casts: operators that run in float32, because onnxruntime lacks them for the model's dtype.
         drawing: nodes of the file that draw random numbers; it was compared with PyTorch on draws that are fixed.
         adapters: ``"merged"``, ``"runtime"``, or ``"none"`` for a model without adapters.

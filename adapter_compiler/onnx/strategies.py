@@ -4,6 +4,7 @@ From best to last resort:
 
     torch.export      all dimensions open, then the first one of each tensor, then none
     captured graph    the same for ``forward`` alone, as compiling captures it, without hooks of the model itself
+    recorded call     the same for the operators that one call runs, for what torch.export refuses for other reasons
     TorchScript       the same; freezes branches and loops, so verification decides
     assumed values    torch.export once more, with branches on values frozen as in the example
 
@@ -27,6 +28,7 @@ from adapter_compiler.onnx.captured import capture_forward
 from adapter_compiler.onnx.exportable import NamedOutputs
 from adapter_compiler.onnx.inputs import double_batch_of_one
 from adapter_compiler.onnx.opsets import assert_opset
+from adapter_compiler.onnx.retraced import retrace
 from adapter_compiler.onnx.torchscript import guess_bounds, trace_to_file
 from adapter_compiler.onnx.translate import translate_program
 from passes.assumptions import find_assumptions
@@ -42,7 +44,8 @@ class Strategy:
     """One rung of the ladder.
 
     Attributes:
-        exporter: ``"torch.export"``, ``"captured graph"``, ``"TorchScript"`` or ``"assumed values"``.
+        exporter: ``"torch.export"``, ``"captured graph"``, ``"recorded call"``, ``"TorchScript"`` or
+            ``"assumed values"``.
         dynamic: ``"all"``, ``"first"`` or ``"none"``: the dimensions to leave open.
     """
 
@@ -58,7 +61,7 @@ class Strategy:
 def find_ladder(module: nn.Module) -> tuple[Strategy, ...]:
     """The rungs for a model; the captured graph is one only where ``forward`` is not all that a call runs."""
     captured = ("captured graph",) if runs_more_than_forward(module) else ()
-    exporters = ("torch.export", *captured, "TorchScript")
+    exporters = ("torch.export", *captured, "recorded call", "TorchScript")
     rungs = [(exporter, dynamic) for exporter in exporters for dynamic in DYNAMIC_CHOICES]
     rungs += [("assumed values", dynamic) for dynamic in ASSUMED_CHOICES]
     return tuple(Strategy(exporter=exporter, dynamic=dynamic) for exporter, dynamic in rungs)
@@ -141,5 +144,6 @@ def _translate(
 def _export(strategy: Strategy, exporter: NamedOutputs, call: ModuleCall) -> ExportedCall:
     if strategy.exporter in ("torch.export", "assumed values"):
         return export_call(exporter, call, (strategy.dynamic,), assume=strategy.exporter == "assumed values")
-    graph_module = capture_forward(exporter.module, call)
+    is_recorded = strategy.exporter == "recorded call"
+    graph_module = retrace(exporter, call) if is_recorded else capture_forward(exporter.module, call)
     return export_call(graph_module, split_call(call.tensors, {}), (strategy.dynamic,))

@@ -9,6 +9,7 @@ the file.
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import logging
 import warnings
@@ -106,16 +107,27 @@ def spellings(name: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """The exporter logs that torchvision is missing and copies tree specs in a deprecated way; both are its own."""
+    """Inside, what exporters complain of is not shown: a missing torchvision, their own deprecations, failed graphs."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet_graphs():
             warnings.simplefilter("ignore")
             yield
     finally:
         registration.setLevel(level)
+
+
+@contextlib.contextmanager
+def _quiet_graphs() -> Iterator[None]:
+    """The TorchScript exporter writes a graph that it fails on past Python's streams, thousands of lines long."""
+    was_enabled = torch._C._jit_is_onnx_log_enabled()
+    torch._C._jit_set_onnx_log_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._jit_set_onnx_log_enabled(was_enabled)
 
 
 def innermost(error: BaseException) -> str:

@@ -147,8 +147,9 @@ def _count_live(rank: int, parameters: Mapping[str, torch.Tensor]) -> int:
 
 
 def _describe_graph(variant: Variant) -> str:
-    assumed = len(variant.captured.assumptions)
-    ending = f", if {assumed} conditions on values hold as in the example" if assumed else ""
+    assumed = variant.captured.assumptions
+    more = f" and {len(assumed) - 2} more" if len(assumed) > 2 else ""
+    ending = f", if values decide as in the example at {'; '.join(assumed[:2])}{more}" if assumed else ""
     return f"{'train' if variant.training else 'eval'}({', '.join(variant.inputs)}){ending}"
 
 

@@ -94,11 +94,49 @@ def test_control_flow_that_depends_on_values_is_refused_with_the_reason_where_no
 def test_a_branch_on_values_is_taken_as_in_the_example_and_asserted() -> None:
     x = torch.ones(3, 4)
     captured = capture_call(Decides(), split_call((x,), {}))
-    assert captured.assumptions
+    (line,) = captured.assumptions
+    assert line.startswith("test_capture.py:")
+    assert line.endswith("return x * 2 if x.sum() > 0 else x")
     assert captured.dynamic == "all"
     torch.testing.assert_close(captured.graph_module(x[:2])[0], 2 * x[:2])
     with pytest.raises(AssumptionError, match="assertion failed"), undone_on_departure(nn.Identity()):
         captured.graph_module(-x)
+
+
+class OtherWhenExported(nn.Module):
+    """Takes a way under export that does not work, as models do that nobody has exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            raise ValueError("this was never tried")
+        return x * 2
+
+
+def test_a_module_that_fails_only_when_it_is_exported_is_traced_as_it_runs() -> None:
+    captured = capture_call(OtherWhenExported(), split_call((torch.ones(3, 4),), {}))
+    assert not captured.assumptions
+    x = torch.randn(5, 4)
+    assert torch.equal(captured.graph_module(x)[0], 2 * x)
+    assert not torch.compiler.is_exporting()
+
+
+class MovesItsLayer(nn.Module):
+    """Makes sure of the dtype at each call, as routers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner.to(torch.float32)(x.to(dtype=torch.float32))
+        return y
+
+
+def test_a_layer_that_is_moved_to_where_it_is_is_no_obstacle() -> None:
+    model, x = MovesItsLayer(), torch.randn(3, 4)
+    captured = capture_call(model, split_call((x,), {}))
+    torch.testing.assert_close(captured.graph_module(x)[0], model(x))
+    assert nn.Linear(4, 4).to(torch.float64).weight.dtype is torch.float64
 
 
 def test_a_number_that_is_another_one_each_time_is_not_assumed() -> None:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from passes.decompose_exports import (
     count_bins,
     decompose_for_export,
+    draw_samples,
+    exponentiate_matrix,
     log_gamma,
     measure_distances,
     multiply_groups,
@@ -41,6 +43,26 @@ def test_log_gamma_is_that_of_torch(dtype: torch.dtype) -> None:
 def test_distances_are_those_of_cdist(p: float) -> None:
     a, b = torch.randn(2, 7, 4), torch.randn(5, 4)
     torch.testing.assert_close(measure_distances(a, b, p), torch.cdist(a, b.expand(2, 5, 4), p))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
+def test_exponentials_of_matrices_are_those_of_torch(scale: float) -> None:
+    x = scale * torch.randn(2, 6, 6, dtype=torch.float64)
+    x[1] -= x[1].mT.clone()
+    torch.testing.assert_close(exponentiate_matrix(x), torch.linalg.matrix_exp(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(exponentiate_matrix(x.float()), torch.linalg.matrix_exp(x).float())
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_samples_are_drawn_by_their_weights(replacement: bool) -> None:
+    p = torch.tensor([0.0, 1.0, 3.0, 4.0]).repeat(20_000, 1)
+    drawn = draw_samples(p, 2, replacement)
+    assert drawn.shape == (20_000, 2)
+    assert replacement or bool((drawn[:, 0] != drawn[:, 1]).all())
+    expected = torch.multinomial(p, 2, replacement)
+    for column in range(2):
+        shares, reference = (torch.bincount(d[:, column], minlength=4) / len(p) for d in (drawn, expected))
+        torch.testing.assert_close(shares, reference, atol=0.02, rtol=0)
 
 
 class Counts(nn.Module):

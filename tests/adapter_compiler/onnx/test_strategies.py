@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -108,7 +109,8 @@ def test_a_hook_that_changes_the_result_is_not_lost(tmp_path: Path) -> None:
 def test_a_model_without_hooks_has_no_such_rung(tmp_path: Path) -> None:
     """What torch.export refuses inside ``forward`` does not capture either, so it is not tried once more."""
     report = ac.export_onnx(Branches(factor=1).eval(), tmp_path / "model.onnx", (torch.randn(3, 4),))
-    assert {attempt.strategy.partition(",")[0] for attempt in report.attempts} == {"torch.export", "TorchScript"}
+    tried = {attempt.strategy.partition(",")[0] for attempt in report.attempts}
+    assert tried == {"torch.export", "recorded call", "TorchScript"}
 
 
 class Branches(nn.Module):
@@ -216,3 +218,59 @@ def test_the_report_is_data_and_text(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report.to_dict()))["strategy"] == "torch.export, all dimensions open"
     assert "random values 1" in str(report)
     assert report.errors[0].argmax_agreement == 1.0
+
+
+class TakesADerivative(nn.Module):
+    """Forces of an energy, with a try that fails first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.energy = nn.Linear(8, 4), nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            x = self.wide(x)
+        except RuntimeError:
+            x = x * 2
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.energy(x).sum(-1)
+            (force,) = torch.autograd.grad(energy.sum(), x)
+        return energy, -force
+
+
+def test_the_operators_of_a_call_are_exported_where_torch_export_refuses(tmp_path: Path) -> None:
+    model = TakesADerivative().eval()
+    report = ac.export_onnx(model, tmp_path / "model.onnx", (torch.randn(3, 4),))
+    assert report.strategy == "recorded call, all dimensions open"
+    assert report.dynamic_axes == {"x": (0,)}
+    names = {tensor.name for tensor in onnx.load(report.path).graph.initializer}
+    assert {"energy.0.weight", "energy.0.bias", "energy.2.weight"} <= names
+    assert not any(name.startswith("wide") for name in names)
+    energy, force = onnxruntime.InferenceSession(report.path).run(None, {"x": np.ones((5, 4), np.float32)})
+    expected = model(torch.ones(5, 4))
+    np.testing.assert_allclose(energy, expected[0].detach(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(force, expected[1].detach(), rtol=1e-4, atol=1e-5)
+
+
+class Remembers(nn.Module):
+    """Adds the mean of the last call."""
+
+    last: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("last", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x) + self.last
+        self.last = y.detach().mean(0)
+        return y
+
+
+def test_a_buffer_that_calls_change_is_told_and_left_as_it_was(tmp_path: Path) -> None:
+    model = Remembers().eval()
+    report = ac.export_onnx(model, tmp_path / "model.onnx", (torch.randn(3, 4),))
+    assert report.frozen == ("buffer last, which a call of the model changes",)
+    assert not model.last.any()

@@ -1,0 +1,82 @@
+"""The operators that one call of a model runs, as a graph: for models that torch.export refuses for how they are made.
+
+torch.export wants to know of every weight, and takes no derivative inside ``forward`` and no exception that the
+model itself catches. Recording the operators of a call on fake tensors asks for none of this. Branches on values
+still fail, so that nothing is frozen silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from passes.base import CaptureError
+from passes.calls import ModuleCall
+from passes.module_state import restored_state
+
+
+def retrace(module: nn.Module, call: ModuleCall) -> GraphModule:
+    """The graph of a call: takes its tensors one by one, returns what the module returns.
+
+    Weights stand at their names in ``module``.
+
+    Raises:
+        CaptureError: the call does not run on tensors without values.
+    """
+
+    def run(*tensors: torch.Tensor) -> object:
+        args, kwargs = call.rebuild(tensors)
+        return module(*args, **kwargs)
+
+    try:
+        with restored_state(module), _without_complaints():
+            graph_module = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*call.tensors)
+    except Exception as error:  # the model's own code raises what it likes
+        reason = " ".join(str(error).split())[:400]
+        raise CaptureError(f"{module._get_name()} cannot be traced: {type(error).__name__}: {reason}") from error
+    graph_module.graph.eliminate_dead_code()
+    _name_weights(graph_module, module)
+    graph_module.recompile()
+    return graph_module
+
+
+def _name_weights(graph_module: GraphModule, module: nn.Module) -> None:
+    """Call the weights that were recorded as constants as they are called in the module."""
+    names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    recorded = [str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")]
+    values = {name: getattr(graph_module, name) for name in recorded}
+    for name in {*graph_module._parameters, *graph_module._buffers} - {
+        n for n, v in values.items() if id(v) not in names
+    }:
+        delattr(graph_module, name)
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        value = values[str(node.target)]
+        if id(value) not in names:
+            continue
+        node.target = names[id(value)]
+        path, _, leaf = node.target.rpartition(".")
+        if path and path not in dict(graph_module.named_modules()):
+            graph_module.add_submodule(path, nn.Module())
+        owner = graph_module.get_submodule(path)
+        if isinstance(value, nn.Parameter):
+            owner.register_parameter(leaf, value)
+        else:
+            owner.register_buffer(leaf, value)
+
+
+@contextlib.contextmanager
+def _without_complaints() -> Iterator[None]:
+    """PyTorch logs each error of an operator, also those that the model catches."""
+    complaints = logging.getLogger("torch._subclasses.fake_tensor")
+    level = complaints.level
+    complaints.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        complaints.setLevel(level)
