@@ -10,18 +10,24 @@ a second run with the same --output goes on where the first one stopped.
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Arguments of transformers models that a deployed file does not take.
 FOR_A_LOSS = ("labels", "future_values", "future_observed_mask", "return_loss")
+
+#: What torch.export appends to its reasons.
+_NOISE = r" \(unhinted: [^;]*|; torch.export needs control flow that does not depend on tensor values"
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -50,7 +56,7 @@ def measure(name: str) -> dict[str, Any]:
         row |= {"cases": list(report.cases), "not_verified": list(report.not_verified)}
         row |= {"strategy": report.strategy, "frozen": list(report.frozen), "drawing": report.drawing}
     except Exception as error:  # whatever a model of the zoo raises is a row of the table
-        row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:1500]}"
+        row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:4000]}"
     return row
 
 
@@ -61,12 +67,13 @@ def export_as_deployed(adapted: Any, args: Any, kwargs: Any) -> tuple[Any, list[
     with tempfile.TemporaryDirectory() as folder:
         try:
             return ac.export_onnx(adapted, Path(folder) / "model.onnx", args, kwargs), []
-        except ac.AdapterCompilerError:
+        except ac.AdapterCompilerError as error:
             left_out = [name for name in FOR_A_LOSS if name in kwargs]
-            if not left_out:
-                raise
-        kept = {name: value for name, value in kwargs.items() if name not in left_out}
-        return ac.export_onnx(adapted, Path(folder) / "model.onnx", args, kept), left_out
+            kept = {name: value for name, value in kwargs.items() if name not in left_out}
+            try:
+                return ac.export_onnx(adapted, Path(folder) / "model.onnx", args, kept), left_out
+            except ac.AdapterCompilerError:
+                raise error from None
 
 
 def run_one(name: str, timeout: float) -> dict[str, Any]:
@@ -91,30 +98,57 @@ def read_rows(output: Path) -> dict[str, dict[str, Any]]:
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
+    """``docs/onnx_coverage.md``."""
     compiled = [row for row in rows if row["stage"] != "compile"]
     done = [row for row in rows if row["stage"] == "done"]
-    share = len(done) / max(1, len(compiled))
+    strategies = collections.Counter(row["strategy"].partition(",")[0] for row in done)
+    notes = {
+        "with something constant that no verified input has shown to matter": [r for r in done if r.get("frozen")],
+        "that draw random numbers": [r for r in done if r.get("drawing")],
+        "exported without what only a loss needs": [r for r in done if r.get("left_out")],
+    }
     lines = [
-        f"{len(done)} of {len(compiled)} models that compile end in a verified file ({share:.1%}); "
-        f"{len(rows) - len(compiled)} do not compile.",
+        "# ONNX coverage",
         "",
-        "| model | result | strategy | open dimensions | largest error | seconds | reason |",
-        "|---|---|---|---|---|---|---|",
+        "Made by `python benchmarks/onnx_coverage.py --output FILE --table docs/onnx_coverage.md`; tiny random models,",
+        "see `tests/zoo`. Each is adapted, its adapters are given random values and folded, and the model is exported.",
+        "A file counts when it agrees with PyTorch on the example, on other sizes of open dimensions, and on random",
+        "inputs. Rows are of several commits: a row is measured anew when what it rests on has changed.",
+        "",
+        f"{len(done)} of {len(compiled)} models that compile end in a verified file "
+        f"({len(done) / max(1, len(compiled)):.1%}); {len(rows) - len(compiled)} do not compile.",
+        "",
+        *(f"- {count} by {name}" for name, count in strategies.most_common()),
+        *(
+            f"- {len(found)} {note}: {', '.join(row['name'] for row in found)}"
+            for note, found in notes.items()
+            if found
+        ),
+        "",
+        "## What has no file, and why",
+        "",
+        *(line for row in compiled if row not in done for line in _list_reasons(row)),
+        "",
+        "## Every model",
+        "",
+        "| model | group | result | strategy | largest error | seconds |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         error = f"{row['max_abs_error']:.1e}" if "max_abs_error" in row else ""
-        reason = row.get("reason", "")[:300].replace("|", "\\|")
-        cells = (
-            row["name"],
-            row["stage"],
-            row.get("strategy", ""),
-            row.get("dynamic", ""),
-            error,
-            row["seconds"],
-            reason,
-        )
+        cells = (row["name"], row.get("group", ""), row["stage"], row.get("strategy", ""), error, row["seconds"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _list_reasons(row: dict[str, Any]) -> Iterator[str]:
+    """Why each way failed, those with the same reason together."""
+    yield f"- **{row['name']}**"
+    ways: dict[str, list[str]] = {}
+    for attempt in re.sub(_NOISE, "", row.get("reason", "")).split("; also tried: "):
+        way, _, reason = attempt.partition(": ")
+        ways.setdefault(reason, []).append(way)
+    yield from (f"  - {'; '.join(found)}: {reason}" for reason, found in ways.items())
 
 
 def choose_names(group: str | None, names: list[str] | None) -> list[str]:
@@ -151,7 +185,7 @@ def main() -> None:
                 with options.output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
     table = as_table([known[name] for name in names])
-    print(table.split("\n", 1)[0])
+    print(next(line for line in table.splitlines() if "end in a verified file" in line))
     if options.table:
         options.table.write_text(table, encoding="utf-8")
 

@@ -62,16 +62,16 @@ METHODS: dict[str, Method] = {
 #: Learning rates by task and by ``Method.rates``.
 _RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "digits": {
-        "full": (3e-4, 1e-3, 3e-3),
-        "lora": (1e-3, 3e-3, 1e-2, 3e-2),
-        "strong": (3e-4, 1e-3, 3e-3, 1e-2),
-        "svd": (1e-2, 3e-2, 1e-1),
+        "full": (1e-3, 3e-3, 1e-2),
+        "lora": (3e-3, 6e-3, 1e-2, 2e-2),
+        "strong": (3e-3, 6e-3, 1e-2, 2e-2),
+        "svd": (1e-2, 2e-2, 3e-2, 5e-2),
     },
     "text": {
-        "full": (3e-5, 1e-4, 3e-4),
-        "lora": (3e-4, 1e-3, 3e-3),
-        "strong": (1e-4, 3e-4, 1e-3),
-        "svd": (3e-3, 1e-2, 3e-2),
+        "full": (1e-4, 3e-4, 1e-3),
+        "lora": (1e-3, 3e-3, 1e-2),
+        "strong": (3e-4, 1e-3, 3e-3),
+        "svd": (1e-2, 3e-2, 1e-1),
     },
 }
 
