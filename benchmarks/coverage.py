@@ -93,13 +93,20 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """``docs/coverage.md``."""
-    lines = ["# Coverage", "", "Made by `python benchmarks/coverage.py`; tiny random models, see `tests/zoo`.", ""]
+    lines = [
+        "# Coverage",
+        "",
+        "Made by `python benchmarks/coverage.py`; tiny random models, see `tests/zoo`. Rows are of several commits: a",
+        "row is measured anew when what it rests on has changed. The ONNX column is that of",
+        "[onnx_coverage.md](onnx_coverage.md).",
+        "",
+    ]
     for title, chosen in (
         ("Architectures of transformers", [row for row in rows if row.get("group") != "awkward"]),
         ("Awkward modules", [row for row in rows if row.get("group") == "awkward"]),
     ):
         lines += [f"## {title}", "", *summarise(chosen), "", *_table(chosen), ""]
-        misses = [f"- **{r['name']}**, {c}: {r[c]}" for r in chosen for c in (*CHECKS, "reach") if r.get(c)]
+        misses = [f"- **{r['name']}**, {c}: {r[c]}" for r in chosen for c in (*CHECKS, "reach", "onnx") if r.get(c)]
         misses += [f"- **{r['name']}**, not reachable: {text}" for r in chosen for text in r.get("unreachable", [])]
         splits = [f"- **{r['name']}**: {text}" for r in chosen for text in r.get("reasons", [])]
         lines += ["### What misses, and why", "", *(misses or ["Nothing."]), ""]
@@ -134,6 +141,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="one model of so many")
     parser.add_argument("--first", type=int, default=0, help="where to begin to count")
     parser.add_argument("--onnx", action="store_true", help="export each model, too")
+    parser.add_argument("--onnx-from", type=Path, help="take the ONNX column from rows of benchmarks/onnx_coverage.py")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--timeout", type=int, default=600, help="seconds a model may take")
     parser.add_argument("--table", type=Path, help="write Markdown")
@@ -159,6 +167,11 @@ def main() -> None:
                 with options.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
     ordered = [rows[entry.name] for entry in chosen if entry.name in rows]
+    exported = read_rows(options.onnx_from) if options.onnx_from else {}
+    for row in ordered:
+        if row["name"] in exported:
+            found = exported[row["name"]]
+            row["onnx"] = "" if found["stage"] == "done" else f"{found['stage']}: {found.get('reason', '')[:200]}"
     print("\n".join(summarise(ordered)))
     if options.table:
         write_table(ordered, options.table)
