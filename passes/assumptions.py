@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 from passes.base import CaptureError, find_graph_modules
 from passes.calls import ModuleCall
 from passes.module_state import canonical_kernels, restored_state
+from passes.quiet import quiet_loggers
 
 logger = logging.getLogger(__name__)
 
@@ -53,22 +54,16 @@ class TrackRecord:
 @contextlib.contextmanager
 def values_of_example() -> Iterator[None]:
     """Inside, a trace decides what depends on values by those of the example, and asserts them in the graph."""
-    loud = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch._subclasses")]
-    levels = [each.level for each in loud]
     with (
         torch._functorch.config.patch(
             fake_tensor_propagate_real_tensors=True, generate_fake_kernels_from_real_mismatches=True
         ),
         _values_of_parameters(),
         _as_in_eager_code(),
+        # They warn of every decision, which is what is wanted here.
+        quiet_loggers("torch.fx.experimental.symbolic_shapes", "torch._subclasses"),
     ):
-        try:
-            for each in loud:  # they warn of every decision, which is what is wanted here
-                each.setLevel(logging.CRITICAL)
-            yield
-        finally:
-            for each, level in zip(loud, levels, strict=True):
-                each.setLevel(level)
+        yield
 
 
 @contextlib.contextmanager

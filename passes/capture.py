@@ -40,6 +40,7 @@ from passes.module_state import (
     without_idle_moves,
 )
 from passes.packed_weights import find_packed_weights, hollow_weights, set_parameter
+from passes.quiet import quiet_loggers
 from passes.self_check import Observation, assert_same, observe_eager, observe_run
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 _DEPENDS_ON_VALUES = "GuardOnDataDependentSymNode"
 #: What the model's own code or an operator raises, rather than torch.export.
 _OF_THE_MODEL = ("ValueError", "IndexError", "RuntimeError: shape", "RuntimeError: The size")
+#: They warn of sizes that a dimension is fixed to and of branches on values, both of which are found and reported here.
+_LOGGERS = ("torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
 #: Where the captured module's parameters and buffers stand in a captured graph.
 MODULE_PREFIX = "module."
 
@@ -282,6 +285,7 @@ def _export(wrapper: _FlatCall, call: ModuleCall, dynamic: str) -> ExportedProgr
         # What export prints of a graph that it gives up on says less than the error that it raises.
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(quiet_loggers(*_LOGGERS, level=logging.ERROR))
         stack.enter_context(torch.enable_grad())
         return torch.export.export(wrapper, (list(call.tensors),), dynamic_shapes=(dims,), strict=False)
 

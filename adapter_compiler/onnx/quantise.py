@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnxruntime
@@ -23,6 +21,7 @@ from adapter_compiler.onnx.compare_files import (
 )
 from adapter_compiler.onnx.report import OutputError
 from adapter_compiler.onnx.verify import open_session
+from passes.quiet import quiet_loggers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,25 +100,14 @@ def _quantise(source: Path, draft: Path) -> None:
         options.optimized_model_filepath = str(plain)
         try:
             onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-            with _quiet_quantiser():
+            # It logs advice on the root logger that has been followed by then.
+            with quiet_loggers("", level=logging.ERROR):
                 quantize_dynamic(plain, draft, weight_type=QuantType.QInt8)
         except OSError:
             raise
         except Exception as error:  # onnxruntime raises types of its own and plain RuntimeErrors
             message = " ".join(str(error).split())
             raise ExportError(f"onnxruntime cannot quantise {source.name}: {message}") from error
-
-
-@contextlib.contextmanager
-def _quiet_quantiser() -> Iterator[None]:
-    """It logs advice on the root logger that has been followed by then."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
 
 
 def _size(path: Path) -> int:

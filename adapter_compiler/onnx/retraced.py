@@ -7,10 +7,6 @@ still fail, so that nothing is frozen silently.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 from torch.fx import GraphModule
@@ -19,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from passes.base import CaptureError
 from passes.calls import ModuleCall
 from passes.module_state import restored_state
+from passes.quiet import quiet_loggers
 
 
 def retrace(module: nn.Module, call: ModuleCall) -> GraphModule:
@@ -35,7 +32,8 @@ def retrace(module: nn.Module, call: ModuleCall) -> GraphModule:
         return module(*args, **kwargs)
 
     try:
-        with restored_state(module), _without_complaints():
+        # PyTorch logs each error of an operator, also those that the model catches.
+        with restored_state(module), quiet_loggers("torch._subclasses.fake_tensor"):
             graph_module = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*call.tensors)
     except Exception as error:  # the model's own code raises what it likes
         reason = " ".join(str(error).split())[:400]
@@ -68,15 +66,3 @@ def _name_weights(graph_module: GraphModule, module: nn.Module) -> None:
             owner.register_parameter(leaf, value)
         else:
             owner.register_buffer(leaf, value)
-
-
-@contextlib.contextmanager
-def _without_complaints() -> Iterator[None]:
-    """PyTorch logs each error of an operator, also those that the model catches."""
-    complaints = logging.getLogger("torch._subclasses.fake_tensor")
-    level = complaints.level
-    complaints.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        complaints.setLevel(level)

@@ -26,6 +26,7 @@ from adapter_compiler.errors import ExportError
 from passes.capture import MODULE_PREFIX
 from passes.decompose_exports import decompose_for_export
 from passes.lift_attention import LiftAttentionPass
+from passes.quiet import quiet_loggers
 
 _FOLDING_ROUNDS = 2
 
@@ -108,15 +109,14 @@ def spellings(name: str) -> Iterator[str]:
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
     """Inside, what exporters complain of is not shown: a missing torchvision, their own deprecations, failed graphs."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet_graphs():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        registration.setLevel(level)
+    with (
+        quiet_loggers("torch.onnx._internal.exporter._registration", level=logging.ERROR),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        _quiet_graphs(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager
