@@ -2,7 +2,7 @@
 
 With A [in, r] and B [r, out], so that ΔWᵀ = A B:
 
-    y = MatMul(x, Wᵀ), Gemm(x, W)   →   y + (x A) B
+    y = MatMul(x, Wᵀ), Gemm(x, W)   →   y + (x A) B, the last product and the sum as one Gemm over rows
     any other use of W              →   W + ΔW in place of W
 
 A and B are graph inputs that have initializers of rank 0, which ONNX takes as defaults: without an adapter
@@ -12,6 +12,8 @@ the graph computes what it did before. In the bodies of loops and branches only 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import onnx
 from onnx import helper
@@ -149,17 +151,31 @@ def _rename_uses(graph: onnx.GraphProto, name: str, wanted: str, served: set[str
 
 
 def _add_to_product(graph: onnx.GraphProto, use: _Use, site: OnnxSite) -> None:
+    """One Gemm adds to y as it multiplies: without it, an adapter of rank 0 costs a pass over zeros and one of sums."""
     output = use.node.output[0]
-    bare, hidden, update = (f"{output}.{part}" for part in ("bare", "hidden", "update"))
+    bare = f"{output}.bare"
     use.node.output[0] = bare
     position = next(i for i, node in enumerate(graph.node) if node.output[0] == bare)
-    nodes = [
-        helper.make_node("MatMul", [use.x, site.left], [hidden], name=f"{hidden}.node"),
-        helper.make_node("MatMul", [hidden, site.right], [update], name=f"{update}.node"),
-        helper.make_node("Add", [bare, update], [output], name=f"{output}.adapted"),
-    ]
-    for offset, node in enumerate(nodes, 1):
+    for offset, node in enumerate(_build_update(use, site, bare, output), 1):
         graph.node.insert(position + offset, node)
+
+
+def _build_update(use: _Use, site: OnnxSite, bare: str, output: str) -> Iterator[onnx.NodeProto]:
+    def make(kind: str, inputs: list[str], name: str, **attributes: Any) -> onnx.NodeProto:
+        return helper.make_node(kind, inputs, [name], name=f"{name}.node", **attributes)
+
+    hidden = f"{output}.hidden"
+    if use.node.op_type == "Gemm":
+        yield make("MatMul", [use.x, site.left], hidden)
+        yield make("Gemm", [hidden, site.right, bare], output)
+        return
+    rows, bare_rows, adapted_rows, shape = (f"{output}.{part}" for part in ("x", "bare.rows", "rows", "shape"))
+    yield make("Flatten", [use.x], rows, axis=-1)
+    yield make("MatMul", [rows, site.left], hidden)
+    yield make("Flatten", [bare], bare_rows, axis=-1)
+    yield make("Gemm", [hidden, site.right, bare_rows], adapted_rows)
+    yield make("Shape", [bare], shape)
+    yield make("Reshape", [adapted_rows, shape], output)
 
 
 def _add_to_weight(graph: onnx.GraphProto, site: OnnxSite, weight: onnx.TensorProto) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
@@ -20,17 +21,18 @@ A = RNG.standard_normal((4, 2)).astype(np.float32)
 B = RNG.standard_normal((2, 4)).astype(np.float32)
 
 TRANSPOSED = [helper.make_node("Transpose", ["w"], ["wt"], perm=[1, 0]), helper.make_node("MatMul", ["x", "wt"], ["y"])]
+UPDATE = ["y.bare", "y.x", "y.hidden", "y.bare.rows", "y.rows", "y.shape", "y"]
 GRAPHS: dict[str, tuple[list[onnx.NodeProto], bool, list[str]]] = {
-    "transposed product": (TRANSPOSED, False, ["wt", "y.bare", "y.hidden", "y.update", "y"]),
+    "transposed product": (TRANSPOSED, False, ["wt", *UPDATE]),
     "product": (
         [helper.make_node("MatMul", ["x", "w"], ["y"])],
         True,
-        ["y.bare", "y.hidden", "y.update", "y"],
+        UPDATE,
     ),
     "gemm": (
         [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)],
         False,
-        ["y.bare", "y.hidden", "y.update", "y"],
+        ["y.bare", "y.hidden", "y"],
     ),
     "scaled gemm": (
         [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1, alpha=0.5)],
@@ -82,6 +84,22 @@ def test_each_use_of_a_weight(name: str) -> None:
     assert np.array_equal(evaluate(model, x=X, **empty), plain)
     defaults = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
     assert (defaults["A"], defaults["B"]) == ([4, 0], [0, 4])
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 1, 3, 4), (0, 3, 4)])
+def test_products_of_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [onnx.numpy_helper.from_array(W, "w")]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    insert_onnx_adapter(model, make_site(transposed=True))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    values = RNG.standard_normal(shape).astype(np.float32)
+    np.testing.assert_allclose(session.run(None, {"x": values})[0], values @ W, rtol=1e-6, atol=1e-6)
+    adapted = session.run(None, {"x": values, "A": A, "B": B})[0]
+    assert adapted.shape == values.shape
+    np.testing.assert_allclose(adapted, values @ W + values @ A @ B, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_sites_are_refused() -> None:

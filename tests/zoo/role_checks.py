@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from adapter_compiler.config import AdapterConfig
+from adapter_compiler.interop.transformers_caches import register_caches
 from adapter_compiler.regions import RegionTree
 from passes.roles import find_roles
 from tests.zoo.entry import ZooEntry
@@ -39,6 +40,7 @@ def score_roles(entry: ZooEntry) -> RoleScore:
     torch.manual_seed(0)
     model = entry.build().eval()
     args, kwargs = entry.example()
+    register_caches()
     roles = find_roles(RegionTree(model, AdapterConfig().context()).discover(args, kwargs))
     named = {name: role for name in roles if (role := find_named_role(name)) is not None}
     wrong = {name: (roles[name], role) for name, role in named.items() if roles[name] != role}
