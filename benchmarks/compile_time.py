@@ -105,7 +105,6 @@ def measure_passes(nodes: int) -> dict[str, float]:
     """CPU seconds of each pass on a graph of about ``nodes`` nodes."""
     import torch
 
-    from adapter_compiler.initialisers import initialise_gaussian
     from adapter_compiler.store import AdapterStore
     from passes.compact_ranks import CompactRanksPass, compact_plan
     from passes.fold_adapters import FoldAdaptersPass
@@ -133,8 +132,9 @@ def measure_passes(nodes: int) -> dict[str, float]:
         )
     )
     store = AdapterStore(plan, {name: p.device for name, p in base.named_parameters()})
-    for adapter in plan:
-        initialise_gaussian(store.parameters_of(adapter), 0.02)
+    with torch.no_grad():
+        for parameter in store.parameters():
+            parameter.normal_(0, 0.02)
     graph_module.add_submodule("adapters", store)
     take("insert", lambda: InsertAdaptersPass(plan=plan, aliases=aliases)(graph_module))
     kept = {adapter.site.name: torch.tensor([0]) for adapter in plan}
