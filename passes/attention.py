@@ -2,6 +2,7 @@
 
     scaled_dot_product_attention(q, k, v)                       as one operator
     softmax(mask(q · kᵀ)) · v                                   as matmul, bmm, baddbmm or einsum
+    irfft(rfft(q) ⊙ conj(rfft(k)))                              delays by autocorrelation; values are not followed
 
 Both products must be of two values that depend on inputs, so a softmax over classes or experts is none.
 """
@@ -18,6 +19,8 @@ from passes.dataflow import operator_name
 from passes.origins import ATTENTIONS, PRODUCTS, OriginTrace
 
 _SOFTMAXES = {"softmax", "_softmax", "_safe_softmax"}
+_INVERSE_TRANSFORMS = {"fft_irfft"}
+_CONJUGATES = {"conj", "_conj", "resolve_conj"}
 #: What stands between the product of queries and keys, the softmax, and the product with the values.
 _WINDOW = 96
 
@@ -45,6 +48,8 @@ def find_attentions(graph: Graph, trace: OriginTrace) -> list[Attention]:
             found.append(_describe(node, *arguments[:3], trace=trace))
         elif name in _SOFTMAXES:
             found += _match_softmax(node, trace)
+        elif name in _INVERSE_TRANSFORMS:
+            found += _match_correlation(node, trace)
     return found
 
 
@@ -60,6 +65,15 @@ def _match_softmax(softmax: Node, trace: OriginTrace) -> Iterator[Attention]:
         query, key = _order_operands(scores)
         value = next(v for v in _operands(result) if not _depends_on(v, softmax))
         yield _describe(result, query, key, value, trace=trace)
+
+
+def _match_correlation(inverse: Node, trace: OriginTrace) -> Iterator[Attention]:
+    (spectrum,) = inverse.all_input_nodes[:1]
+    conjugates = [v for v in spectrum.all_input_nodes if operator_name(v) in _CONJUGATES]
+    others = [v for v in spectrum.all_input_nodes if v not in conjugates]
+    if operator_name(spectrum) == "mul" and len(conjugates) == len(others) == 1:
+        operands = {"query": trace.sources(others[0]), "key": trace.sources(conjugates[0])}
+        yield Attention(node=inverse, operands=operands)
 
 
 def _find_scores(softmax: Node, trace: OriginTrace) -> Node | None:

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch.fx import Graph, Node
 
 from passes.attention import find_attentions
@@ -55,6 +56,8 @@ _PRODUCTS = {
 }  # fmt: skip
 _CHOICES = {"topk", "argmax"}
 _ADDED = {"add", "add_", "cat"}
+#: Views, casts and resizings that may stand between a weight, or patches, and what makes something new of them.
+_LONGEST = 16
 
 
 def find_roles(uses: Mapping[str, Sequence[WeightUse]]) -> dict[str, str]:
@@ -152,10 +155,19 @@ class _View:
     def _name_other(self, node: Node, trace: OriginTrace) -> str:
         if self._is_stacked(node):
             return "expert"
-        if is_convolution(node) and self.is_whole and _covers_patches(node):
-            at_input = all(trace.kinds[origin.node] == "input" for origin in trace.inputs(node))
-            return "patch_embedding" if at_input else "convolution"
-        return _name_by_operator(operator_name(node))
+        if is_convolution(node) and self.is_whole and self._makes_tokens(node, trace):
+            return "patch_embedding"
+        role = _name_by_operator(operator_name(node))
+        return "embedding" if role == "other" and _is_added(node) else role
+
+    def _makes_tokens(self, node: Node, trace: OriginTrace) -> bool:
+        """Whether a convolution makes tokens of patches: of an input, each place once, or a sequence from then on.
+
+        One that makes a sequence shorter for keys and values only is none: no sum reads what it makes.
+        """
+        at_input = all(trace.kinds[origin.node] == "input" for origin in trace.inputs(node))
+        is_summed = any(trace.kinds[sink.node] == "sum" for sink in trace.sinks.get(node, []))
+        return (at_input and _covers_patches(node)) or (_strides(node) and is_summed and _becomes_a_sequence(node))
 
 
 def _settle(votes: Sequence[str]) -> str:
@@ -211,6 +223,38 @@ def _covers_patches(node: Node) -> bool:
     kernel, stride = _kernel(node), node.args[3] if len(node.args) > 3 else [1]
     steps = list(stride) * len(kernel) if isinstance(stride, (list, tuple)) and len(stride) == 1 else stride
     return any(size > 1 for size in kernel) and all(a <= b for a, b in zip(kernel, steps, strict=True))  # type: ignore[arg-type]
+
+
+def _strides(node: Node) -> bool:
+    steps = node.args[3] if len(node.args) > 3 else ()
+    return isinstance(steps, (list, tuple)) and any(isinstance(step, int) and step > 1 for step in steps)
+
+
+def _becomes_a_sequence(node: Node) -> bool:
+    """Whether an image or video is flattened to a sequence before anything else is done with it."""
+    for later in _follow(node):
+        if "val" in later.meta and later.meta["val"].dim() == 3:
+            return bool(node.meta["val"].dim() > 3)
+    return False
+
+
+def _is_added(node: Node) -> bool:
+    """Whether values of a weight are added to activations, or put in front of them, as they are or resized."""
+    return any(operator_name(user) in _ADDED for later in _follow(node) for user in later.users)
+
+
+def _follow(node: Node) -> Iterator[Node]:
+    """The node, and what is made of it alone, as long as that is one thing."""
+    for _ in range(_LONGEST):
+        yield node
+        users = [user for user in node.users if "sym" not in operator_name(user)]
+        if len(users) != 1 or len([value for value in users[0].all_input_nodes if _is_tensor(value)]) != 1:
+            return
+        (node,) = users
+
+
+def _is_tensor(value: Node) -> bool:
+    return isinstance(value.meta.get("val"), torch.Tensor)
 
 
 def _is_one_number(node: Node) -> bool:

@@ -160,6 +160,52 @@ def test_convolutions_tables_and_recurrences() -> None:
 _MEASURED = ["bert", "gpt2", "llama", "gemma2", "phi3", "t5", "vit", "clip", "bart", "mixtral", "deepseek-v3", "mpt"]
 
 
+class Tokens(Letters):
+    """Overlapping patches become tokens, with places from a table that is resized; keys are made of fewer places."""
+
+    def __init__(self) -> None:
+        super().__init__(q=(8, 8), k=(8, 8), v=(8, 8), o=(8, 8))
+        self.stem, self.fewer = nn.Conv2d(3, 8, 7, stride=4, padding=3), nn.Conv2d(8, 8, 2, stride=2)
+        self.again = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.places = nn.Parameter(torch.randn(1, 8, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = self.block(self.stem(x))
+        return self.block(self.again(image)).mean((2, 3))
+
+    def block(self, image: Tensor) -> Tensor:
+        size = image.shape[-2:]
+        places = F.interpolate(self.places, size=size, mode="bilinear")
+        x = image.flatten(2).transpose(1, 2) + places.flatten(2).transpose(1, 2)
+        kept = self.norm(self.fewer(x.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2))
+        query, key, value = (self.apply_to(name, y) for name, y in (("q", x), ("k", kept), ("v", kept)))
+        x = x + self.apply_to("o", F.scaled_dot_product_attention(query, key, value))
+        result: Tensor = x.transpose(1, 2).unflatten(2, size)
+        return result
+
+
+def test_patches_that_overlap_and_places_that_are_resized() -> None:
+    roles = roles_of(Tokens(), torch.randn(2, 3, 64, 64))
+    convolutions = {"stem": "patch_embedding", "again": "patch_embedding", "fewer": "convolution"}
+    attending = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "attention.output"}
+    assert roles == {**convolutions, **attending, "places": "embedding"}
+
+
+class Correlates(Letters):
+    """Autoformer's way: how alike a series is to another one that is delayed, by Fourier transforms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = (torch.fft.rfft(self.apply_to(name, x), dim=1) for name in "ab")
+        weights = torch.fft.irfft(query * torch.conj(key), dim=1).mean(-1, keepdim=True).softmax(1)
+        result: Tensor = x + weights * self.apply_to("c", x)
+        return result
+
+
+def test_queries_and_keys_of_a_correlation() -> None:
+    roles = roles_of(Correlates(a=(8, 8), b=(8, 8), c=(8, 8)), torch.randn(2, 6, 8))
+    assert (roles["a"], roles["b"]) == ("attention.query", "attention.key")
+
+
 @pytest.mark.parametrize("name", [_MEASURED[0], *(pytest.param(n, marks=pytest.mark.slow) for n in _MEASURED[1:])])
 def test_roles_are_those_that_names_give(name: str) -> None:
     (entry,) = entries(names=[name])
