@@ -45,7 +45,10 @@ class NamedOutputs(nn.Module):
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
-    return other is not None and one.shape == other.shape and bool(((one == other) | (one != one)).all())
+    """Whether two buffers hold the same values; nan is the same as nan."""
+    if other is None or one.shape != other.shape:
+        return False
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _distinct_tensors(result: Any) -> dict[str, torch.Tensor]:
