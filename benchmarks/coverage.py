@@ -96,8 +96,8 @@ def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
     lines = [
         "# Coverage",
         "",
-        "Made by `python benchmarks/coverage.py`; tiny random models, see `tests/zoo`. Rows are of several commits: a",
-        "row is measured anew when what it rests on has changed. The ONNX column is that of",
+        "Made by `python benchmarks/coverage.py`; tiny random models, see `tests/zoo`. Rows are of several commits:",
+        "models that were split or wrong were measured anew as capture changed. The ONNX column is that of",
         "[onnx_coverage.md](onnx_coverage.md).",
         "",
     ]
