@@ -80,7 +80,7 @@ def take(examples: Examples, rows: Tensor) -> Examples:
     taken = {name: value[rows] for name, value in inputs.items()}
     if "attention_mask" in taken:
         length = int(taken["attention_mask"].sum(1).max())
-        taken = {name: value[:, :length] for name, value in taken.items()}
+        taken = {name: value[:, :length].contiguous() for name, value in taken.items()}
     return taken, labels[rows]
 
 
@@ -179,7 +179,7 @@ def make_text(name: str, data: Path, encoder: Path, seed: int, *, tests: int = 5
         test=encode([test[i] for i in chosen]),
         sites=("*.layer.*.dense.weight", "*.query.weight", "*.key.weight", "*.value.weight"),
         targets=r"encoder\.encoder\.layer\..*\.(query|key|value|dense)",
-        batch_size=16,
+        batch_size=8,
         head="head",
     )
 
