@@ -106,8 +106,9 @@ def compile_with_adapters(
     if example is None:
         search = find_module_sites(own, config.selection)
     else:
-        regions, uses = _discover_planned(regions, own, config, *_on_device_of(own, example))
-        search = find_sites(uses, own, config.selection)
+        example = _on_device_of(own, example)
+        regions, uses = _discover_planned(regions, own, config, *example)
+        search = find_sites(uses, own, config.selection, regions.record_outline(*example))
     planned = plan_adapters(search, config) if plan is None else match_plan(plan, own)
     planned = prepare_start(planned, config.start)
     adapted = _assemble(own, search, planned, config, flags, regions)

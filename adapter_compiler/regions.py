@@ -24,11 +24,18 @@ from passes.assumptions import AssumptionError, undone_on_departure
 from passes.base import CaptureError
 from passes.calls import ModuleCall, sort_keywords, split_call
 from passes.capture import CapturedGraph, capture_call
-from passes.module_state import is_collecting, restored_state, runs_more_than_forward, without_fast_path
+from passes.module_state import (
+    is_collecting,
+    is_without_memory,
+    restored_state,
+    runs_more_than_forward,
+    without_fast_path,
+)
 from passes.packed_weights import set_parameter
 from passes.plan import AdapterPlan, PlannedAdapter
 from passes.python_uses import WatchWeights
 from passes.quantise_weights import QuantiseWeightsPass
+from passes.recording import record_call
 from passes.regions import Rewiring
 from passes.twins import find_twin_graph
 from passes.weight_uses import WeightUse, find_parameter_aliases, find_weight_uses
@@ -210,6 +217,29 @@ class RegionTree:
                 for name, found in find_weight_uses(variant.captured.graph_module, region.aliases).items():
                     uses.setdefault(name, []).extend(found)
         return uses
+
+    def record_outline(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[WeightUse]]:
+        """Where the model runs as several graphs: uses of weights in a recording of the example, by first name.
+
+        It tells what flows from one graph to the next, and nothing else: no call ever runs it. Empty where the
+        model is one graph, where regions are named (they bound what capturing costs), without values to record,
+        and where recording fails.
+        """
+        if len(self.root.variants) or self._boundaries or is_without_memory(self.module):
+            return {}
+        holder = nn.Module()
+        holder.forward = self.module.forward
+        holder.module = self.module
+        try:
+            call = split_call(args, sort_keywords(kwargs))
+            with self.as_written(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                recorded = record_call(holder, call, with_values=True)
+        except CaptureError as error:
+            logger.debug("no outline of the whole model: %s", error)
+            return {}
+        found = find_weight_uses(recorded, self._aliases)
+        return {name: list(uses) for name, uses in found.items()}
 
     def adopt(self, plan: AdapterPlan, store: AdapterStore) -> None:
         """Insert other adapters into every graph there is; nothing is captured anew."""

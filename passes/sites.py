@@ -186,7 +186,12 @@ def find_matching_glob(names: Iterable[str], globs: Sequence[str]) -> str | None
     return None
 
 
-def find_sites(uses: Mapping[str, Sequence[WeightUse]], module: nn.Module, selection: SiteSelection) -> SiteSearch:
+def find_sites(
+    uses: Mapping[str, Sequence[WeightUse]],
+    module: nn.Module,
+    selection: SiteSelection,
+    outline: Mapping[str, Sequence[WeightUse]] | None = None,
+) -> SiteSearch:
     """Sites by what was seen of each weight.
 
     Args:
@@ -194,11 +199,13 @@ def find_sites(uses: Mapping[str, Sequence[WeightUse]], module: nn.Module, selec
             the weight's first qualified name.
         module: the module whose parameters name the sites.
         selection: which weights are wanted.
+        outline: uses in a recording of the whole model where it is several graphs; for roles and layer numbers.
 
     Raises:
         SiteError: a glob of the selection matches no weight.
     """
-    roles, numbers = find_roles(uses), find_layer_numbers(uses)
+    roles = find_roles(uses, outline)
+    numbers = find_layer_numbers(outline or {}) or find_layer_numbers(uses)
 
     def judge(name: str, weight: nn.Parameter) -> AdapterSite | str:
         verdict = _judge_uses(name, weight, uses.get(name, []))

@@ -28,13 +28,13 @@ from adapter_compiler.onnx.captured import capture_forward
 from adapter_compiler.onnx.exportable import NamedOutputs
 from adapter_compiler.onnx.inputs import double_batch_of_one
 from adapter_compiler.onnx.opsets import assert_opset
-from adapter_compiler.onnx.retraced import retrace
 from adapter_compiler.onnx.torchscript import guess_bounds, trace_to_file
 from adapter_compiler.onnx.translate import translate_program
 from passes.assumptions import find_assumptions
 from passes.calls import ModuleCall, split_call
 from passes.capture import ASSUMED_CHOICES, DYNAMIC_CHOICES, DimensionBound, ExportedCall, export_call
 from passes.module_state import runs_more_than_forward
+from passes.recording import record_call
 
 _OPENNESS = {"all": "all dimensions open", "first": "batch open", "none": "fixed shapes"}
 
@@ -145,5 +145,5 @@ def _export(strategy: Strategy, exporter: NamedOutputs, call: ModuleCall) -> Exp
     if strategy.exporter in ("torch.export", "assumed values"):
         return export_call(exporter, call, (strategy.dynamic,), assume=strategy.exporter == "assumed values")
     is_recorded = strategy.exporter == "recorded call"
-    graph_module = retrace(exporter, call) if is_recorded else capture_forward(exporter.module, call)
+    graph_module = record_call(exporter, call) if is_recorded else capture_forward(exporter.module, call)
     return export_call(graph_module, split_call(call.tensors, {}), (strategy.dynamic,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adapter_compiler.config import AdapterConfig
+from adapter_compiler.regions import RegionTree
 from passes.calls import split_call
 from passes.capture import capture_call
 from passes.roles import ROLES, find_roles
@@ -212,3 +215,49 @@ def test_roles_are_those_that_names_give(name: str) -> None:
     score = score_roles(entry)
     assert score.known >= 8
     assert score.wrong == {}
+
+
+def test_roles_are_told_across_regions() -> None:
+    """A hook inside keeps the model from being one graph; each weight that is left alone would be just linear."""
+    model = Attends("sdpa").eval()
+    model.get_submodule("c").register_forward_hook(lambda *_: None)
+    regions = RegionTree(model, AdapterConfig().context())
+    uses = regions.discover((torch.randn(2, 5, 8),), {})
+    outline = regions.record_outline((torch.randn(2, 5, 8),), {})
+    assert find_roles(uses)["c.weight"] == "linear"
+    found = find_roles(uses, outline)
+    assert [found[f"{name}.weight"] for name in "abcde"] == [
+        "attention.value",
+        "attention.key",
+        "attention.query",
+        "attention.output",
+        "head",
+    ]
+
+
+def test_a_model_that_is_one_graph_needs_no_outline() -> None:
+    model = Attends("sdpa").eval()
+    regions = RegionTree(model, AdapterConfig().context())
+    regions.discover((torch.randn(2, 5, 8),), {})
+    assert regions.record_outline((torch.randn(2, 5, 8),), {}) == {}
+
+
+class Wrapped:
+    """An argument that hides a tensor."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+def test_what_cannot_be_recorded_leaves_the_roles_of_the_regions(caplog: pytest.LogCaptureFixture) -> None:
+    class Unwraps(Letters):
+        def forward(self, wrapped: Wrapped) -> Tensor:
+            return self.apply_to("b", F.gelu(self.apply_to("a", wrapped.x)))
+
+    regions = RegionTree(Unwraps(a=(8, 16), b=(16, 8)).eval(), AdapterConfig().context())
+    uses = regions.discover((Wrapped(torch.randn(2, 8)),), {})
+    with caplog.at_level(logging.DEBUG, logger="adapter_compiler.regions"):
+        outline = regions.record_outline((Wrapped(torch.randn(2, 8)),), {})
+    assert outline == {}
+    assert "no outline of the whole model: argument args[0] is a tests.passes.test_roles.Wrapped" in caplog.text
+    assert find_roles(uses, outline) == {"a.weight": "linear", "b.weight": "head"}

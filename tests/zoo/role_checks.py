@@ -41,7 +41,8 @@ def score_roles(entry: ZooEntry) -> RoleScore:
     model = entry.build().eval()
     args, kwargs = entry.example()
     register_caches()
-    roles = find_roles(RegionTree(model, AdapterConfig().context()).discover(args, kwargs))
+    regions = RegionTree(model, AdapterConfig().context())
+    roles = find_roles(regions.discover(args, kwargs), regions.record_outline(args, kwargs))
     named = {name: role for name in roles if (role := find_named_role(name)) is not None}
     wrong = {name: (roles[name], role) for name, role in named.items() if roles[name] != role}
     return RoleScore(name=entry.name, roles=roles, known=len(named), wrong=wrong)

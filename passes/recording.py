@@ -1,11 +1,12 @@
 """The operators that one call of a model runs, as a graph: for models that torch.export refuses for how they are made.
 
 torch.export wants to know of every weight, and takes no derivative inside ``forward`` and no exception that the
-model itself catches. Recording the operators of a call on fake tensors asks for none of this. Branches on values
-still fail, so that nothing is frozen silently.
+model itself catches. Recording the operators of a call asks for none of this.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,24 +18,31 @@ from passes.calls import ModuleCall
 from passes.module_state import restored_state
 from passes.quiet import quiet_loggers
 
+#: On tensors without values: branches on values fail, so that nothing is frozen silently; shapes stay open.
+_WITHOUT_VALUES: dict[str, Any] = {"tracing_mode": "symbolic"}
+#: On the example itself: branches go as they go for it, and products keep the operators that the model wrote.
+_WITH_VALUES: dict[str, Any] = {"tracing_mode": "real", "pre_dispatch": True, "_error_on_data_dependent_ops": False}
 
-def retrace(module: nn.Module, call: ModuleCall) -> GraphModule:
+
+def record_call(module: nn.Module, call: ModuleCall, *, with_values: bool = False) -> GraphModule:
     """The graph of a call: takes its tensors one by one, returns what the module returns.
 
-    Weights stand at their names in ``module``.
+    Weights stand at their names in ``module``. With values, the graph tells what this one call did, and is not to
+    be run on others.
 
     Raises:
-        CaptureError: the call does not run on tensors without values.
+        CaptureError: the call cannot be recorded; without values, perhaps because it depends on some.
     """
 
     def run(*tensors: torch.Tensor) -> object:
         args, kwargs = call.rebuild(tensors)
         return module(*args, **kwargs)
 
+    options = _WITH_VALUES if with_values else _WITHOUT_VALUES
     try:
         # PyTorch logs each error of an operator, also those that the model catches.
         with restored_state(module), quiet_loggers("torch._subclasses.fake_tensor"):
-            graph_module = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*call.tensors)
+            graph_module = make_fx(run, _allow_non_fake_inputs=True, **options)(*call.tensors)
     except Exception as error:  # the model's own code raises what it likes
         reason = " ".join(str(error).split())[:400]
         raise CaptureError(f"{module._get_name()} cannot be traced: {type(error).__name__}: {reason}") from error
