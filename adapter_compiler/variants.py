@@ -59,10 +59,10 @@ class AdapterContext:
     checkpointed: bool = False
 
     def adapt(self, captured: CapturedGraph, aliases: Mapping[str, str]) -> GraphModule:
-        """A copy of a captured graph with the adapters inserted."""
-        graph_module = clone_graph_module(captured.graph_module)
+        """A copy of a captured graph with the adapters inserted; the graph itself while there are none."""
         if self.store is None:
-            return graph_module
+            return captured.graph_module
+        graph_module = clone_graph_module(captured.graph_module)
         setattr(graph_module, STORE_PREFIX.rstrip("."), self.store)
         passes: list[GraphPass] = [
             InsertAdaptersPass(plan=self.plan, aliases=aliases),

@@ -66,11 +66,15 @@ class GraphPass(abc.ABC):
             PreconditionError: the input graph does not meet the contract.
             PostconditionError: the result does not meet the contract.
         """
+        result = self.edit(graph_module)
+        if result.modified:
+            _recompile(result.graph_module)
+        return result
+
+    def edit(self, graph_module: GraphModule) -> PassResult:
+        """The same without code for the changed graph, which only its last pass needs to generate."""
         _check(self, "requires", graph_module, PreconditionError)
         result = self.call(graph_module)
-        if result.modified:
-            for body in find_graph_modules(result.graph_module):
-                body.recompile()
         _check(self, "ensures", result.graph_module, PostconditionError)
         return result
 
@@ -90,7 +94,7 @@ class GraphPass(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PassManager(GraphPass):
-    """Runs passes in order; itself a pass.
+    """Runs passes in order; itself a pass. Code is generated once, at the end, or for each result that is observed.
 
     Attributes:
         passes: the passes, first to last.
@@ -105,7 +109,7 @@ class PassManager(GraphPass):
         modified = False
         for position, one in enumerate(self.passes):
             try:
-                result = one(graph_module)
+                result = one.edit(graph_module) if self.observer is None else one(graph_module)
             except Exception as error:
                 before = _names(self.passes[:position])
                 raise PassError(f"{one.name} failed (passes before it: {before}): {error}") from error
@@ -115,10 +119,20 @@ class PassManager(GraphPass):
                 self.observer(one, result)
         return PassResult(graph_module=graph_module, modified=modified)
 
+    def requires(self, graph_module: GraphModule) -> None:
+        """Nothing of its own: each pass checks what it is given."""
+
+    def ensures(self, graph_module: GraphModule) -> None:
+        """Nothing of its own: each pass checks what it returns."""
+
 
 def find_graph_modules(graph_module: GraphModule) -> list[GraphModule]:
-    """The graph module itself and the bodies of the regions inside it."""
-    return [body for body in graph_module.modules() if isinstance(body, GraphModule)]
+    """The graph module itself and the bodies of the regions inside it; each holds those that it calls."""
+    bodies = {graph_module: None}
+    for child in graph_module.children():
+        if isinstance(child, GraphModule):
+            bodies |= dict.fromkeys(find_graph_modules(child))
+    return list(bodies)
 
 
 def clone_graph_module(graph_module: GraphModule) -> GraphModule:
@@ -128,6 +142,11 @@ def clone_graph_module(graph_module: GraphModule) -> GraphModule:
         if isinstance(child, GraphModule):
             setattr(clone, name, clone_graph_module(child))
     return clone
+
+
+def _recompile(graph_module: GraphModule) -> None:
+    for body in find_graph_modules(graph_module):
+        body.recompile()
 
 
 def _check(one: GraphPass, condition: str, graph_module: GraphModule, error_type: type[PassError]) -> None:
