@@ -44,9 +44,9 @@ class AdapterConfig:
         kind: what an adapter computes: ``"svd"`` (AdaLoRA, P diag(λ) Q), ``"lora"`` (B A), ``"dora"`` (LoRA and a
             magnitude for each row) or ``"dora-svd"``. Ranks can be pruned where there is a λ.
         scaling: ``"alpha/r"``, or ``"rslora"`` for alpha / √rank (arXiv 2312.03732).
-        init: how adapters start, see :mod:`adapter_compiler.initialisers`; by default ``"gaussian"`` for the kinds
-            with λ and ``"kaiming"`` for the others. What needs data is done by
-            :func:`~adapter_compiler.initialise_adapters` afterwards.
+        init: how adapters start, see :mod:`adapter_compiler.initialisers`; by default ``"orthogonal"`` for the kinds
+            with λ (AdaLoRA's paper starts them ``"gaussian"``) and ``"kaiming"`` for the others. What needs data is
+            done by :func:`~adapter_compiler.initialise_adapters` afterwards.
         gamma: weight γ of the orthogonality regulariser ‖PᵀP − I‖² + ‖QQᵀ − I‖² (paper, eq. 4).
         sites: ``"all-linear"``, or a glob or globs over weight names. Naming a weight that is not
             used by matrix products only (an embedding, a convolution) adapts it too.

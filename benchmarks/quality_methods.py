@@ -52,6 +52,7 @@ METHODS: dict[str, Method] = {
     "dora": Method(options={"kind": "dora"}),
     "pissa": Method(rates="strong", options={"kind": "lora", "init": "pissa"}),
     "lora_ga": Method(rates="strong", options={"kind": "lora"}, start="lora_ga"),
+    "adalora_gaussian": Method(rates="svd", options={"kind": "svd", "init": "gaussian"}, surplus=1.5),
     "adalora": Method(rates="svd", options={"kind": "svd"}, surplus=1.5),
     "adalora_grow": Method(rates="svd", options={"kind": "svd"}, surplus=1.5, grow=0.1),
     "adalora_gradient": Method(rates="svd", options={"kind": "svd"}, start="gradient_svd", surplus=1.5),
@@ -62,10 +63,10 @@ METHODS: dict[str, Method] = {
 #: Learning rates by task and by ``Method.rates``.
 _RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "digits": {
-        "full": (1e-3, 3e-3, 1e-2),
-        "lora": (3e-3, 6e-3, 1e-2, 2e-2),
-        "strong": (3e-3, 6e-3, 1e-2, 2e-2),
-        "svd": (1e-2, 2e-2, 3e-2, 5e-2),
+        "full": (1e-3, 2e-3, 3e-3, 5e-3),
+        "lora": (6e-3, 8e-3, 1e-2, 1.4e-2),
+        "strong": (3e-3, 6e-3, 1e-2, 1.4e-2),
+        "svd": (2e-2, 3e-2, 4e-2, 6e-2),
     },
     "text": {
         "full": (1e-4, 3e-4, 1e-3),

@@ -17,7 +17,7 @@ from adapter_compiler.demo.options import DemoOptions
 BATCH_SIZE = 64
 
 _PRETRAINING_RATE = 2e-3
-# λ starts at zero between two factors of 0.02, so the SVD form wants a larger rate than LoRA does.
+# λ starts at zero between two factors of length one, so the SVD form wants a larger rate than LoRA does.
 _ADAPTER_RATE = 3e-2
 _SCALE = 4.0
 

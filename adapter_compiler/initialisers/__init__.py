@@ -71,10 +71,10 @@ def start_adapter(
 
 
 def _find(adapter: PlannedAdapter, options: StartOptions) -> Initialiser:
-    """The initialiser by name, or the one that the authors of the form use."""
+    """The initialiser by name, or the one that is best for the form."""
     if options.name is None:
         has_lam = "lam" in adapter.form.parameter_shapes(1, 1, 1)
-        return INITIALISERS["gaussian" if has_lam else "kaiming"]
+        return INITIALISERS["orthogonal" if has_lam else "kaiming"]
     return INITIALISERS["pissa" if PISSA_NAME.match(options.name) else options.name]
 
 

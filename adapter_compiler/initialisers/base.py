@@ -53,6 +53,18 @@ class Initialiser:
     is_shifted: bool = False
 
 
+def draw_orthonormal(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[rows, columns] with orthonormal columns, uniformly distributed, from torch's global generator.
+
+    Needs ``rows >= columns``. Computed in float32 at least: there is no QR decomposition of half precision.
+    """
+    normal = torch.empty(rows, columns, dtype=torch.promote_types(dtype, torch.float32), device=device).normal_()
+    basis, upper = torch.linalg.qr(normal)
+    signs = upper.diagonal().sgn()  # else the distribution depends on how QR is done
+    drawn: torch.Tensor = basis * signs
+    return drawn.to(dtype)
+
+
 def widen(weight: torch.Tensor, adapter: PlannedAdapter) -> torch.Tensor:
     """The weight, or a gradient of its shape, as [out, in] in the adapter's dtype, float32 at least."""
     return adapter.site.to_matrix(weight.detach()).to(torch.promote_types(adapter.dtype, torch.float32))
@@ -83,10 +95,10 @@ def write_start(
 
 
 def _write_triplets(parameters: Mapping[str, torch.Tensor], factors: StartingFactors) -> None:
-    if factors.left is None:
-        torch.nn.init.orthogonal_(parameters["P"])
-    else:
-        parameters["P"].copy_(factors.left)
+    left = parameters["P"]
+    left.copy_(
+        draw_orthonormal(*left.shape, dtype=left.dtype, device=left.device) if factors.left is None else factors.left
+    )
     parameters["Q"].copy_(factors.right)
     if factors.values is None:
         parameters["lam"].zero_()

@@ -1,4 +1,4 @@
-"""AdaLoRA's own start: P and Q normal, λ zero (arXiv 2303.10512, section 3.1); for LoRA, A normal and B zero."""
+"""The start of AdaLoRA's paper (arXiv 2303.10512, section 3.1): P and Q normal, λ zero; for LoRA, A normal, B zero."""
 
 from __future__ import annotations
 

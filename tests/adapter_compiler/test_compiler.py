@@ -176,9 +176,16 @@ def test_rank_is_cut_to_what_fits_and_the_scale_is_not() -> None:
     assert {adapter.scale for adapter in adapted.plan} == {0.5}
 
 
-def test_start_is_gaussian_with_lambda_zero() -> None:
+def test_start_is_orthonormal_with_lambda_zero() -> None:
+    p = dict(ac.compile_with_adapters(nn.Linear(20, 30), config=ac.AdapterConfig(rank=8)).adapters.named_parameters())
+    assert not p["weight.lam"].any()
+    torch.testing.assert_close(p["weight.P"].T @ p["weight.P"], torch.eye(8))
+    torch.testing.assert_close(p["weight.Q"] @ p["weight.Q"].T, torch.eye(8))
+
+
+def test_the_gaussian_start_is_the_papers() -> None:
     torch.manual_seed(0)
-    config = ac.AdapterConfig(rank=32, init_std=0.02)
+    config = ac.AdapterConfig(rank=32, init="gaussian", init_std=0.02)
     adapted = ac.compile_with_adapters(nn.Linear(200, 200), config=config)
     p = dict(adapted.adapters.named_parameters())
     assert not p["weight.lam"].any()
