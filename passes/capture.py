@@ -51,6 +51,8 @@ _DEPENDS_ON_VALUES = "GuardOnDataDependentSymNode"
 _OF_THE_MODEL = ("ValueError", "IndexError", "RuntimeError: shape", "RuntimeError: The size")
 #: They warn of sizes that a dimension is fixed to and of branches on values, both of which are found and reported here.
 _LOGGERS = ("torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
+#: Logs each error of an operator, also those that the model catches, and those that end up in a reason.
+FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
 #: Where the captured module's parameters and buffers stand in a captured graph.
 MODULE_PREFIX = "module."
 
@@ -286,6 +288,7 @@ def _export(wrapper: _FlatCall, call: ModuleCall, dynamic: str) -> ExportedProgr
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         stack.enter_context(quiet_loggers(*_LOGGERS, level=logging.ERROR))
+        stack.enter_context(quiet_loggers(FAKE_TENSOR_LOGGER))
         stack.enter_context(torch.enable_grad())
         return torch.export.export(wrapper, (list(call.tensors),), dynamic_shapes=(dims,), strict=False)
 

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes.base import CaptureError
 from passes.calls import ModuleCall
+from passes.capture import FAKE_TENSOR_LOGGER
 from passes.module_state import restored_state
 from passes.quiet import quiet_loggers
 
@@ -40,8 +41,7 @@ def record_call(module: nn.Module, call: ModuleCall, *, with_values: bool = Fals
 
     options = _WITH_VALUES if with_values else _WITHOUT_VALUES
     try:
-        # PyTorch logs each error of an operator, also those that the model catches.
-        with restored_state(module), quiet_loggers("torch._subclasses.fake_tensor"):
+        with restored_state(module), quiet_loggers(FAKE_TENSOR_LOGGER):
             graph_module = make_fx(run, _allow_non_fake_inputs=True, **options)(*call.tensors)
     except Exception as error:  # the model's own code raises what it likes
         reason = " ".join(str(error).split())[:400]

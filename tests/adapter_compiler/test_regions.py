@@ -591,3 +591,22 @@ def test_a_transformers_without_its_cache_support_does_not_stop_compiling(monkey
     pytest.importorskip("transformers")
     monkeypatch.setitem(sys.modules, "transformers.integrations.executorch", None)
     assert ac.compile_with_adapters(nn.Linear(4, 4), (torch.randn(2, 4),)).sites
+
+
+def test_an_exception_that_the_model_catches_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    class Recovers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Linear(32, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                y: Tensor = self.wide(x)
+            except RuntimeError:
+                y = self.narrow(x)
+            return y
+
+    with caplog.at_level("WARNING"):
+        adapted = ac.compile_with_adapters(Recovers(), (X,))
+    assert [adapter.site.name for adapter in adapted.plan] == ["narrow.weight"]
+    assert not caplog.records
