@@ -29,6 +29,8 @@ Examples = tuple[dict[str, Tensor], Tensor]
 #: One text or two, and the name of their class.
 LabelledText = tuple[tuple[str, ...], str]
 _TOKENS = 32
+#: Near the best on the validation splits of all the text tasks.
+_HEAD_DECAY = 1e-2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,11 @@ def make_text(name: str, data: Path, encoder: Path, seed: int, *, tests: int = 5
 
 
 def _fit_head(model: TextClassifier, examples: Examples) -> None:
-    """Logistic regression on the features of the frozen encoder, with weight decay."""
+    """Logistic regression on the features of the frozen encoder.
+
+    The decay is strong enough to leave a loss to learn from: few examples are told apart by almost any features, and
+    where the head alone does so, the encoder gets no gradient.
+    """
     features: list[Tensor] = []
     seen = model.head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     with torch.no_grad():
@@ -198,7 +204,7 @@ def _fit_head(model: TextClassifier, examples: Examples) -> None:
 
     def evaluate() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(head(inputs), labels) + 1e-4 * head.weight.square().sum()
+        value = F.cross_entropy(head(inputs), labels) + _HEAD_DECAY * head.weight.square().sum()
         value.backward()
         return value
 
