@@ -51,7 +51,7 @@ METHODS: dict[str, Method] = {
     "rslora": Method(rates="strong", options={"kind": "lora", "scaling": "rslora"}),
     "dora": Method(options={"kind": "dora"}),
     "pissa": Method(rates="strong", options={"kind": "lora", "init": "pissa"}),
-    "lora_ga": Method(rates="strong", options={"kind": "lora"}, start="lora_ga"),
+    "lora_ga": Method(rates="gradient", options={"kind": "lora"}, start="lora_ga"),
     "adalora_gaussian": Method(rates="svd", options={"kind": "svd", "init": "gaussian"}, surplus=1.5),
     "adalora": Method(rates="svd", options={"kind": "svd"}, surplus=1.5),
     "adalora_grow": Method(rates="svd", options={"kind": "svd"}, surplus=1.5, grow=0.1),
@@ -66,13 +66,15 @@ _RATES: dict[str, dict[str, tuple[float, ...]]] = {
         "full": (1e-3, 2e-3, 3e-3, 5e-3),
         "lora": (6e-3, 8e-3, 1e-2, 1.4e-2),
         "strong": (3e-3, 6e-3, 1e-2, 1.4e-2),
+        "gradient": (3e-3, 6e-3, 1e-2, 1.4e-2),
         "svd": (2e-2, 3e-2, 4e-2, 6e-2),
     },
     "text": {
-        "full": (1e-4, 3e-4, 1e-3),
-        "lora": (1e-3, 3e-3, 1e-2),
-        "strong": (3e-4, 1e-3, 3e-3),
-        "svd": (1e-2, 3e-2, 1e-1),
+        "full": (1e-4, 3e-4, 6e-4),
+        "lora": (1e-3, 2e-3, 4e-3),
+        "strong": (3e-4, 1e-3, 2e-3),
+        "gradient": (1e-4, 3e-4, 1e-3),
+        "svd": (5e-3, 1e-2, 2e-2),
     },
 }
 
