@@ -63,6 +63,7 @@ class AdapterContext:
         if self.store is None:
             return captured.graph_module
         graph_module = clone_graph_module(captured.graph_module)
+        packed = find_packed_weights(graph_module)
         setattr(graph_module, STORE_PREFIX.rstrip("."), self.store)
         passes: list[GraphPass] = [
             InsertAdaptersPass(plan=self.plan, aliases=aliases),
@@ -70,7 +71,7 @@ class AdapterContext:
         ]
         if self.fused:
             passes += [RecogniseGeluPass(), FuseAdaptersPass(recompute=self.recompute), SlimActivationsPass()]
-        if find_packed_weights(graph_module):
+        if packed:
             passes.append(RecomputeWeightsPass())
         return PassManager(passes=passes)(graph_module).graph_module
 
