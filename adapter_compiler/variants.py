@@ -65,9 +65,10 @@ class AdapterContext:
         graph_module = clone_graph_module(captured.graph_module)
         packed = find_packed_weights(graph_module)
         setattr(graph_module, STORE_PREFIX.rstrip("."), self.store)
+        plan = self.plan.restrict_to(aliases.values())
         passes: list[GraphPass] = [
-            InsertAdaptersPass(plan=self.plan, aliases=aliases),
-            VerifyAdaptersPass(plan=self.plan),
+            InsertAdaptersPass(plan=plan, aliases=aliases),
+            VerifyAdaptersPass(plan=plan),
         ]
         if self.fused:
             passes += [RecogniseGeluPass(), FuseAdaptersPass(recompute=self.recompute), SlimActivationsPass()]

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,13 @@ class AdapterPlan:
         for adapter in self.adapters:
             found[adapter.site.weight] = (*found.get(adapter.site.weight, ()), adapter)
         return found
+
+    def restrict_to(self, weights: Collection[str]) -> AdapterPlan:
+        """The adapters of these weights; the plan itself if that is all. Costs what it gives, not what there is."""
+        if len(weights) >= len(self.by_weight) and self.by_weight.keys() <= set(weights):
+            return self
+        found = (self.by_weight.get(weight, ()) for weight in dict.fromkeys(weights))
+        return AdapterPlan(adapters=tuple(adapter for adapters in found for adapter in adapters))
 
     def to_json(self) -> str:
         """The plan as text; the weights it was made for are known by name and shape."""

@@ -32,3 +32,10 @@ def test_shapes_and_order() -> None:
     assert [adapter.site.name for adapter in plan] == ["b", "a"]
     assert len(plan) == 2
     assert plan_one(2).parameter_shapes == {"P": (5, 2), "lam": (2,), "Q": (2, 3)}
+
+
+def test_a_plan_for_some_weights_only() -> None:
+    plan = AdapterPlan(adapters=(plan_one(2, "b"), plan_one(3, "a"), plan_one(1, "c")))
+    assert [adapter.site.name for adapter in plan.restrict_to({"c": 0, "b": 1, "other": 2}.keys())] == ["c", "b"]
+    assert plan.restrict_to(["a", "c", "b", "other"]) is plan
+    assert len(plan.restrict_to([])) == 0
