@@ -10,6 +10,7 @@ graph of the whole model; *blocks* captures each block as a region, where equal 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import statistics
@@ -41,7 +42,8 @@ def make_llama(layers: int) -> Any:
 
 
 def measure_cpu(action: Callable[[], Any]) -> float:
-    """CPU seconds that ``action`` takes."""
+    """CPU seconds that ``action`` takes; garbage of what ran before is not counted."""
+    gc.collect()
     started = time.process_time()
     action()
     return time.process_time() - started
@@ -53,6 +55,7 @@ def measure_depths(depths: list[int], repeats: int) -> dict[str, dict[int, float
 
     import adapter_compiler as ac
 
+    torch.set_num_threads(1)
     tokens = torch.randint(0, 128, (2, 16))
     block = type(make_llama(1).model.layers[0])
     ways = {"whole": ac.AdapterConfig(), "blocks": ac.AdapterConfig(regions=(block,))}
