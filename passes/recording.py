@@ -54,7 +54,8 @@ def record_call(module: nn.Module, call: ModuleCall, *, with_values: bool = Fals
 
 def _name_weights(graph_module: GraphModule, module: nn.Module) -> None:
     """Call the weights that were recorded as constants as they are called in the module."""
-    names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    parameters = dict(module.named_parameters())
+    names = {id(tensor): name for name, tensor in (*parameters.items(), *module.named_buffers())}
     recorded = [str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")]
     values = {name: getattr(graph_module, name) for name in recorded}
     for name in {*graph_module._parameters, *graph_module._buffers} - {
@@ -70,7 +71,9 @@ def _name_weights(graph_module: GraphModule, module: nn.Module) -> None:
         if path and path not in dict(graph_module.named_modules()):
             graph_module.add_submodule(path, nn.Module())
         owner = graph_module.get_submodule(path)
-        if isinstance(value, nn.Parameter):
-            owner.register_parameter(leaf, value)
+        if node.target in parameters:
+            # The parameters of a ScriptModule are plain tensors.
+            is_plain = not isinstance(value, nn.Parameter)
+            owner.register_parameter(leaf, nn.Parameter(value.detach(), requires_grad=False) if is_plain else value)
         else:
             owner.register_buffer(leaf, value)
