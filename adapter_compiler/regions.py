@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import logging
 import warnings
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -218,7 +218,7 @@ class RegionTree:
                     uses.setdefault(name, []).extend(found)
         return uses
 
-    def record_outline(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[WeightUse]]:
+    def record_outline(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Sequence[WeightUse]]:
         """Where the model runs as several graphs: uses of weights in a recording of the example, by first name.
 
         It tells what flows from one graph to the next, and nothing else: no call ever runs it. Empty where the
@@ -238,8 +238,7 @@ class RegionTree:
         except CaptureError as error:
             logger.debug("no outline of the whole model: %s", error)
             return {}
-        found = find_weight_uses(recorded, self._aliases)
-        return {name: list(uses) for name, uses in found.items()}
+        return find_weight_uses(recorded, self._aliases)
 
     def adopt(self, plan: AdapterPlan, store: AdapterStore) -> None:
         """Insert other adapters into every graph there is; nothing is captured anew."""

@@ -40,7 +40,7 @@ from passes.module_state import (
     without_idle_moves,
 )
 from passes.packed_weights import find_packed_weights, hollow_weights, set_parameter
-from passes.quiet import quiet_loggers
+from passes.quiet import FAKE_TENSOR_LOGGER, quiet_loggers
 from passes.self_check import Observation, assert_same, observe_eager, observe_run
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,6 @@ _DEPENDS_ON_VALUES = "GuardOnDataDependentSymNode"
 _OF_THE_MODEL = ("ValueError", "IndexError", "RuntimeError: shape", "RuntimeError: The size")
 #: They warn of sizes that a dimension is fixed to and of branches on values, both of which are found and reported here.
 _LOGGERS = ("torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
-#: Logs each error of an operator, also those that the model catches, and those that end up in a reason.
-FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
 #: Where the captured module's parameters and buffers stand in a captured graph.
 MODULE_PREFIX = "module."
 

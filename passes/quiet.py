@@ -6,6 +6,9 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+#: Logs each error of an operator, also those that a model catches, and those that end up in a reason.
+FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
+
 
 @contextlib.contextmanager
 def quiet_loggers(*names: str, level: int = logging.CRITICAL) -> Iterator[None]:

@@ -15,9 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes.base import CaptureError
 from passes.calls import ModuleCall
-from passes.capture import FAKE_TENSOR_LOGGER
 from passes.module_state import restored_state
-from passes.quiet import quiet_loggers
+from passes.quiet import FAKE_TENSOR_LOGGER, quiet_loggers
 
 #: On tensors without values: branches on values fail, so that nothing is frozen silently; shapes stay open.
 _WITHOUT_VALUES: dict[str, Any] = {"tracing_mode": "symbolic"}
@@ -68,12 +67,20 @@ def _name_weights(graph_module: GraphModule, module: nn.Module) -> None:
             continue
         node.target = names[id(value)]
         path, _, leaf = node.target.rpartition(".")
-        if path and path not in dict(graph_module.named_modules()):
-            graph_module.add_submodule(path, nn.Module())
-        owner = graph_module.get_submodule(path)
+        owner = _find_or_add(graph_module, path)
         if node.target in parameters:
             # The parameters of a ScriptModule are plain tensors.
             is_plain = not isinstance(value, nn.Parameter)
             owner.register_parameter(leaf, nn.Parameter(value.detach(), requires_grad=False) if is_plain else value)
         else:
             owner.register_buffer(leaf, value)
+
+
+def _find_or_add(root: nn.Module, path: str) -> nn.Module:
+    """The submodule at a path; what is missing on the way is added empty."""
+    owner = root
+    for part in path.split(".") if path else ():
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    return owner

@@ -14,6 +14,7 @@ from adapter_compiler.onnx.inputs import bind_to_names, name_leaves
 from adapter_compiler.ownership import copy_module, share_parameter
 from passes.calls import ModuleCall
 from passes.module_state import restored_state
+from passes.self_check import is_identical
 
 
 class NamedOutputs(nn.Module):
@@ -41,14 +42,7 @@ class NamedOutputs(nn.Module):
         with restored_state(self.module):
             self.module(*args, **kwargs)
             after = dict(self.module.named_buffers())
-            return [name for name, old in before.items() if not _is_same(old, after.get(name))]
-
-
-def _is_same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
-    """Whether two buffers hold the same values; nan is the same as nan."""
-    if other is None or one.shape != other.shape:
-        return False
-    return bool(((one == other) | ((one != one) & (other != other))).all())
+            return [name for name, old in before.items() if not is_identical(old, after.get(name))]
 
 
 def _distinct_tensors(result: Any) -> dict[str, torch.Tensor]:
