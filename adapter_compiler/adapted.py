@@ -203,6 +203,13 @@ class AdaptedModel(AdapterHolder):
         self.fold_report = FoldReport(rounding_error=errors, quantisation_error=quantised)
         return folded
 
+    def base_weight(self, name: str) -> nn.Parameter:
+        """The frozen weight with this qualified name, while its module may be redirected to W + ΔW."""
+        path, _, leaf = name.rpartition(".")
+        weight = self.module.get_submodule(path)._parameters[leaf]
+        assert weight is not None
+        return weight
+
     def copy_base(self) -> nn.Module:
         """The user's own model without adapters: a copy over the same weights, frozen (and unpacked)."""
         return self._copy_as_written(lambda _, parameter: share_unpacked(parameter))

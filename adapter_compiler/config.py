@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapter_compiler.adapted_graphs import AdapterContext
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.initialisers import StartOptions, assert_known_start
 from adapter_compiler.options import accept_aliases, assert_boolean, assert_choice, assert_integer, assert_number
 from adapter_compiler.peft_options import translate_peft_options
 from adapter_compiler.quantisation import KINDS
-from adapter_compiler.variants import AdapterContext
 from passes.forms import FORMS
 from passes.rules import AdapterRule
 from passes.sites import ALL_LINEAR, AdapterSite, SiteSelection

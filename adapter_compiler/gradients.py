@@ -50,7 +50,7 @@ def find_weight_gradients(
     plan = list(adapted.plan)
     for start in range(0, len(plan), at_once):
         group = plan[start : start + at_once]
-        weights = [adapted.module.get_parameter(adapter.site.weight) for adapter in group]
+        weights = [adapted.base_weight(adapter.site.weight) for adapter in group]
         _accumulate(adapted, weights, collected, loss, with_adapters=with_adapters)
         gradients = [weight.grad for weight in weights]
         for weight in weights:

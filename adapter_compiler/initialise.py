@@ -120,7 +120,7 @@ def initialise_adapters(
     drawn = (_draw_from_inputs if options.method == "eva" else _draw_from_gradients)(adapted, options, collected, loss)
     sites = {}
     for adapter, factors, found in drawn:
-        weight = adapted.module.get_parameter(adapter.site.weight)
+        weight = adapted.base_weight(adapter.site.weight)
         write_start(adapter, adapted.adapters.parameters_of(adapter), weight, factors)
         sites[adapter.site.name] = found
     logger.info("%s: %d sites started from %d batches", options.method, len(sites), len(collected))

@@ -57,7 +57,7 @@ def watch_layer_inputs(
 class _WatchProducts(TorchDispatchMode):
     def __init__(self, adapted: AdaptedModel, look: Look) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.weights = {a.site.name: (a, adapted.module.get_parameter(a.site.weight).detach()) for a in adapted.plan}
+        self.weights = {a.site.name: (a, adapted.base_weight(a.site.weight).detach()) for a in adapted.plan}
         self.seen: set[str] = set()
         self._look = look
         self._by_storage: dict[int, list[str]] = {}

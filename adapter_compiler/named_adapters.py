@@ -17,7 +17,8 @@ from torch import nn
 
 from adapter_compiler.errors import CheckpointError, ConfigError, SiteError
 from adapter_compiler.initialisers import prepare_start, start_adapter
-from adapter_compiler.store import AdapterStore, make_containers
+from adapter_compiler.store import AdapterStore
+from passes.base import make_containers
 from passes.plan import AdapterPlan, PlannedAdapter
 from passes.sites import AdapterSite, search_known_sites
 
@@ -38,7 +39,7 @@ class RestingTensors(nn.Module):
         super().__init__()
         for name, tensor in tensors.items():
             path, _, leaf = name.rpartition(".")
-            owner = make_containers(self, path) if path else self
+            owner = make_containers(self, path)
             owner.register_buffer(leaf, tensor.detach().clone())
 
     @property
@@ -110,7 +111,7 @@ def add_adapter(
     plan = prepare_start(plan, config.start)
     store = put_to_rest(adapted, name, plan, find_module_tensors(adapted))
     for adapter in plan:
-        weight = adapted.module.get_parameter(adapter.site.weight)
+        weight = adapted.base_weight(adapter.site.weight)
         start_adapter(adapter, store.parameters_of(adapter), weight, config.start)
 
 
@@ -124,7 +125,9 @@ def use_adapter(adapted: AdaptedModel, name: str) -> None:
     live = find_module_tensors(adapted)
     own.resting._modules[own.active] = RestingTensors(live)
     own.active = name
-    adapted.adapters.requires_grad_(True)
+    for adapter in adapted.plan:
+        for parameter, tensor in adapted.adapters.parameters_of(adapter).items():
+            tensor.requires_grad_(parameter not in adapter.form.frozen)
     write_module_tensors(adapted, own.find_resting(name) or {})
     del own.resting._modules[name]
     adapted.rebuild(adapted.plan)
@@ -230,7 +233,7 @@ def _fit_saved(
     """A saved adapter planned for this model."""
     wanted = planned.site.name
     site = known.get(planned.site.weight)
-    if site is None or adapted.module.get_parameter(site.name).requires_grad:
+    if site is None or adapted.base_weight(site.name).requires_grad:
         raise CheckpointError(
             f"{saved.path}: site {wanted} is no weight of this model that can carry an adapter; it belongs to another "
             "model, or this one trains the weight fully"

@@ -77,7 +77,7 @@ def quantise_base(adapted: AdaptedModel, kind: str) -> QuantisationReport:
     errors: dict[str, WeightError] = {}
     skipped: dict[str, str] = {}
     for site in _find_sites(adapted):
-        parameter = adapted.module.get_parameter(site.weight)
+        parameter = adapted.base_weight(site.weight)
         if reason := _find_reason_against(site, parameter):
             skipped[site.weight] = reason
             continue

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapter_compiler.adapted_graphs import AdapterContext, GraphAdapter
 from adapter_compiler.store import AdapterStore
-from adapter_compiler.variants import AdapterContext, Variant, VariantCache
+from adapter_compiler.variants import Variant, VariantCache
 from passes.assumptions import AssumptionError, undone_on_departure
 from passes.base import CaptureError
 from passes.calls import ModuleCall, sort_keywords, split_call
@@ -62,7 +63,7 @@ class Region:
         self.path = path
         self.module = module
         self.aliases = aliases
-        self.variants = VariantCache(module, aliases, tree.context)
+        self.variants = VariantCache(module, aliases, tree.context, tree.adapter)
         self.refused: dict[Hashable, str] = {}
         self._tree = tree
         self._captures = 0
@@ -154,6 +155,7 @@ class RegionTree:
     Attributes:
         module: the model.
         context: the adapters and options that the regions share.
+        adapter: inserts the adapters into graphs.
         regions: by module, in the order in which they were first called.
     """
 
@@ -161,6 +163,7 @@ class RegionTree:
         """A tree without graphs; ``boundaries`` are names of submodules that are to be regions."""
         self.module = module
         self.context = context
+        self.adapter = GraphAdapter(context)
         self.regions: dict[nn.Module, Region] = {}
         self._boundaries = tuple(boundaries)
         self._aliases = find_parameter_aliases(module)
@@ -244,7 +247,7 @@ class RegionTree:
         """Insert other adapters into every graph there is; nothing is captured anew."""
         self.deactivate()
         is_like_present = plan == self.context.plan and store is not self.context.store
-        self.context.plan, self.context.store = plan, store
+        self.adapter.use(plan, store)
         for region in self.regions.values():
             if is_like_present:
                 region.variants.exchange_store()
@@ -259,7 +262,7 @@ class RegionTree:
                 set_parameter(self.module, name, weights[first])
         for region in self.regions.values():
             for variant in region.variants:
-                for graph_module in (variant.captured.graph_module, variant.adapted):
+                for graph_module in (variant.captured.graph_module, variant.adapted.graph_module):
                     QuantiseWeightsPass(weights=weights, aliases=region.aliases)(graph_module)
 
     def clear(self) -> None:

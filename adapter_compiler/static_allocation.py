@@ -117,7 +117,7 @@ def _weigh(adapted: AdaptedModel, options: StaticAllocation, batches: Sequence[A
     """Mean |W ∘ G| over √(in + out) of each site."""
     importance = []
     for adapter, gradient in find_weight_gradients(adapted, batches, loss, at_once=options.at_once):
-        weight = adapter.site.to_matrix(adapted.module.get_parameter(adapter.site.weight).detach())
+        weight = adapter.site.to_matrix(adapted.base_weight(adapter.site.weight).detach())
         mean = float((weight * gradient).abs().float().mean())
         importance.append(mean / math.sqrt(adapter.site.out_features + adapter.site.in_features))
     return importance

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from adapter_compiler.layout import FlatLayout, Key, plan_layout
+from passes.base import make_containers
 from passes.plan import AdapterPlan, PlannedAdapter
 
 Self = TypeVar("Self", bound="AdapterStore")
@@ -151,14 +152,3 @@ class AdapterStore(nn.Module):
         """Join the copied parameters."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._flatten()
-
-
-def make_containers(root: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted path below ``root``, made of empty ones where there is none."""
-    for part in path.split("."):
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        child = root._modules[part]
-        assert child is not None
-        root = child
-    return root

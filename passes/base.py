@@ -10,8 +10,9 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from torch import nn
 from torch.fx import GraphModule
 
 
@@ -142,6 +143,29 @@ def clone_graph_module(graph_module: GraphModule) -> GraphModule:
         if isinstance(child, GraphModule):
             setattr(clone, name, clone_graph_module(child))
     return clone
+
+
+def bind_graph_module(graph_module: GraphModule, children: Mapping[str, nn.Module]) -> GraphModule:
+    """A graph module over the same graph and code in which other children stand; to be edited, it is cloned.
+
+    Args:
+        graph_module: whose graph looks everything up below its children.
+        children: by name; bodies of regions that are not named are shared.
+    """
+    bound = object.__new__(type(graph_module))
+    bound.__dict__ = {**graph_module.__dict__, "_modules": {**graph_module._modules, **children}}
+    return bound
+
+
+def make_containers(root: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path below ``root``, which an empty path means; made of empty ones where there is none."""
+    for part in path.split(".") if path else ():
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        child = root._modules[part]
+        assert child is not None
+        root = child
+    return root
 
 
 def _recompile(graph_module: GraphModule) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from passes.dataflow import operator_name
 from passes.origins import PRODUCTS, is_convolution
@@ -55,12 +55,12 @@ def find_layer_numbers(uses: Mapping[str, Sequence[WeightUse]]) -> dict[str, int
 
     Graphs of several regions with equal hashes are blocks, too. Weights outside blocks have no number.
     """
-    by_graph: dict[Graph, dict[Node, str]] = {}
+    by_graph: dict[GraphModule, dict[Node, str]] = {}
     for name, found in uses.items():
         for use in found:
             if isinstance(use, GraphUse):
                 outer = use.regions[0] if use.regions else use.node
-                by_graph.setdefault(outer.graph, {})[outer] = name
+                by_graph.setdefault(use.graph_module, {})[outer] = name
     numbers: dict[str, int] = {}
     for names in (*_find_blocks_inside(by_graph), *_find_equal_graphs(by_graph)):
         for number, own in enumerate(names):
@@ -76,20 +76,22 @@ def hash_block(block: Sequence[Node]) -> str:
     return hashlib.sha256(repr(edges).encode()).hexdigest()
 
 
-def _find_blocks_inside(by_graph: Mapping[Graph, Mapping[Node, str]]) -> Iterator[list[list[str]]]:
+def _find_blocks_inside(by_graph: Mapping[GraphModule, Mapping[Node, str]]) -> Iterator[list[list[str]]]:
     """For each run of equal blocks in a graph, the weights of each block."""
-    for graph, names in by_graph.items():
-        for run in find_repeated_blocks(graph):
+    runs = {graph: find_repeated_blocks(graph) for graph in {graph_module.graph for graph_module in by_graph}}
+    for graph_module, names in by_graph.items():
+        for run in runs[graph_module.graph]:
             yield [[names[node] for node in block if node in names] for block in run]
 
 
-def _find_equal_graphs(by_graph: Mapping[Graph, Mapping[Node, str]]) -> Iterator[list[list[str]]]:
+def _find_equal_graphs(by_graph: Mapping[GraphModule, Mapping[Node, str]]) -> Iterator[list[list[str]]]:
     """For each kind of graph that several regions share, the weights of each region."""
     kinds: dict[str, dict[tuple[str, ...], None]] = {}
-    for graph, names in by_graph.items():
-        if len(names) > 1:
-            operators = [node for node in graph.nodes if node.op == "call_function"]
-            kinds.setdefault(hash_block(operators), {})[tuple(names.values())] = None
+    graphs = {graph_module.graph for graph_module, names in by_graph.items() if len(names) > 1}
+    hashes = {graph: hash_block([node for node in graph.nodes if node.op == "call_function"]) for graph in graphs}
+    for graph_module, names in by_graph.items():
+        if graph_module.graph in hashes:
+            kinds.setdefault(hashes[graph_module.graph], {})[tuple(names.values())] = None
     for regions in kinds.values():
         if len(regions) > 1:
             yield [list(names) for names in regions]

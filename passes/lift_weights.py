@@ -34,6 +34,12 @@ class LiftedGraph:
         """What the graph module returns."""
         return self._forward(*self._read(), *tensors)
 
+    def bind(self, graph_module: GraphModule) -> LiftedGraph:
+        """The same function with the tensors of another graph module over the same graph."""
+        bound = copy.copy(self)
+        bound.look_up(graph_module)
+        return bound
+
     def look_up(self, graph_module: GraphModule) -> None:
         """Find the modules that hold the tensors again, because some of them were exchanged."""
         self._holders = [_find_holder(graph_module, path) for path in self._paths]

@@ -112,6 +112,14 @@ class AdapterPlan:
         found = (self.by_weight.get(weight, ()) for weight in dict.fromkeys(weights))
         return AdapterPlan(adapters=tuple(adapter for adapters in found for adapter in adapters))
 
+    def renamed(self, names: Mapping[str, str]) -> AdapterPlan:
+        """The same adapters for weights of other names, without what only the whole model knows of a site.
+
+        Args:
+            names: the other name of each weight.
+        """
+        return AdapterPlan(adapters=tuple(_rename(adapter, names[adapter.site.weight]) for adapter in self.adapters))
+
     def to_json(self) -> str:
         """The plan as text; the weights it was made for are known by name and shape."""
         adapters = [_to_dict(adapter) for adapter in self.adapters]
@@ -140,6 +148,13 @@ def _assert_disjoint(weight: str, adapters: Sequence[PlannedAdapter]) -> None:
     ends = [0, *(end for _, end in ranges)]
     if any(not before <= first < end for before, (first, end) in zip(ends, ranges, strict=False)):
         raise SiteError(f"the adapters planned for {weight} cover rows {ranges}; expected ranges that do not overlap")
+
+
+def _rename(adapter: PlannedAdapter, weight: str) -> PlannedAdapter:
+    site = adapter.site
+    name = weight + site.name.removeprefix(site.weight)
+    other = dataclasses.replace(site, name=name, aliases=(), role="linear", depth=None)
+    return dataclasses.replace(adapter, site=other)
 
 
 def _to_dict(adapter: PlannedAdapter) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from passes.base import CaptureError
+from passes.base import CaptureError, make_containers
 from passes.calls import ModuleCall
 from passes.module_state import restored_state
 from passes.quiet import FAKE_TENSOR_LOGGER, quiet_loggers
@@ -67,20 +67,10 @@ def _name_weights(graph_module: GraphModule, module: nn.Module) -> None:
             continue
         node.target = names[id(value)]
         path, _, leaf = node.target.rpartition(".")
-        owner = _find_or_add(graph_module, path)
+        owner = make_containers(graph_module, path)
         if node.target in parameters:
             # The parameters of a ScriptModule are plain tensors.
             is_plain = not isinstance(value, nn.Parameter)
             owner.register_parameter(leaf, nn.Parameter(value.detach(), requires_grad=False) if is_plain else value)
         else:
             owner.register_buffer(leaf, value)
-
-
-def _find_or_add(root: nn.Module, path: str) -> nn.Module:
-    """The submodule at a path; what is missing on the way is added empty."""
-    owner = root
-    for part in path.split(".") if path else ():
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
-    return owner

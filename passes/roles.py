@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from passes.attention import find_attentions
 from passes.capture import MODULE_PREFIX
@@ -78,19 +78,24 @@ def find_roles(
 
 
 def _find_roles(uses: Mapping[str, Sequence[WeightUse]]) -> dict[str, str]:
-    views: dict[Graph, _View] = {}
+    views: dict[tuple[GraphModule, Graph], _View] = {}
     for name, found in uses.items():
         for use in found:
             if isinstance(use, GraphUse):
-                view = views.setdefault(use.node.graph, _View(use.node.graph))
+                key = use.graph_module, use.node.graph
+                view = views.setdefault(key, _View(use.node.graph))
                 view.names.setdefault(use.node, []).append(name)
                 view.uses.setdefault(use.node, use)
                 view.is_whole |= use.source.target == MODULE_PREFIX + name and not use.regions
     last = next(reversed(views.values()), None)
     votes: dict[str, list[str]] = {}
+    known: dict[Hashable, dict[Node, str]] = {}
     for view in views.values():
         is_end = view.is_whole or (view is last and len(view.uses) == 1)
-        for node, role in view.find_roles(is_end=is_end).items():
+        kind = (view.graph, view.is_whole, is_end, frozenset(view.uses))
+        if kind not in known:  # equal regions share one graph
+            known[kind] = view.find_roles(is_end=is_end)
+        for node, role in known[kind].items():
             for name in view.names[node]:
                 votes.setdefault(name, []).append(role)
     in_python = {n: [_name_by_operator(use.op) for use in u if not isinstance(use, GraphUse)] for n, u in uses.items()}

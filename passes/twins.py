@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.base import CaptureError, clone_graph_module
+from passes.base import CaptureError, bind_graph_module, make_containers
 from passes.calls import ModuleCall
 from passes.capture import MODULE_PREFIX, CapturedGraph, check_against_eager
 from passes.module_state import HOOK_KINDS
@@ -45,7 +45,7 @@ def find_twin_graph(
 def is_twin(one: nn.Module, other: nn.Module) -> bool:
     """Whether both compute the same function of their inputs and of their parameters and buffers."""
     mine, theirs = dict(one.named_modules()), dict(other.named_modules())
-    if mine.keys() != theirs.keys():
+    if mine.keys() != theirs.keys() or _find_ties(one) != _find_ties(other):
         return False
     return all(_is_alike(module, theirs[name]) for name, module in mine.items())
 
@@ -69,26 +69,38 @@ def find_repeated_modules(module: nn.Module) -> list[str]:
 
 
 def retarget_graph(captured: CapturedGraph, module: nn.Module) -> CapturedGraph:
-    """The graph with the parameters and buffers of ``module`` in place of its own.
+    """The same graph, shared, over the parameters and buffers of ``module``.
 
     Raises:
         CaptureError: the graph holds a tensor that is neither; it may be another one in ``module``.
     """
-    graph_module = clone_graph_module(captured.graph_module)
+    graph_module = captured.graph_module
     tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    own = {MODULE_PREFIX + name: tensor for name, tensor in tensors.items()}
+    root = nn.Module()
     for node in graph_module.graph.find_nodes(op="get_attr"):
         target = str(node.target)
-        name = target.removeprefix(MODULE_PREFIX)
-        owner, _, leaf = target.rpartition(".")
-        value = getattr(graph_module.get_submodule(owner), leaf)
-        if not isinstance(value, torch.Tensor):
+        path, _, leaf = target.rpartition(".")
+        holder = graph_module.get_submodule(path)
+        if not isinstance(getattr(holder, leaf), torch.Tensor):
             continue
-        if name not in tensors:
+        if target not in own:
             raise CaptureError(f"the graph holds a constant {target}")
-        holder = graph_module.get_submodule(owner)
-        registry: dict[str, Any] = holder._parameters if leaf in holder._parameters else holder._buffers
-        registry[leaf] = tensors[name]
-    return dataclasses.replace(captured, graph_module=graph_module)
+        owner = make_containers(root, path)
+        registry: dict[str, Any] = owner._parameters if leaf in holder._parameters else owner._buffers
+        registry[leaf] = own[target]
+    return dataclasses.replace(captured, graph_module=bind_graph_module(graph_module, root._modules))  # type: ignore[arg-type]
+
+
+def _find_ties(module: nn.Module) -> list[tuple[str, str]]:
+    """Names of tensors that have several, each with the first."""
+    parameters, buffers = (
+        module.named_parameters(remove_duplicate=False),
+        module.named_buffers(remove_duplicate=False),
+    )
+    first: dict[int, str] = {}
+    named = [(name, first.setdefault(id(tensor), name)) for name, tensor in (*parameters, *buffers)]
+    return [(name, other) for name, other in named if name != other]
 
 
 def _is_alike(one: nn.Module, other: nn.Module) -> bool:

@@ -85,6 +85,7 @@ class GraphUse(WeightUse):
     """A use of a weight in a captured graph.
 
     Attributes:
+        graph_module: the captured graph; several may share one graph over different weights.
         node: the operator.
         source: the node that stands for the whole weight in the outermost graph.
         regions: the region calls that lead from the outermost graph to ``node``, outermost first.
@@ -94,6 +95,7 @@ class GraphUse(WeightUse):
             (rows of W) or ``convolution``.
     """
 
+    graph_module: GraphModule
     node: Node
     source: Node
     regions: tuple[Node, ...] = ()
@@ -111,6 +113,7 @@ class GraphUse(WeightUse):
 class _Path:
     """Where a walk along a weight stands."""
 
+    graph_module: GraphModule
     value: Node
     source: Node
     regions: tuple[Node, ...] = ()
@@ -136,7 +139,7 @@ def find_weight_uses(graph_module: GraphModule, aliases: Mapping[str, str]) -> d
             continue
         parameter = graph_module.get_parameter(str(node.target))
         if parameter.dim() >= 2:
-            found = _walk(graph_module, _Path(node, node), reaching)
+            found = _walk(graph_module, _Path(graph_module, node, node), reaching)
             uses.setdefault(name, []).extend(found)
     return uses
 
@@ -244,6 +247,7 @@ def _describe(user: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> Grap
         operand, kind = _match_lookup(user, path.value)
     chain = (*path.regions, user)
     return GraphUse(
+        graph_module=path.graph_module,
         node=user,
         op=op,
         source=path.source,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import adapter_compiler as ac
+from adapter_compiler.compaction import compact_adapters
 from adapter_compiler.errors import CaptureError, SiteError
 from passes.calls import ModuleCall
 from passes.capture import CapturedGraph, capture_call
@@ -367,6 +368,22 @@ def test_disabled_adapters_run_the_users_code() -> None:
     torch.testing.assert_close(adapted(X), y)
 
 
+@pytest.mark.parametrize("method", ["gradient_svd", "lora_ga", "eva"])
+def test_weights_are_read_as_they_are_while_python_sees_effective_ones(method: str) -> None:
+    model = ReachesIn()
+    adapted = adapt(model, X, kind="lora" if method == "lora_ga" else "svd")
+    adapted(X)
+    start = ac.DataStart(method=method)  # type: ignore[arg-type]
+    ac.initialise_adapters(adapted, start, [X], lambda called, x: called(x).square().sum())
+    torch.testing.assert_close(adapted(X), model(X), rtol=1e-4, atol=1e-4)
+    adapted.add_adapter("other", config=ac.AdapterConfig(rank=2, kind="lora", init="pissa"))
+    adapted.use("other")
+    torch.testing.assert_close(adapted(X), model(X), rtol=1e-4, atol=1e-4)
+    adapted(X).sum().backward()
+    assert {n.rpartition(".")[2] for n, p in adapted.adapters.named_parameters() if p.grad is not None} == {"A", "B"}
+    torch.testing.assert_close(adapted.fold()(X), adapted(X), rtol=1e-4, atol=1e-4)
+
+
 def test_hooks_inside_keep_running() -> None:
     seen: list[str] = []
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
@@ -423,6 +440,60 @@ def test_equal_blocks_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None
     model = Stack(6)
     adapted = adapt(model, X, regions=Block)
     assert len(captured) == 1
+    assert_right(adapted, model, X)
+
+
+def count_graphs(adapted: ac.AdaptedModel) -> tuple[int, int]:
+    """Distinct graphs as captured, and distinct ones with adapters."""
+    captured = {variant.captured.graph_module.graph for variant in adapted.variants}
+    return len(captured), len({variant.adapted.graph_module.graph for variant in adapted.variants})
+
+
+def test_equal_blocks_share_their_graphs_and_nothing_else() -> None:
+    model = Stack(6)
+    adapted = adapt(model, X, regions=Block)
+    assert len(adapted.variants) == 6 and count_graphs(adapted) == (1, 1)
+    assert all(row.region == row.name.rpartition(".")[0].rpartition(".")[0] for row in adapted.report().sites)
+    assert [site.depth for site in adapted.sites] == [number for number in range(6) for _ in range(2)]
+    assert_right(adapted, model, X)
+    adapted.add_adapter("other")
+    adapted.use("other")
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.normal_(0.0, 0.5)
+    assert_right(adapted, model, X)
+    adapted.eval()
+    torch.testing.assert_close(adapted.fold()(X), adapted(X), rtol=1e-5, atol=1e-5)
+
+
+def test_equal_blocks_with_other_adapters_share_what_was_captured_only() -> None:
+    model = Stack(6)
+    rules = (ac.AdapterRule(name="blocks.[12].*", rank=1), ac.AdapterRule(name="blocks.3.up.*", exclude=True))
+    adapted = adapt(model, X, regions=Block, rules=rules)
+    assert count_graphs(adapted) == (1, 3)
+    assert_right(adapted, model, X)
+    compact_adapters(adapted, {f"blocks.{number}.down.weight": torch.tensor([0]) for number in (0, 4)})
+    assert count_graphs(adapted) == (1, 4)
+    assert_right(adapted, model, X)
+
+
+@pytest.mark.parametrize("tied_first", [True, False])
+def test_a_block_that_ties_its_weights_is_no_twin(tied_first: bool) -> None:
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.b.load_state_dict(self.a.state_dict())
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(torch.relu(self.a(x)))
+            return y
+
+    model = nn.Sequential(Square(), Square())
+    tied: Any = model[0 if tied_first else 1]
+    tied.b.weight = tied.a.weight
+    adapted = adapt(model, X, regions=Square)
+    assert len(adapted.sites) == 3
     assert_right(adapted, model, X)
 
 
