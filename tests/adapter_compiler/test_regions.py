@@ -373,7 +373,7 @@ def test_weights_are_read_as_they_are_while_python_sees_effective_ones(method: s
     model = ReachesIn()
     adapted = adapt(model, X, kind="lora" if method == "lora_ga" else "svd")
     adapted(X)
-    start = ac.DataStart(method=method)  # type: ignore[arg-type]
+    start = ac.DataStart(method=method)
     ac.initialise_adapters(adapted, start, [X], lambda called, x: called(x).square().sum())
     torch.testing.assert_close(adapted(X), model(X), rtol=1e-4, atol=1e-4)
     adapted.add_adapter("other", config=ac.AdapterConfig(rank=2, kind="lora", init="pissa"))
