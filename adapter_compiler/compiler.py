@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.config import AdapterConfig
+from adapter_compiler.discovery import discover_uses, record_outline
 from adapter_compiler.errors import AdapterCompilerError, CaptureError, ConfigError, SiteError
 from adapter_compiler.initialisers import prepare_start, start_adapter
 from adapter_compiler.interop.bitsandbytes_models import adopt_bitsandbytes_linears, has_bitsandbytes_linears
@@ -108,7 +109,7 @@ def compile_with_adapters(
     else:
         example = _on_device_of(own, example)
         regions, uses = _discover_planned(regions, own, config, *example)
-        search = find_sites(uses, own, config.selection, regions.record_outline(*example))
+        search = find_sites(uses, own, config.selection, record_outline(regions, *example))
     planned = plan_adapters(search, config) if plan is None else match_plan(plan, own)
     planned = prepare_start(planned, config.start)
     adapted = _assemble(own, search, planned, config, flags, regions)
@@ -150,7 +151,7 @@ def _on_device_of(model: nn.Module, example: tuple[Any, Any]) -> tuple[tuple[Any
 
 def _discover(regions: RegionTree, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[WeightUse]]:
     try:
-        return regions.discover(args, kwargs)
+        return discover_uses(regions, args, kwargs)
     except AdapterCompilerError:
         raise
     except Exception as error:  # the model's own code raises what it likes

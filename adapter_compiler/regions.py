@@ -11,8 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
-import warnings
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,8 +26,6 @@ from passes.calls import ModuleCall, sort_keywords, split_call
 from passes.capture import CapturedGraph, capture_call
 from passes.module_state import (
     is_collecting,
-    is_without_memory,
-    restored_state,
     runs_more_than_forward,
     without_fast_path,
 )
@@ -36,10 +33,9 @@ from passes.packed_weights import set_parameter
 from passes.plan import AdapterPlan, PlannedAdapter
 from passes.python_uses import WatchWeights
 from passes.quantise_weights import QuantiseWeightsPass
-from passes.recording import record_call
 from passes.regions import Rewiring
 from passes.twins import find_twin_graph
-from passes.weight_uses import WeightUse, find_parameter_aliases, find_weight_uses
+from passes.weight_uses import WeightUse, find_parameter_aliases
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +128,19 @@ class Region:
     def _capture(self, call: ModuleCall, key: Hashable) -> CapturedGraph:
         self._captures += 1
         # Without hooks of its own, a capture inside an activation checkpoint would count as part of it.
-        with self._tree.as_written(), torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
-            twins = ((other.module, v.captured) for other, v in self._tree.find_variants_like(self, key, call))
-            return find_twin_graph(self.module, call, twins) or capture_call(self.module, call)
+        as_written = self._tree.as_written(self.module)
+        with as_written, torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
+            with contextlib.closing(self._find_candidates(call, key)) as candidates:
+                twin = find_twin_graph(self.module, call, candidates)
+            return twin or capture_call(self.module, call)
+
+    def _find_candidates(
+        self, call: ModuleCall, key: Hashable
+    ) -> Generator[tuple[nn.Module, CapturedGraph], None, None]:
+        """Modules of the same class, each as written while it is looked at, and their graphs for the same call."""
+        for other, variant in self._tree.find_variants_like(self, key, call):
+            with self._tree.as_written(other.module):
+                yield other.module, variant.captured
 
     def _is_refused(self, key: Hashable) -> bool:
         limit = self._tree.context.limit
@@ -157,6 +163,8 @@ class RegionTree:
         context: the adapters and options that the regions share.
         adapter: inserts the adapters into graphs.
         regions: by module, in the order in which they were first called.
+        aliases: every parameter name → the first name of the same Parameter.
+        boundaries: names of the submodules that are to be regions by themselves.
     """
 
     def __init__(self, module: nn.Module, context: AdapterContext, boundaries: Collection[str] = ()) -> None:
@@ -165,8 +173,9 @@ class RegionTree:
         self.context = context
         self.adapter = GraphAdapter(context)
         self.regions: dict[nn.Module, Region] = {}
-        self._boundaries = tuple(boundaries)
-        self._aliases = find_parameter_aliases(module)
+        self.boundaries = tuple(boundaries)
+        self.aliases = find_parameter_aliases(module)
+        self._paths: dict[nn.Module, str] = {}
         self._rewiring = Rewiring(module, self._dispatch)
         self._watch: WatchWeights | None = None
         self._effective: dict[Hashable, torch.Tensor] | None = None
@@ -176,12 +185,12 @@ class RegionTree:
         """Graphs are not copied: those of the copy are captured when it is called."""
         self.deactivate()
         context = dataclasses.replace(self.context, store=copy.deepcopy(self.context.store, memo))
-        return RegionTree(copy.deepcopy(self.module, memo), context, self._boundaries)
+        return RegionTree(copy.deepcopy(self.module, memo), context, self.boundaries)
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs are not pickled either."""
         self.deactivate()
-        return {"module": self.module, "context": self.context, "boundaries": self._boundaries}
+        return {"module": self.module, "context": self.context, "boundaries": self.boundaries}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As if made anew."""
@@ -203,46 +212,6 @@ class RegionTree:
         finally:
             self._effective = before
 
-    def discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[WeightUse]]:
-        """Capture what an example needs and return every use of every weight, by its first name.
-
-        Whatever the run leaves behind (random states, buffers, attributes) is undone.
-        """
-        uses: dict[str, list[WeightUse]] = {}
-        with restored_state(self.module), torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the user's own call will give them
-            if self.root.find_graph(args, kwargs) is None:
-                with restored_state(self.module):
-                    self.call(args, kwargs)
-                uses = self._watch_python(args, kwargs)
-        for region in self.regions.values():
-            for variant in region.variants:
-                for name, found in find_weight_uses(variant.captured.graph_module, region.aliases).items():
-                    uses.setdefault(name, []).extend(found)
-        return uses
-
-    def record_outline(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Sequence[WeightUse]]:
-        """Where the model runs as several graphs: uses of weights in a recording of the example, by first name.
-
-        It tells what flows from one graph to the next, and nothing else: no call ever runs it. Empty where the
-        model is one graph, where regions are named (they bound what capturing costs), without values to record,
-        and where recording fails.
-        """
-        if len(self.root.variants) or self._boundaries or is_without_memory(self.module):
-            return {}
-        holder = nn.Module()
-        holder.forward = self.module.forward
-        holder.module = self.module
-        try:
-            call = split_call(args, sort_keywords(kwargs))
-            with self.as_written(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                recorded = record_call(holder, call, with_values=True)
-        except CaptureError as error:
-            logger.debug("no outline of the whole model: %s", error)
-            return {}
-        return find_weight_uses(recorded, self._aliases)
-
     def adopt(self, plan: AdapterPlan, store: AdapterStore) -> None:
         """Insert other adapters into every graph there is; nothing is captured anew."""
         self.deactivate()
@@ -257,7 +226,7 @@ class RegionTree:
     def replace_weights(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Put packed weights, by first name, into the module and every graph; :meth:`adopt` then makes use of them."""
         self.deactivate()
-        for name, first in self._aliases.items():
+        for name, first in self.aliases.items():
             if first in weights:
                 set_parameter(self.module, name, weights[first])
         for region in self.regions.values():
@@ -274,31 +243,29 @@ class RegionTree:
         """Leave the model as the user wrote it, until the next call runs Python."""
         self._rewiring.deactivate()
 
-    @contextlib.contextmanager
-    def as_written(self) -> Iterator[None]:
-        """Inside, the model is as the user wrote it, without adapters."""
-        was_active = self._rewiring.is_active
-        self.deactivate()
-        try:
-            yield
-        finally:
-            if was_active:
-                self._activate()
+    def as_written(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Inside, ``module``, which is the model or a part of it, is as the user wrote it, without adapters."""
+        return self._rewiring.undone_within(module)
 
     def region_of(self, module: nn.Module) -> Region:
         """The region of a module; one also where the module stands at several places."""
         if module not in self.regions:
-            path = next(name for name, child in self.module.named_modules() if child is module)
+            path = self._find_path(module)
             prefix = f"{path}." if path else ""
             names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-            aliases = {name: self._aliases[prefix + name] for name in names}
+            aliases = {name: self.aliases[prefix + name] for name in names}
             self.regions[module] = Region(path, module, aliases, self)
         return self.regions[module]
+
+    def _find_path(self, module: nn.Module) -> str:
+        if module not in self._paths:
+            self._paths = {child: name for name, child in self.module.named_modules()}
+        return self._paths[module]
 
     def find_boundary_inside(self, region: Region) -> str | None:
         """The first submodule that is to be a region by itself, so that ``region`` cannot be one graph."""
         prefix = f"{region.path}." if region.path else ""
-        return next((name for name in self._boundaries if name.startswith(prefix) and name != region.path), None)
+        return next((name for name in self.boundaries if name.startswith(prefix) and name != region.path), None)
 
     def find_variants_like(self, region: Region, key: Hashable, call: ModuleCall) -> Iterator[tuple[Region, Variant]]:
         """Graphs of other modules of the same class that answer the same call."""
@@ -309,7 +276,7 @@ class RegionTree:
                     yield other, variant
 
     def watching(self, *, paused: bool) -> contextlib.AbstractContextManager[None]:
-        """Notes what Python does with weights, while :meth:`discover` wants to know."""
+        """Notes what Python does with weights, while :meth:`watch_python` wants to know."""
         return contextlib.nullcontext() if self._watch is None else self._watch.watching(paused=paused)
 
     def run_python(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -326,7 +293,7 @@ class RegionTree:
     def _activate(self) -> None:
         if not self._rewiring.is_active:
             self._adapters = self.context.plan.live.by_weight
-            weights = {name: first for name, first in self._aliases.items() if first in self._adapters}
+            weights = {name: first for name, first in self.aliases.items() if first in self._adapters}
             self._rewiring.activate(weights, self._look_up)
 
     def _look_up(self, name: str) -> torch.Tensor:
@@ -349,7 +316,8 @@ class RegionTree:
                 total = adapter.rescale(total + adapter.delta(parameters).to(weight.dtype), parameters)
             return total
 
-    def _watch_python(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[WeightUse]]:
+    def watch_python(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[WeightUse]]:
+        """What the Python between the graphs does with weights in one call, by the weights' first names."""
         self._watch = WatchWeights({name: p for name, p in self.module.named_parameters() if p.dim() >= 2})
         try:
             with self._watch:

@@ -10,9 +10,10 @@ Calls are rewired by an attribute ``forward`` of the instance, look-ups by a sub
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,17 +66,37 @@ class Rewiring:
 
     def deactivate(self) -> None:
         """Put everything back as it was."""
-        for child, forward in self._forwards.items():
-            del child.__dict__["forward"]
-            if forward is not None:
-                child.__dict__["forward"] = forward
-        for owner, cls in self._classes.items():
-            owner.__class__ = cls
-            if isinstance(owner, nn.RNNBase):
-                owner._init_flat_weights()
+        self._undo(self._forwards, self._classes)
         self._forwards.clear()
         self._classes.clear()
         self.is_active = False
+
+    @contextlib.contextmanager
+    def undone_within(self, module: nn.Module) -> Iterator[None]:
+        """Inside, a part of the model is as it was; the cost is that of the part."""
+        inside = list(module.modules())  # what an outer one has undone stays undone
+        own = {child: child.__dict__.get("forward") for child in inside if child in self._forwards}
+        forwards = {child: forward for child, forward in own.items() if getattr(forward, "func", None) is _call}
+        classes = {o: type(o) for o in inside if o in self._classes and type(o) is not self._classes[o]}
+        self._undo(forwards, classes)
+        try:
+            yield
+        finally:
+            if self.is_active:
+                for child, forward in forwards.items():
+                    child.__dict__["forward"] = forward
+                for owner, cls in classes.items():
+                    owner.__class__ = cls
+
+    def _undo(self, children: Iterable[nn.Module], owners: Iterable[nn.Module]) -> None:
+        for child in children:
+            del child.__dict__["forward"]
+            if (forward := self._forwards[child]) is not None:
+                child.__dict__["forward"] = forward
+        for owner in owners:
+            owner.__class__ = self._classes[owner]
+            if isinstance(owner, nn.RNNBase):
+                owner._init_flat_weights()
 
     def original_forward(self, module: nn.Module) -> Callable[..., Any]:
         """The ``forward`` that ``module`` has without us."""

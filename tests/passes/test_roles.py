@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapter_compiler.config import AdapterConfig
+from adapter_compiler.discovery import discover_uses, record_outline
 from adapter_compiler.regions import RegionTree
 from passes.calls import split_call
 from passes.capture import capture_call
@@ -222,8 +223,8 @@ def test_roles_are_told_across_regions() -> None:
     model = Attends("sdpa").eval()
     model.get_submodule("c").register_forward_hook(lambda *_: None)
     regions = RegionTree(model, AdapterConfig().context())
-    uses = regions.discover((torch.randn(2, 5, 8),), {})
-    outline = regions.record_outline((torch.randn(2, 5, 8),), {})
+    uses = discover_uses(regions, (torch.randn(2, 5, 8),), {})
+    outline = record_outline(regions, (torch.randn(2, 5, 8),), {})
     assert find_roles(uses)["c.weight"] == "linear"
     found = find_roles(uses, outline)
     assert [found[f"{name}.weight"] for name in "abcde"] == [
@@ -238,8 +239,8 @@ def test_roles_are_told_across_regions() -> None:
 def test_a_model_that_is_one_graph_needs_no_outline() -> None:
     model = Attends("sdpa").eval()
     regions = RegionTree(model, AdapterConfig().context())
-    regions.discover((torch.randn(2, 5, 8),), {})
-    assert regions.record_outline((torch.randn(2, 5, 8),), {}) == {}
+    discover_uses(regions, (torch.randn(2, 5, 8),), {})
+    assert record_outline(regions, (torch.randn(2, 5, 8),), {}) == {}
 
 
 class Wrapped:
@@ -255,9 +256,9 @@ def test_what_cannot_be_recorded_leaves_the_roles_of_the_regions(caplog: pytest.
             return self.apply_to("b", F.gelu(self.apply_to("a", wrapped.x)))
 
     regions = RegionTree(Unwraps(a=(8, 16), b=(16, 8)).eval(), AdapterConfig().context())
-    uses = regions.discover((Wrapped(torch.randn(2, 8)),), {})
-    with caplog.at_level(logging.DEBUG, logger="adapter_compiler.regions"):
-        outline = regions.record_outline((Wrapped(torch.randn(2, 8)),), {})
+    uses = discover_uses(regions, (Wrapped(torch.randn(2, 8)),), {})
+    with caplog.at_level(logging.DEBUG, logger="adapter_compiler.discovery"):
+        outline = record_outline(regions, (Wrapped(torch.randn(2, 8)),), {})
     assert outline == {}
     assert "no outline of the whole model: argument args[0] is a tests.passes.test_roles.Wrapped" in caplog.text
     assert find_roles(uses, outline) == {"a.weight": "linear", "b.weight": "head"}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from adapter_compiler.config import AdapterConfig
+from adapter_compiler.discovery import discover_uses, record_outline
 from adapter_compiler.interop.transformers_caches import register_caches
 from adapter_compiler.regions import RegionTree
 from passes.roles import find_roles
@@ -42,7 +43,7 @@ def score_roles(entry: ZooEntry) -> RoleScore:
     args, kwargs = entry.example()
     register_caches()
     regions = RegionTree(model, AdapterConfig().context())
-    roles = find_roles(regions.discover(args, kwargs), regions.record_outline(args, kwargs))
+    roles = find_roles(discover_uses(regions, args, kwargs), record_outline(regions, args, kwargs))
     named = {name: role for name in roles if (role := find_named_role(name)) is not None}
     wrong = {name: (roles[name], role) for name, role in named.items() if roles[name] != role}
     return RoleScore(name=entry.name, roles=roles, known=len(named), wrong=wrong)
