@@ -368,6 +368,43 @@ def test_disabled_adapters_run_the_users_code() -> None:
     torch.testing.assert_close(adapted(X), y)
 
 
+class Borrows(nn.Module):
+    """Uses a layer that another part of the model registers, by calling it or by its weight."""
+
+    def __init__(self, lender: nn.Linear, *, calls: bool) -> None:
+        super().__init__()
+        self.own, self.lender, self.calls = nn.Linear(WIDTH, WIDTH), [lender], calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        (lender,) = self.lender
+        y: Tensor = self.own(x)
+        return lender(y) if self.calls else F.linear(y, lender.weight)
+
+
+class Lends(nn.Module):
+    def __init__(self, *, calls: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.second = Borrows(self.first, calls=calls)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x))
+        return y
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_a_region_that_uses_weights_from_elsewhere_is_no_graph(calls: bool) -> None:
+    model = Lends(calls=calls)
+    whole = adapt(model, X)
+    assert [region.path for region in whole.regions] == [""]
+    assert_right(whole, model, X)
+    adapted = adapt(model, X, regions=("second",))
+    (second,) = (region for region in adapted.regions if region.path == "second")
+    assert "is another part" in str(second.refused) or "of another part" in str(second.refused)
+    assert_right(adapted, model, X)
+    assert_right(adapted.eval(), model.eval(), X[:, None])
+
+
 @pytest.mark.parametrize("method", ["gradient_svd", "lora_ga", "eva"])
 def test_weights_are_read_as_they_are_while_python_sees_effective_ones(method: str) -> None:
     model = ReachesIn()
