@@ -28,7 +28,7 @@ from adapter_compiler.report.adapters import AdapterReport, describe_adapters
 from adapter_compiler.store import AdapterStore
 from adapter_compiler.variants import Variant
 from passes.fold_adapters import merge_weight
-from passes.packed_weights import find_packed_weights, moved_weights
+from passes.packed_weights import find_packed_weights, moved_weights, read_parameter
 from passes.plan import AdapterPlan
 from passes.sites import AdapterSite, SiteSearch
 
@@ -205,10 +205,7 @@ class AdaptedModel(AdapterHolder):
 
     def base_weight(self, name: str) -> nn.Parameter:
         """The frozen weight with this qualified name, while its module may be redirected to W + ΔW."""
-        path, _, leaf = name.rpartition(".")
-        weight = self.module.get_submodule(path)._parameters[leaf]
-        assert weight is not None
-        return weight
+        return read_parameter(self.module, name)
 
     def copy_base(self) -> nn.Module:
         """The user's own model without adapters: a copy over the same weights, frozen (and unpacked)."""

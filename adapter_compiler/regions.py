@@ -23,19 +23,19 @@ from adapter_compiler.variants import Variant, VariantCache
 from passes.assumptions import AssumptionError, undone_on_departure
 from passes.base import CaptureError
 from passes.calls import ModuleCall, sort_keywords, split_call
-from passes.capture import CapturedGraph, capture_call, find_constants
+from passes.capture import CapturedGraph, capture_call
 from passes.module_state import (
     is_collecting,
     runs_more_than_forward,
     without_fast_path,
 )
-from passes.packed_weights import PackedWeight, set_parameter
+from passes.packed_weights import read_parameter, set_parameter
 from passes.plan import AdapterPlan, PlannedAdapter
 from passes.python_uses import WatchWeights
 from passes.quantise_weights import QuantiseWeightsPass
 from passes.regions import Rewiring
 from passes.twins import find_twin_graph
-from passes.weight_uses import WeightUse, find_parameter_aliases
+from passes.weight_uses import WeightUse, find_foreign_weight, find_parameter_aliases
 
 logger = logging.getLogger(__name__)
 
@@ -128,13 +128,14 @@ class Region:
     def _capture(self, call: ModuleCall, key: Hashable) -> CapturedGraph:
         self._captures += 1
         # Without hooks of its own, a capture inside an activation checkpoint would count as part of it.
-        with self._tree.capturing(self), torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
+        with self._tree.capturing(self.module), torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
             with contextlib.closing(self._find_candidates(call, key)) as candidates:
                 twin = find_twin_graph(self.module, call, candidates)
             if twin is not None:
                 return twin
             captured = capture_call(self.module, call)
-        self._tree.assert_no_foreign_weights(captured)
+        if name := find_foreign_weight(captured.graph_module, self.module, self._tree.module):
+            raise CaptureError(f"it uses {name}, which is a weight of another part of the model")
         return captured
 
     def _find_candidates(
@@ -182,7 +183,7 @@ class RegionTree:
         self._rewiring = Rewiring(module, self._dispatch)
         self._watch: WatchWeights | None = None
         self._effective: dict[Hashable, torch.Tensor] | None = None
-        self._captured: Region | None = None
+        self._is_capturing = False
         self._adapters: dict[str, tuple[PlannedAdapter, ...]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionTree:
@@ -248,28 +249,17 @@ class RegionTree:
         self._rewiring.deactivate()
 
     @contextlib.contextmanager
-    def capturing(self, region: Region) -> Iterator[None]:
-        """Inside, the region's module is as written, and refuses whatever adapted weights it has from elsewhere."""
-        before, self._captured = self._captured, region
+    def capturing(self, module: nn.Module) -> Iterator[None]:
+        """Inside, a region's module is as written, and refuses whatever adapted weights it has from elsewhere.
+
+        Calls and look-ups inside the module are not redirected, so those that are lead out of it.
+        """
+        before, self._is_capturing = self._is_capturing, True
         try:
-            with self.as_written(region.module):
+            with self.as_written(module):
                 yield
         finally:
-            self._captured = before
-
-    def assert_no_foreign_weights(self, captured: CapturedGraph) -> None:
-        """Raise :class:`CaptureError` if a graph holds a weight that is not of its module: adapters would be lost."""
-        constants = list(find_constants(captured.graph_module))
-        if not constants:
-            return
-        storages = {
-            p.untyped_storage().data_ptr(): name
-            for name, p in self.module.named_parameters()
-            if p.dim() >= 2 and not p.is_meta and not isinstance(p, PackedWeight)
-        }
-        for constant in constants:
-            if name := storages.get(constant.untyped_storage().data_ptr()):
-                raise CaptureError(f"it uses {name}, which is a weight of another part of the model")
+            self._is_capturing = before
 
     def as_written(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Inside, ``module``, which is the model or a part of it, is as the user wrote it, without adapters."""
@@ -316,13 +306,9 @@ class RegionTree:
     def _dispatch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not any(parameter.dim() >= 2 for parameter in module.parameters()):
             return self._rewiring.original_forward(module)(*args, **kwargs)
-        self._refuse_foreign(self._find_path(module))
+        if self._is_capturing:
+            raise CaptureError(f"it uses {self._find_path(module)}, which is another part of the model")
         return self.region_of(module).run(args, kwargs)
-
-    def _refuse_foreign(self, name: str) -> None:
-        """Calls and look-ups inside a part that is being captured are not redirected, so this one leads out of it."""
-        if self._captured is not None:
-            raise CaptureError(f"it uses {name}, which is another part of the model")
 
     def _activate(self) -> None:
         if not self._rewiring.is_active:
@@ -332,7 +318,8 @@ class RegionTree:
 
     def _look_up(self, name: str) -> torch.Tensor:
         """W + ΔW, made once a call of the model; in backward, where checkpoints compute again, each time."""
-        self._refuse_foreign(name)
+        if self._is_capturing:
+            raise CaptureError(f"it uses {name}, which is a weight of another part of the model")
         key = (name, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         if self._effective is None or torch._C._current_graph_task_id() != -1:
             return self._make_effective(name)
@@ -341,9 +328,8 @@ class RegionTree:
         return self._effective[key]
 
     def _make_effective(self, name: str) -> torch.Tensor:
-        path, _, leaf = name.rpartition(".")
-        weight = self.module.get_submodule(path)._parameters[leaf]
-        assert weight is not None and self.context.store is not None
+        weight = read_parameter(self.module, name)
+        assert self.context.store is not None
         with self.watching(paused=True), torch.autocast(weight.device.type, enabled=False):
             total: torch.Tensor = weight
             for adapter in self._adapters[name]:

@@ -18,7 +18,7 @@ import dataclasses
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -208,16 +208,6 @@ def capture_call(module: nn.Module, call: ModuleCall, *, assume: bool = True) ->
     if captured.assumptions:
         assert_steady(module, call, captured.graph_module)
     return captured
-
-
-def find_constants(graph_module: GraphModule) -> Iterator[torch.Tensor]:
-    """The tensors that a captured graph reads and that are neither parameters nor buffers of its module."""
-    for node in graph_module.graph.find_nodes(op="get_attr"):
-        if not str(node.target).startswith(MODULE_PREFIX):
-            path, _, leaf = str(node.target).rpartition(".")
-            value = getattr(graph_module.get_submodule(path), leaf)
-            if isinstance(value, torch.Tensor):
-                yield value
 
 
 def _is_used(graph_module: GraphModule, target: str) -> bool:

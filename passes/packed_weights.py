@@ -191,6 +191,14 @@ def find_packed_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in named if isinstance(parameter, PackedWeight)}
 
 
+def read_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """The parameter that is registered under a qualified name, whatever an attribute of that name gives."""
+    path, _, leaf = name.rpartition(".")
+    parameter = module.get_submodule(path)._parameters[leaf]
+    assert parameter is not None
+    return parameter
+
+
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
     """Put a parameter in the place of the one that is registered under a qualified name."""
     path, _, leaf = name.rpartition(".")

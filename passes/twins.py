@@ -21,6 +21,7 @@ from passes.base import CaptureError, bind_graph_module, make_containers
 from passes.calls import ModuleCall
 from passes.capture import MODULE_PREFIX, CapturedGraph, check_against_eager
 from passes.module_state import HOOK_KINDS
+from passes.weight_uses import find_first_names
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +93,10 @@ def retarget_graph(captured: CapturedGraph, module: nn.Module) -> CapturedGraph:
     return dataclasses.replace(captured, graph_module=bind_graph_module(graph_module, root._modules))  # type: ignore[arg-type]
 
 
-def _find_ties(module: nn.Module) -> list[tuple[str, str]]:
-    """Names of tensors that have several, each with the first."""
-    parameters, buffers = (
-        module.named_parameters(remove_duplicate=False),
-        module.named_buffers(remove_duplicate=False),
-    )
-    first: dict[int, str] = {}
-    named = [(name, first.setdefault(id(tensor), name)) for name, tensor in (*parameters, *buffers)]
-    return [(name, other) for name, other in named if name != other]
+def _find_ties(module: nn.Module) -> dict[str, str]:
+    """Every name of a tensor, with the first name of the same one."""
+    parameters, buffers = module.named_parameters, module.named_buffers
+    return find_first_names((*parameters(remove_duplicate=False), *buffers(remove_duplicate=False)))
 
 
 def _is_alike(one: nn.Module, other: nn.Module) -> bool:

@@ -8,7 +8,7 @@ whether an adapter goes there is decided in :mod:`passes.sites`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.capture import MODULE_PREFIX
 from passes.dataflow import find_nodes_reaching_output, operator_name
+from passes.packed_weights import PackedWeight
 
 aten = torch.ops.aten
 
@@ -124,9 +125,40 @@ class _Path:
 
 def find_parameter_aliases(module: nn.Module) -> dict[str, str]:
     """Every qualified parameter name of ``module`` → the first name of the same Parameter."""
+    return find_first_names(module.named_parameters(remove_duplicate=False))
+
+
+def find_first_names(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """Every name → the first name of the same tensor."""
     first: dict[int, str] = {}
-    named = module.named_parameters(remove_duplicate=False)
-    return {name: first.setdefault(id(parameter), name) for name, parameter in named}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
+
+
+def find_foreign_weight(graph_module: GraphModule, module: nn.Module, model: nn.Module) -> str | None:
+    """The name of a weight of ``model`` that the graph of a part of it reads, though the part does not hold it."""
+    constants = [value for value in _find_constants(graph_module) if value.numel()]
+    if not constants:
+        return None
+    own = {id(parameter) for parameter in module.parameters()}
+    others = {
+        parameter.untyped_storage().data_ptr(): name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and id(parameter) not in own and _has_storage(parameter)
+    }
+    found = (others.get(constant.untyped_storage().data_ptr()) for constant in constants if _has_storage(constant))
+    return next((name for name in found if name is not None), None)
+
+
+def _find_constants(graph_module: GraphModule) -> Iterator[torch.Tensor]:
+    """The tensors that a captured graph reads and that are neither parameters nor buffers of its module."""
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        value = _lookup(graph_module, str(node.target))
+        if isinstance(value, torch.Tensor) and not str(node.target).startswith(MODULE_PREFIX):
+            yield value
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    return not tensor.is_meta and not isinstance(tensor, PackedWeight)
 
 
 def find_weight_uses(graph_module: GraphModule, aliases: Mapping[str, str]) -> dict[str, list[GraphUse]]:

@@ -400,7 +400,8 @@ def test_a_region_that_uses_weights_from_elsewhere_is_no_graph(calls: bool) -> N
     assert_right(whole, model, X)
     adapted = adapt(model, X, regions=("second",))
     (second,) = (region for region in adapted.regions if region.path == "second")
-    assert "is another part" in str(second.refused) or "of another part" in str(second.refused)
+    found = "first, which is another part" if calls else "first.weight, which is a weight of another part"
+    assert list(second.refused.values()) == [f"it uses {found} of the model"]
     assert_right(adapted, model, X)
     assert_right(adapted.eval(), model.eval(), X[:, None])
 
