@@ -45,9 +45,12 @@ class AdapterConfig:
             magnitude for each row) or ``"dora-svd"``. Ranks can be pruned where there is a λ.
         scaling: ``"alpha/r"``, or ``"rslora"`` for alpha / √rank (arXiv 2312.03732).
         init: how adapters start, see :mod:`adapter_compiler.initialisers`; by default ``"orthogonal"`` for the kinds
-            with λ (AdaLoRA's paper starts them ``"gaussian"``) and ``"kaiming"`` for the others. What needs data is
-            done by :func:`~adapter_compiler.initialise_adapters` afterwards.
-        gamma: weight γ of the orthogonality regulariser ‖PᵀP − I‖² + ‖QQᵀ − I‖² (paper, eq. 4).
+            with λ, which then is zero (AdaLoRA's paper starts them ``"gaussian"``), and ``"kaiming"`` for the others,
+            which with triplets too is LoRA's start, P = 0 and λ = 1. What needs data is done by
+            :func:`~adapter_compiler.initialise_adapters` afterwards.
+        gamma: weight γ of the orthogonality regulariser ‖PᵀP − I‖² + ‖QQᵀ − I‖² (paper, eq. 4), which
+            :class:`~adapter_compiler.RankBudget` adds. By default 0.1 where all λ are zero when the budget is made,
+            and else none: P = 0 is not to be pulled to length one.
         sites: ``"all-linear"``, or a glob or globs over weight names. Naming a weight that is not
             used by matrix products only (an embedding, a convolution) adapts it too.
         exclude: a glob or globs of weights that are left alone.
@@ -80,7 +83,7 @@ class AdapterConfig:
     kind: str = "svd"
     scaling: str = "alpha/r"
     init: str | None = None
-    gamma: float = 0.1
+    gamma: float | None = None
     sites: str | tuple[str, ...] = ALL_LINEAR
     exclude: str | tuple[str, ...] = ()
     trainable: str | tuple[str, ...] = ()
@@ -103,7 +106,8 @@ class AdapterConfig:
         assert_integer(self, "rank", least=1)
         assert_integer(self, "max_variants", least=1)
         assert_number(self, "alpha", above=0)
-        assert_number(self, "gamma", least=0)
+        if self.gamma is not None:
+            assert_number(self, "gamma", least=0)
         assert_number(self, "init_std", above=0)
         assert_boolean(self, "fused")
         assert_boolean(self, "recompute")

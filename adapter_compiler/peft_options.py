@@ -13,7 +13,7 @@ def translate_peft_options(options: dict[str, Any]) -> dict[str, Any]:
 
         use_dora=True                →  kind="dora", or "dora-svd" beside kind="svd"
         use_rslora=True              →  scaling="rslora"
-        init_lora_weights=True       →  init="kaiming"
+        init_lora_weights=True       →  init="kaiming", or "gaussian" for the kinds with λ, as in PEFT's AdaLoRA
         init_lora_weights="pissa"    →  init="pissa"
 
     Raises:
@@ -50,7 +50,8 @@ def _init_lora_weights(value: Any, options: dict[str, Any]) -> None:
             "AdapterConfig(init_lora_weights=False) would start adapters with random updates; expected one of "
             "init='gaussian', 'kaiming', 'orthogonal' or 'pissa'"
         )
-    options["init"] = "kaiming" if value is True else value
+    start = "gaussian" if "svd" in options.get("kind", "svd") else "kaiming"
+    options["init"] = start if value is True else value
 
 
 def _assert_boolean(name: str, value: Any) -> None:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.quality_methods import METHODS, get_rates, run_method
-from benchmarks.quality_tasks import TEXT_TASKS, Task, make_digits, make_text
+from benchmarks.quality_tasks import TEXT_TASKS, Task, get_steps, make_digits, make_text
 
 console = Console()
 #: What the others are compared with, seed by seed.
@@ -58,7 +58,7 @@ def main(
     model: Annotated[Path | None, typer.Option(help="Folder of a sentence encoder that transformers loads.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
     rank: Annotated[int, typer.Option(help="Rank at the end, on average.")] = 2,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 150,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; the task's own if not given.")] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 5,
     sweep: Annotated[int, typer.Option(help="Seeds on which every learning rate is tried.")] = 2,
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
@@ -68,6 +68,7 @@ def main(
     chosen = method or list(METHODS)
     if unknown := set(chosen) - METHODS.keys():
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(METHODS)}", param_hint="--method")
+    steps = steps or get_steps(task)
     key = {"task": task, "rank": rank, "steps": steps}
     for seed in range(seeds):
         made: Task | None = None

@@ -1,7 +1,8 @@
-"""The methods that the quality benchmark compares, at equal rank at the end and equal scale s = alpha / rank.
+"""The methods that the quality benchmark compares, with as many values at the end as LoRA and scale s = alpha / rank.
 
 Only rsLoRA has another scale, alpha / √rank with the alpha of LoRA: it would else be LoRA itself. DoRA trains a
-magnitude for each row beside; the number of values that are left is part of every result.
+magnitude for each row beside, and peft's AdaLoRA can count ranks only; the number of values that are left is part of
+every result.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ METHODS: dict[str, Method] = {
     "adalora_gaussian": Method(rates="svd", options={"kind": "svd", "init": "gaussian"}, surplus=1.5),
     "adalora": Method(rates="svd", options={"kind": "svd"}, surplus=1.5),
     "adalora_grow": Method(rates="svd", options={"kind": "svd"}, surplus=1.5, grow=0.1),
+    "adalora_kaiming": Method(options={"kind": "svd", "init": "kaiming"}, surplus=1.5),
     "adalora_gradient": Method(rates="svd", options={"kind": "svd"}, start="gradient_svd", surplus=1.5),
     "adalora_gradient_grow": Method(rates="svd", options={"kind": "svd"}, start="gradient_svd", surplus=1.5, grow=0.1),
     "peft_lora": Method(peft="lora"),
@@ -124,8 +126,9 @@ def _train_ours(method: Method, task: Task, rank: int, rate: float, batches: lis
     count = sum(p.numel() for p in adapted.adapters.parameters() if p.requires_grad)
     budget = None
     if method.surplus > 1:
+        values = sum(rank * (a.site.out_features + a.site.in_features) for a in adapted.plan)
         schedule = ac.BudgetSchedule(
-            target_rank=rank, total_steps=len(batches), allocation=ac.Allocation(grow=method.grow)
+            target_parameters=values, total_steps=len(batches), allocation=ac.Allocation(grow=method.grow)
         )
         budget = ac.RankBudget(adapted, optimizer, schedule)
     _train(adapted, optimizer, batches)

@@ -31,6 +31,8 @@ LabelledText = tuple[tuple[str, ...], str]
 _TOKENS = 32
 #: Near the best on the validation splits of all the text tasks.
 _HEAD_DECAY = 1e-2
+#: At most so many texts of a class to choose the learning rate by.
+_VALIDATION = 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,14 +144,23 @@ class TextClassifier(nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextSource:
-    """Where labelled texts come from, and how many of each class are learnt from."""
+    """Where labelled texts come from, and how they are learnt.
+
+    Attributes:
+        read: texts to learn from, and others to be measured on.
+        shots: how many of each class are learnt from.
+        batch_size: texts a step.
+        steps: optimizer steps.
+    """
 
     read: Callable[[Path], tuple[list[LabelledText], list[LabelledText]]]
     shots: int
+    batch_size: int = 8
+    steps: int = 150
 
 
 def make_text(name: str, data: Path, encoder: Path, seed: int, *, tests: int = 500) -> Task:
-    """A few texts of each class to train on, and half as many to choose the rate by."""
+    """Texts of each class to train on, and half as many, within a limit, to choose the rate by."""
     from transformers import AutoModel, AutoTokenizer
 
     source = TEXT_TASKS[name]
@@ -166,7 +177,7 @@ def make_text(name: str, data: Path, encoder: Path, seed: int, *, tests: int = 5
         inputs = {key: tokens[key] for key in ("input_ids", "attention_mask")}
         return inputs, torch.tensor([classes.index(label) for _, label in rows])
 
-    shots, extra = source.shots, max(1, source.shots // 2)
+    shots, extra = source.shots, min(max(1, source.shots // 2), _VALIDATION)
     examples = encode([row for rows in by_class.values() for row in rows[:shots]])
     chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:tests].tolist()
     torch.manual_seed(seed)
@@ -181,7 +192,7 @@ def make_text(name: str, data: Path, encoder: Path, seed: int, *, tests: int = 5
         test=encode([test[i] for i in chosen]),
         sites=("*.layer.*.dense.weight", "*.query.weight", "*.key.weight", "*.value.weight"),
         targets=r"encoder\.encoder\.layer\..*\.(query|key|value|dense)",
-        batch_size=8,
+        batch_size=source.batch_size,
         head="head",
     )
 
@@ -249,10 +260,15 @@ def _split(rows: list[LabelledText]) -> tuple[list[LabelledText], list[LabelledT
     return train, test
 
 
+def get_steps(name: str) -> int:
+    """How many optimizer steps a task takes, unless told otherwise."""
+    return TEXT_TASKS[name].steps if name in TEXT_TASKS else 150
+
+
 #: Tasks that need a data folder and an encoder.
 TEXT_TASKS = {
     "banking77": TextSource(read=_read_banking, shots=5),
     "clinc150": TextSource(read=_read_clinc, shots=4),
     "movie_snippets": TextSource(read=_read_movies, shots=200),
-    "med": TextSource(read=_read_med, shots=400),
+    "med": TextSource(read=_read_med, shots=1000, batch_size=16, steps=300),
 }

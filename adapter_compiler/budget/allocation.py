@@ -24,7 +24,8 @@ class Allocation:
     ‖ΔW‖_F, by largest remainders, and then lets the best scores within each site live.
 
     Attributes:
-        metric: how triplets are scored: ``"sensitivity"`` (Ī·U), ``"importance"`` (I) or ``"magnitude"`` (|λ|).
+        metric: how triplets are scored: ``"sensitivity"`` (Ī·U), ``"importance"`` (I) or ``"magnitude"``
+            (|λ| ‖p‖ ‖q‖, which is |λ| where the factors are orthonormal).
         allocator: ``"adalora"`` or ``"redistribute"``.
         min_rank: triplets that each site keeps at least; a number, or numbers by glob over site names.
         max_rank: triplets that each site keeps at most, likewise; ``None`` for no limit.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -102,15 +102,28 @@ class TripletBank:
         Returns:
             [n triplets] over all sites in order, in float64 where the device has it.
         """
+        lam, columns, rows = self._reduce_triplets(buffers, torch.mean)
+        return lam + columns + rows
+
+    def measure_triplets(self) -> torch.Tensor:
+        """‖λ_i p_i q_i‖_F = |λ_i| ‖p_i‖ ‖q_i‖ of the present values, [n triplets] like :meth:`sum_triplets`."""
+        lam, columns, rows = self._reduce_triplets(self.values, torch.linalg.vector_norm)
+        return lam.abs() * columns * rows
+
+    def _reduce_triplets(
+        self, buffers: Sequence[torch.Tensor], reduce: Callable[..., torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """What stands for λ_i, and what stands for the columns of P and the rows of Q reduced to numbers."""
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.zeros(sum(self.sizes), dtype=dtype, device=self.device)
-        for name in ("lam", "P", "Q"):
-            for stack, index in zip(self.stacks, self._indices, strict=True):
-                if stack.name == name:
-                    part = stack.view(buffers)
-                    part = gather_full(part if name == "lam" else part.mean(-2 if name == "P" else -1))
-                    total.index_add_(0, index, part.reshape(-1).to(total))
-        return total
+        found = {name: torch.zeros(sum(self.sizes), dtype=dtype, device=self.device) for name in ("lam", "P", "Q")}
+        for stack, index in zip(self.stacks, self._indices, strict=True):
+            part = stack.view(buffers)
+            if stack.name != "lam":
+                part = reduce(
+                    part, dim=-2 if stack.name == "P" else -1, dtype=torch.promote_types(part.dtype, torch.float32)
+                )
+            found[stack.name].index_add_(0, index, gather_full(part).reshape(-1).to(dtype))
+        return tuple(found.values())
 
     def split_lam(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """A vector over all triplets as tensors like those of :meth:`lam`."""

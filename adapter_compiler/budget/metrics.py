@@ -84,7 +84,10 @@ class ImportanceMetric(Metric):
 
 
 class MagnitudeMetric(Metric):
-    """The singular value's own size, S_i = |λ_i| (the paper's ablation, section 4.4)."""
+    """The size of the update, S_i = |λ_i| ‖p_i‖ ‖q_i‖.
+
+    The paper's ablation (section 4.4) takes |λ_i|, which is the same where the factors are orthonormal.
+    """
 
     name = "magnitude"
 
@@ -97,8 +100,8 @@ class MagnitudeMetric(Metric):
 
     @torch.no_grad()
     def scores(self, bank: TripletBank) -> torch.Tensor:
-        """|λ|."""
-        return bank.join_lam(bank.lam(bank.values)).abs().double()
+        """|λ| ‖p‖ ‖q‖."""
+        return bank.measure_triplets()
 
 
 #: What ``Allocation(metric=...)`` may name.

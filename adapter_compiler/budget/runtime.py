@@ -40,6 +40,9 @@ from adapter_compiler.compaction import compact_adapters
 
 logger = logging.getLogger(__name__)
 
+#: γ where λ starts at zero: from there the factors would grow in place of λ.
+_GAMMA = 0.1
+
 
 class RankBudget:
     """Scores every triplet at each optimizer step and keeps the best b(t) of them.
@@ -51,6 +54,7 @@ class RankBudget:
     Attributes:
         schedule: when, how far and by what rule to prune.
         step: number of optimizer steps seen.
+        gamma: the regulariser's weight, see ``AdapterConfig.gamma``.
         history: one record a masking, oldest first.
     """
 
@@ -75,9 +79,9 @@ class RankBudget:
         self._adapted = adapted
         self._adapter = adapted.active_adapter
         self._optimizer = optimizer
-        self._gamma = adapted.config.gamma
         assert_fits(adapted, optimizer, schedule)
         self._bank = TripletBank(adapted.adapters)
+        self.gamma = _choose_gamma(self._bank) if adapted.config.gamma is None else adapted.config.gamma
         self._costs = self._find_costs()
         self._initial = sum(size * cost for size, cost in zip(self._bank.sizes, self._costs, strict=True))
         self._target = schedule.target_triplets(len(self._bank.sites), self._initial)
@@ -210,8 +214,8 @@ class RankBudget:
         if scale is None:
             assert_finite(self._bank, gradients, self.step + 1)
         self._watch.look(self._bank, self.step + 1)
-        if self._gamma > 0:
-            add_regulariser_gradient(self._bank, gradients, self._gamma, self.schedule.semantics, grad_scale)
+        if self.gamma > 0:
+            add_regulariser_gradient(self._bank, gradients, self.gamma, self.schedule.semantics, grad_scale)
             self._bank.scatter_gradients(gradients, names=("P", "Q"))
         if self.schedule.semantics == "paper" and not self.is_frozen and not self._has_followed:
             self._has_followed = True
@@ -315,3 +319,7 @@ class RankBudget:
             return [1] * len(self._bank.sites)
         sites = {adapter.site.name: adapter.site for adapter in self._adapted.plan}
         return [sites[name].out_features + sites[name].in_features + 1 for name in self._bank.sites]
+
+
+def _choose_gamma(bank: TripletBank) -> float:
+    return 0.0 if bool(bank.join_lam(bank.lam(bank.values)).any()) else _GAMMA

@@ -38,6 +38,7 @@ def dump_state(budget: RankBudget) -> dict[str, Any]:
         "version": STATE_VERSION,
         "step": budget.step,
         "schedule": budget.schedule.to_dict(),
+        "gamma": budget.gamma,
         "initial": budget._initial,
         "history": [dataclasses.asdict(record) for record in budget.history],
         "sites": sites,
@@ -63,6 +64,7 @@ def restore_state(budget: RankBudget, state: Mapping[str, Any]) -> None:
         budget._growth.growth.copy_(torch.cat([saved["growth"] for saved in sites]))
     budget._importance.values = [float(saved["site_importance"]) for saved in sites]
     budget._set_mask(torch.cat([saved["mask"].to(bank.device) for saved in sites]))
+    budget.gamma = state["gamma"]
     budget._initial = state["initial"]
     budget._target = budget.schedule.target_triplets(len(bank.sites), budget._initial)
     budget.step = state["step"]

@@ -17,10 +17,10 @@ class StartingFactors:
     """Directions that an adapter starts with, and how much of each is there.
 
     Attributes:
-        left: [out, r], what P or B is made from; ``None`` where a form that needs it may draw it.
+        left: [out, r], what P or B is made from; ``None`` for LoRA's start, B = 0, or P = 0 and λ = 1.
         right: [r, in], what Q or A is made from.
-        values: [r], so that ΔW = s · left diag(values) right at the start; ``None`` for ΔW = 0. Where it is not
-            zero, the start is taken out of the frozen weight (see :class:`passes.forms.OffsetForm`).
+        values: [r], so that ΔW = s · left diag(values) right at the start; ``None`` for ΔW = 0, by B = 0 or λ = 0.
+            Where it is not zero, the start is taken out of the frozen weight (see :class:`passes.forms.OffsetForm`).
     """
 
     left: torch.Tensor | None
@@ -95,11 +95,12 @@ def write_start(
 
 
 def _write_triplets(parameters: Mapping[str, torch.Tensor], factors: StartingFactors) -> None:
-    left = parameters["P"]
-    left.copy_(
-        draw_orthonormal(*left.shape, dtype=left.dtype, device=left.device) if factors.left is None else factors.left
-    )
     parameters["Q"].copy_(factors.right)
+    if factors.left is None:
+        parameters["P"].zero_()
+        parameters["lam"].fill_(1)
+        return
+    parameters["P"].copy_(factors.left)
     if factors.values is None:
         parameters["lam"].zero_()
     else:

@@ -1,4 +1,8 @@
-"""LoRA's own start: A uniform as in ``nn.Linear``, B zero (the authors' code, followed by PEFT)."""
+"""LoRA's own start: A uniform as in ``nn.Linear``, B zero (the authors' code, followed by PEFT).
+
+With triplets it is Q uniform, P zero and λ = 1: the first steps turn P to where the gradient is. Where λ starts at zero
+instead, they move along directions that were drawn, and P and Q turn slowly (docs/quality.md).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from passes.plan import PlannedAdapter
 
 
 def draw_kaiming(adapter: PlannedAdapter, weight: torch.Tensor, options: StartOptions) -> StartingFactors:
-    """The right factor kaiming-uniform with a = √5, so within ±1/√in, ΔW = 0; a left one is orthonormal."""
+    """The right factor kaiming-uniform with a = √5, so within ±1/√in, ΔW = 0."""
     right = torch.empty(adapter.rank, adapter.site.in_features, dtype=adapter.dtype, device=weight.device)
     torch.nn.init.kaiming_uniform_(right, a=math.sqrt(5))
     return StartingFactors(left=None, right=right)

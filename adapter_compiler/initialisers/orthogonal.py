@@ -14,5 +14,9 @@ from passes.plan import PlannedAdapter
 
 def draw_orthogonal(adapter: PlannedAdapter, weight: torch.Tensor, options: StartOptions) -> StartingFactors:
     """Both factors orthonormal, uniformly distributed, ΔW = 0."""
-    columns = draw_orthonormal(adapter.site.in_features, adapter.rank, dtype=adapter.dtype, device=weight.device)
-    return StartingFactors(left=None, right=columns.mT)
+    site = adapter.site
+    columns, left = (
+        draw_orthonormal(size, adapter.rank, dtype=adapter.dtype, device=weight.device)
+        for size in (site.in_features, site.out_features)
+    )
+    return StartingFactors(left=left, right=columns.mT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
@@ -181,6 +182,23 @@ def test_start_is_orthonormal_with_lambda_zero() -> None:
     assert not p["weight.lam"].any()
     torch.testing.assert_close(p["weight.P"].T @ p["weight.P"], torch.eye(8))
     torch.testing.assert_close(p["weight.Q"] @ p["weight.Q"].T, torch.eye(8))
+
+
+def test_triplets_can_start_as_lora_does() -> None:
+    torch.manual_seed(0)
+    triplets, product = (
+        dict(
+            ac.compile_with_adapters(
+                nn.Linear(20, 30), config=ac.AdapterConfig(kind=kind, init="kaiming")
+            ).adapters.named_parameters()
+        )
+        for kind in ("svd", "lora")
+    )
+    assert not triplets["weight.P"].any()
+    assert (triplets["weight.lam"] == 1).all()
+    bound = 1 / math.sqrt(20)
+    for factor in (triplets["weight.Q"], product["weight.A"]):
+        assert 0.9 * bound < float(factor.detach().abs().max()) <= bound
 
 
 def test_the_gaussian_start_is_the_papers() -> None:

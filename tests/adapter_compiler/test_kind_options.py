@@ -20,6 +20,7 @@ from adapter_compiler.errors import ConfigError, SiteError
         ({"kind": "svd", "use_dora": True}, ("dora-svd", "alpha/r", None)),
         ({"kind": "lora", "use_dora": False, "use_rslora": True}, ("lora", "rslora", None)),
         ({"kind": "lora", "init_lora_weights": True}, ("lora", "alpha/r", "kaiming")),
+        ({"init_r": 6, "init_lora_weights": True}, ("svd", "alpha/r", "gaussian")),
         ({"kind": "lora", "init_lora_weights": "pissa_niter_4"}, ("lora", "alpha/r", "pissa_niter_4")),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -297,3 +298,30 @@ def test_an_optimizer_that_lacks_one_parameter_is_refused() -> None:
         some = [p for p in parameters if p is not left_out]
         with pytest.raises(BudgetError, match=r"does not hold the adapters of 1 of 3 sites \(first: \d\.weight\)"):
             ac.RankBudget(adapted, torch.optim.SGD(some), ac.BudgetSchedule(target_rank=2, total_steps=6))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 0.1),
+        ({"init": "kaiming"}, 0.0),
+        ({"init": "gaussian"}, 0.1),
+        ({"init": "pissa"}, 0.0),
+        ({"gamma": 0.3}, 0.3),
+        ({"init": "gaussian", "gamma": 0}, 0.0),
+    ],
+)
+def test_factors_are_kept_orthonormal_where_lambda_starts_at_zero(options: dict[str, Any], expected: float) -> None:
+    adapted = ac.compile_with_adapters(torch.nn.Linear(6, 5), config=ac.AdapterConfig(rank=3, **options))
+    optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=0.1)
+    schedule = ac.BudgetSchedule(target_rank=2, total_steps=10)
+    budget = ac.RankBudget(adapted, optimizer, schedule)
+    assert budget.gamma == expected
+    state = budget.state_dict()
+    with torch.no_grad():
+        for lam in find_lambdas(adapted).values():
+            lam.fill_(0.5)
+    # A budget that is made when the adapters have been loaded already goes on as the run did.
+    later = ac.RankBudget(adapted, torch.optim.SGD(adapted.trainable_parameters(), lr=0.1), schedule)
+    later.load_state_dict(state)
+    assert later.gamma == expected
