@@ -83,7 +83,7 @@ class AdapterConfig:
     kind: str = "svd"
     scaling: str = "alpha/r"
     init: str | None = None
-    gamma: float | None = None
+    gamma: float | None = dataclasses.field(default=None, metadata={"example": 0.1})
     sites: str | tuple[str, ...] = ALL_LINEAR
     exclude: str | tuple[str, ...] = ()
     trainable: str | tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """Helpers for validated option classes: names other tools use, suggestions, and checks of values.
 
 An error names the option and its value, says what was expected, and ends with a value that works: the
-field's default, or the ``example`` in the metadata of a field that has none.
+field's default, or the ``example`` in the metadata of a field whose default is none.
 """
 
 from __future__ import annotations
