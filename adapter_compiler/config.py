@@ -45,8 +45,8 @@ class AdapterConfig:
             magnitude for each row) or ``"dora-svd"``. Ranks can be pruned where there is a λ.
         scaling: ``"alpha/r"``, or ``"rslora"`` for alpha / √rank (arXiv 2312.03732).
         init: how adapters start, see :mod:`adapter_compiler.initialisers`; by default ``"orthogonal"`` for the kinds
-            with λ, which then is zero (AdaLoRA's paper starts them ``"gaussian"``), and ``"kaiming"`` for the others,
-            which with triplets too is LoRA's start, P = 0 and λ = 1. What needs data is done by
+            with λ and ``"kaiming"`` for the others. Both draw Q or A and start at B = 0, or P = 0 with λ = 1;
+            ``"gaussian"`` is the start of AdaLoRA's paper, with λ = 0. What needs data is done by
             :func:`~adapter_compiler.initialise_adapters` afterwards.
         gamma: weight γ of the orthogonality regulariser ‖PᵀP − I‖² + ‖QQᵀ − I‖² (paper, eq. 4), which
             :class:`~adapter_compiler.RankBudget` adds. By default 0.1 where all λ are zero when the budget is made,

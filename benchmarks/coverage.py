@@ -5,7 +5,7 @@
     python benchmarks/coverage.py --every 4 --first 1             # a quarter of them
     python benchmarks/coverage.py --out coverage.jsonl --table docs/coverage.md
 
-For each model: compile; identity at λ = 0, and outputs and gradients with a random ΔW against eager code with
+For each model: compile; identity before training, and outputs and gradients with a random ΔW against eager code with
 effective weights, in eval and in training mode, at two sizes; whether each mode is one graph; the share of
 the used weights of two or more dimensions that carry an adapter by default, and that can carry one; six steps
 of training with pruning, where the budget must be kept exactly; fold.

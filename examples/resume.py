@@ -2,7 +2,7 @@
 
     python examples/resume.py
 
-A network that reads scikit-learn's digits is adapted to inverted ones twice: once without a break, and once stopped in
+A network that reads scikit-learn's digits is adapted to rotated ones twice: once without a break, and once stopped in
 the middle of the pruning, saved to a folder, and resumed by new objects that know nothing but that folder. Weights,
 masks, moments of the optimizer and the order in which ranks were pruned must then be equal in every bit. The network
 has dropout, so the state of the random generator is a part of what is saved.
@@ -85,21 +85,21 @@ def main() -> None:
     torch.manual_seed(0)
     digits = load_digits()
     x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
-    base, inverted = make_base(x, y), 1 - x
+    base, rotated = make_base(x, y), x.view(-1, 8, 8).rot90(1, (1, 2)).flatten(1)
 
     torch.manual_seed(1)
     whole = Run(base)
-    whole.train(inverted, y, until=STEPS)
+    whole.train(rotated, y, until=STEPS)
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(1)
         first = Run(base)
-        first.train(inverted, y, until=STOP)
+        first.train(rotated, y, until=STOP)
         first.save(Path(folder))
         torch.manual_seed(2)  # a new process would not have the old random state either
         resumed = Run(base)
         resumed.load(Path(folder))
-    resumed.train(inverted, y, until=STEPS)
+    resumed.train(rotated, y, until=STEPS)
 
     table = Table("state", "tensors", "equal", title=f"{STEPS} steps, and the same stopped and resumed at {STOP}")
     for name in ("adapted", "optimizer", "budget"):
@@ -113,10 +113,10 @@ def main() -> None:
     assert resumed.budget.live_triplets == 3 * len(resumed.adapted.sites) < first.budget.live_triplets
     with torch.no_grad():
         before, after = (
-            (model(inverted).argmax(1) == y).float().mean() for model in (base.eval(), resumed.adapted.eval())
+            (model(rotated).argmax(1) == y).float().mean() for model in (base.eval(), resumed.adapted.eval())
         )
     Console().print(f"triplets: {first.budget.live_triplets} at the stop, {resumed.budget.live_triplets} at the end")
-    Console().print(f"accuracy on the inverted digits: {before:.1%} before, {after:.1%} after")
+    Console().print(f"accuracy on the rotated digits: {before:.1%} before, {after:.1%} after")
     assert after > before
 
 

@@ -17,8 +17,7 @@ from adapter_compiler.demo.options import DemoOptions
 BATCH_SIZE = 64
 
 _PRETRAINING_RATE = 2e-3
-# λ starts at zero between two factors of length one, so the SVD form wants a larger rate than LoRA does.
-_ADAPTER_RATE = 3e-2
+_ADAPTER_RATE = 6e-3
 _SCALE = 4.0
 
 #: Called after each optimizer step with the loss and the number of live triplets, if there is a budget.

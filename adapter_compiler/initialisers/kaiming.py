@@ -1,7 +1,6 @@
 """LoRA's own start: A uniform as in ``nn.Linear``, B zero (the authors' code, followed by PEFT).
 
-With triplets it is Q uniform, P zero and λ = 1: the first steps turn P to where the gradient is. Where λ starts at zero
-instead, they move along directions that were drawn, and P and Q turn slowly (docs/quality.md).
+With triplets it is Q uniform, P zero and λ = 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Orthonormal directions: PᵀP = I and QQᵀ = I from the first step, so that AdaLoRA's regulariser starts at zero.
+"""LoRA's start with directions that are orthonormal: QQᵀ = I, and P = 0 with λ = 1, or B = 0.
 
-The start of the forms with λ, in place of the paper's small normal factors: those first have to grow to the length
-that the regulariser asks for, and until then λ has gradients that are as much too small (docs/quality.md).
+The start of the forms with λ. In the paper's, λ is zero between small normal factors: first to be learnt is one number
+a triplet, along directions that were drawn, with a gradient as much too small as the factors are too short. Here P
+turns to where the gradient is from the first step, as in LoRA, and no two rows of Q see the same (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -13,10 +14,6 @@ from passes.plan import PlannedAdapter
 
 
 def draw_orthogonal(adapter: PlannedAdapter, weight: torch.Tensor, options: StartOptions) -> StartingFactors:
-    """Both factors orthonormal, uniformly distributed, ΔW = 0."""
-    site = adapter.site
-    columns, left = (
-        draw_orthonormal(size, adapter.rank, dtype=adapter.dtype, device=weight.device)
-        for size in (site.in_features, site.out_features)
-    )
-    return StartingFactors(left=left, right=columns.mT)
+    """The right factor orthonormal, uniformly distributed, ΔW = 0."""
+    columns = draw_orthonormal(adapter.site.in_features, adapter.rank, dtype=adapter.dtype, device=weight.device)
+    return StartingFactors(left=None, right=columns.mT)

@@ -75,7 +75,7 @@ def test_folded_computes_what_the_adapted_model_does(block: Block) -> None:
     assert 0 < adapted.fold_report.largest < 1e-6
 
 
-def test_folding_zero_lambda_gives_back_the_model_bit_for_bit(block: Block) -> None:
+def test_folding_before_training_gives_back_the_model_bit_for_bit(block: Block) -> None:
     block.raw.requires_grad_(False)
     adapted = ac.compile_with_adapters(block, (TOKENS,), config=ac.AdapterConfig(sites=ALL))
     merged = adapted.fold()

@@ -1,6 +1,6 @@
 """Real architectures of transformers, small and random, through the whole pipeline by its public names alone.
 
-One run an architecture serves all tests: compile, compare at λ = 0, train six steps while ranks are pruned,
+One run an architecture serves all tests: compile, compare, train six steps while ranks are pruned,
 fold, compare. Exports are compared with onnxruntime once more, apart from the library's own check.
 """
 
@@ -129,7 +129,7 @@ architectures = pytest.mark.parametrize(
 
 
 @architectures
-def test_zero_lambda_gives_the_models_outputs_bit_for_bit(name: str) -> None:
+def test_untrained_adapters_give_the_models_outputs_bit_for_bit(name: str) -> None:
     for case in run(name).untrained:
         assert len(case.found) == len(case.expected) > 0
         for found, expected in zip(case.found, case.expected, strict=True):

@@ -51,7 +51,7 @@ def run(model: nn.Module, x: Tensor = X) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_zero_lambda_gives_the_models_outputs_and_buffers_bit_for_bit(net: Net, training: bool) -> None:
+def test_the_start_gives_the_models_outputs_and_buffers_bit_for_bit(net: Net, training: bool) -> None:
     net.train(training)
     adapted = ac.compile_with_adapters(net, (X,))
     reference = copy.deepcopy(net)
@@ -177,14 +177,14 @@ def test_rank_is_cut_to_what_fits_and_the_scale_is_not() -> None:
     assert {adapter.scale for adapter in adapted.plan} == {0.5}
 
 
-def test_start_is_orthonormal_with_lambda_zero() -> None:
+def test_triplets_start_as_lora_does_in_orthonormal_directions() -> None:
     p = dict(ac.compile_with_adapters(nn.Linear(20, 30), config=ac.AdapterConfig(rank=8)).adapters.named_parameters())
-    assert not p["weight.lam"].any()
-    torch.testing.assert_close(p["weight.P"].T @ p["weight.P"], torch.eye(8))
+    assert not p["weight.P"].any()
+    assert (p["weight.lam"] == 1).all()
     torch.testing.assert_close(p["weight.Q"] @ p["weight.Q"].T, torch.eye(8))
 
 
-def test_triplets_can_start_as_lora_does() -> None:
+def test_triplets_can_start_as_lora_does_exactly() -> None:
     torch.manual_seed(0)
     triplets, product = (
         dict(
@@ -223,7 +223,10 @@ def test_the_report_reads_as_text_and_as_plain_data(net: Net) -> None:
     adapted = ac.compile_with_adapters(net, (X,))
     report = adapted.report()
     assert {row.name: (row.live, row.in_graphs) for row in report.sites} == {
-        name: (0, 1) for name in ("raw", "packed", "first.weight", "head.weight")
+        "raw": (5, 1),
+        "packed": (5, 1),
+        "first.weight": (6, 1),
+        "head.weight": (3, 1),
     }
     assert report.trainable_parameters == sum(p.numel() for p in adapted.adapters.parameters())
     assert report.total_parameters == sum(p.numel() for p in net.parameters())
@@ -254,7 +257,7 @@ def test_a_tied_weight_has_one_adapter_or_on_request_two_weights() -> None:
     assert untied.module.get_parameter("head.weight").data_ptr() == model.embed.weight.data_ptr()
     torch.testing.assert_close(untied(tokens), model(tokens))
     with torch.no_grad():
-        untied.adapters.get_parameter("head.weight.lam").fill_(1.0)
+        untied.adapters.get_parameter("head.weight.P").fill_(1.0)
     folded = untied.fold()
     assert torch.equal(folded.get_parameter("embed.weight"), model.embed.weight)
     assert not torch.equal(folded.get_parameter("head.weight"), model.embed.weight)

@@ -226,7 +226,7 @@ def _check_fold(adapted: ac.AdaptedModel, entry: ZooEntry) -> None:
 
 
 def _check_pruning(model: nn.Module, entry: ZooEntry) -> None:
-    """Six steps from rank 4 to an average of 2; the budget is kept exactly and some λ moved."""
+    """Six steps from rank 4 to an average of 2; the budget is kept exactly and some P moved."""
     adapted = compile_entry(model.train(), entry)
     optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=1e-3)
     schedule = ac.BudgetSchedule(target_rank=2, total_steps=6, warmup_steps=1, final_steps=2, interval=1)
@@ -238,8 +238,8 @@ def _check_pruning(model: nn.Module, entry: ZooEntry) -> None:
         optimizer.zero_grad()
         assert budget.live_triplets == budget.budget, f"{budget.live_triplets} live, budget {budget.budget}"
     assert budget.live_triplets == min(2 * len(adapted.sites), sum(a.rank for a in adapted.plan))
-    moved = [name for name, p in adapted.adapters.named_parameters() if name.endswith("lam") and bool(p.any())]
-    assert moved, "no λ moved"
+    moved = [name for name, p in adapted.adapters.named_parameters() if name.endswith(".P") and bool(p.any())]
+    assert moved, "no P moved"
     _check_fold(adapted, entry)
 
 

@@ -303,7 +303,7 @@ def test_an_optimizer_that_lacks_one_parameter_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, 0.1),
+        ({}, 0.0),
         ({"init": "kaiming"}, 0.0),
         ({"init": "gaussian"}, 0.1),
         ({"init": "pissa"}, 0.0),

@@ -171,7 +171,7 @@ def test_the_file_describes_itself(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 2))
     adapted = ac.compile_with_adapters(model, (x,), config=ac.AdapterConfig(rank=2))
     with torch.no_grad():
-        adapted.adapters.get_parameter("1.weight.lam")[0] = 1
+        adapted.adapters.get_parameter("1.weight.lam")[0] = 0
     report = ac.export_onnx(adapted, tmp_path / "model.onnx", (x,))
     stored: dict[str, Any] = {p.key: p.value for p in onnx.load(report.path).metadata_props}
     found = json.loads(stored["adapter_compiler"])
