@@ -245,7 +245,7 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of banking77 or clinc150.", exists=True, file_okay=False)],
     steps: Annotated[int, typer.Option(help="Optimizer steps.", min=4)] = 300,
     batch_size: Annotated[int, typer.Option(help="Texts a step.", min=1)] = 32,
-    lr: Annotated[float, typer.Option(help="Learning rate of the adapters; the head's is a tenth of it.")] = 1e-2,
+    lr: Annotated[float, typer.Option(help="Learning rate of the adapters; the head's is a tenth of it.")] = 4e-3,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Use so many training texts only, for base too.", min=1)] = None,
     out: Annotated[Path, typer.Option(help="Folder for the ONNX files and the adapters.", file_okay=False)] = Path(
