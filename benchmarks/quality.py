@@ -1,4 +1,4 @@
-"""Accuracy of every method at equal final rank, each at its own best learning rate, over seeds.
+"""Accuracy of every method at equal final size, each at its own best learning rate, over seeds.
 
     python -m benchmarks.quality --out quality.jsonl                                  digits, in minutes
     python -m benchmarks.quality --out quality.jsonl --task banking77 --data DIR --model ENCODER
