@@ -49,8 +49,8 @@ class AdapterConfig:
             ``"gaussian"`` is the start of AdaLoRA's paper, with λ = 0. What needs data is done by
             :func:`~adapter_compiler.initialise_adapters` afterwards.
         gamma: weight γ of the orthogonality regulariser ‖PᵀP − I‖² + ‖QQᵀ − I‖² (paper, eq. 4), which
-            :class:`~adapter_compiler.RankBudget` adds. By default 0.1 where all λ are zero when the budget is made,
-            and else none: P = 0 is not to be pulled to length one.
+            :class:`~adapter_compiler.RankBudget` adds. By default 0.1 where all λ are zero at the budget's first
+            step, and else none: P = 0 is not to be pulled to length one.
         sites: ``"all-linear"``, or a glob or globs over weight names. Naming a weight that is not
             used by matrix products only (an embedding, a convolution) adapts it too.
         exclude: a glob or globs of weights that are left alone.

@@ -98,8 +98,7 @@ def initialise_adapters(
     """Start the adapters from data. Outputs stay those of the base model within rounding.
 
     To be called before training: what the adapters have learned is lost, and what an optimizer knows of them is
-    about other values. Parameters keep their identity, so an optimizer may exist already. A ``RankBudget`` is made
-    afterwards, as it chooses γ by where λ start (see ``AdapterConfig.gamma``).
+    about other values. Parameters keep their identity, so an optimizer and a ``RankBudget`` may exist already.
 
     Args:
         adapted: the model, in the mode that it is to be looked at in.

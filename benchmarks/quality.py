@@ -39,13 +39,13 @@ Result = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One method in the table; differences are in points, ``None`` for the reference itself."""
+    """One method in the table, in points; no difference for the reference itself, no error on one seed."""
 
     method: str
     rate: float
     parameters: float
     mean: float
-    error: float
+    error: float | None
     difference: float | None
     difference_error: float | None
     seeds: int
@@ -165,8 +165,8 @@ def _make_row(name: str, runs: dict[int, Result], reference: dict[int, Result]) 
     )
 
 
-def _standard_error(values: list[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def _standard_error(values: list[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def show(rows: list[Row], markdown: bool = False) -> None:
@@ -184,9 +184,13 @@ def show(rows: list[Row], markdown: bool = False) -> None:
 
 
 def _to_cells(row: Row) -> tuple[str, ...]:
-    difference = "" if row.difference is None else f"{row.difference:+.1f} ± {row.difference_error:.1f}"
-    cells = (row.method, f"{row.rate:g}", f"{row.parameters:,.0f}", f"{row.mean:.1f} ± {row.error:.1f}", difference)
-    return (*cells, str(row.seeds))
+    mean = _with_error(f"{row.mean:.1f}", row.error)
+    difference = "" if row.difference is None else _with_error(f"{row.difference:+.1f}", row.difference_error)
+    return row.method, f"{row.rate:g}", f"{row.parameters:,.0f}", mean, difference, str(row.seeds)
+
+
+def _with_error(value: str, error: float | None) -> str:
+    return value if error is None else f"{value} ± {error:.1f}"
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def test_every_method_trains_and_ends_with_the_same_rank() -> None:
         assert 12 * 33 <= counts[name] <= 12 * 41
 
 
-def test_results_are_summarised_at_the_best_rate_and_paired_by_seed(tmp_path: Path) -> None:
+def test_results_are_summarised_at_the_best_rate_and_paired_by_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     quality: Any = importlib.import_module("benchmarks.quality")
     key = {"task": "digits", "rank": 2, "steps": 150, "parameters": 7, "seconds": 1.0}
     runs = [
@@ -75,3 +77,8 @@ def test_results_are_summarised_at_the_best_rate_and_paired_by_seed(tmp_path: Pa
     assert (lora.rate, lora.mean, lora.difference) == (0.1, pytest.approx(55), None)
     assert (dora.mean, dora.difference) == (pytest.approx(58), pytest.approx(3))
     assert dora.difference_error == pytest.approx(1)
+    quality.show(quality.summarise([result for result in results if result["seed"] == 0]), markdown=True)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| dora | 0.1 | 7 | 52.0 | +2.0 | 1 |",
+        "| lora | 0.1 | 7 | 50.0 |  | 1 |",
+    ]

@@ -54,7 +54,6 @@ class RankBudget:
     Attributes:
         schedule: when, how far and by what rule to prune.
         step: number of optimizer steps seen.
-        gamma: the regulariser's weight, see ``AdapterConfig.gamma``.
         history: one record a masking, oldest first.
     """
 
@@ -81,7 +80,7 @@ class RankBudget:
         self._optimizer = optimizer
         assert_fits(adapted, optimizer, schedule)
         self._bank = TripletBank(adapted.adapters)
-        self.gamma = _choose_gamma(self._bank) if adapted.config.gamma is None else adapted.config.gamma
+        self._gamma = adapted.config.gamma
         self._costs = self._find_costs()
         self._initial = sum(size * cost for size, cost in zip(self._bank.sizes, self._costs, strict=True))
         self._target = schedule.target_triplets(len(self._bank.sites), self._initial)
@@ -99,6 +98,11 @@ class RankBudget:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+
+    @property
+    def gamma(self) -> float:
+        """The regulariser's weight. Without ``AdapterConfig.gamma``, the first step chooses it by where λ stand."""
+        return _choose_gamma(self._bank) if self._gamma is None else self._gamma
 
     @property
     def budget(self) -> int:
@@ -214,8 +218,9 @@ class RankBudget:
         if scale is None:
             assert_finite(self._bank, gradients, self.step + 1)
         self._watch.look(self._bank, self.step + 1)
-        if self.gamma > 0:
-            add_regulariser_gradient(self._bank, gradients, self.gamma, self.schedule.semantics, grad_scale)
+        self._gamma = self.gamma
+        if self._gamma > 0:
+            add_regulariser_gradient(self._bank, gradients, self._gamma, self.schedule.semantics, grad_scale)
             self._bank.scatter_gradients(gradients, names=("P", "Q"))
         if self.schedule.semantics == "paper" and not self.is_frozen and not self._has_followed:
             self._has_followed = True

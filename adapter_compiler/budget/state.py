@@ -64,7 +64,7 @@ def restore_state(budget: RankBudget, state: Mapping[str, Any]) -> None:
         budget._growth.growth.copy_(torch.cat([saved["growth"] for saved in sites]))
     budget._importance.values = [float(saved["site_importance"]) for saved in sites]
     budget._set_mask(torch.cat([saved["mask"].to(bank.device) for saved in sites]))
-    budget.gamma = state["gamma"]
+    budget._gamma = state["gamma"]
     budget._initial = state["initial"]
     budget._target = budget.schedule.target_triplets(len(bank.sites), budget._initial)
     budget.step = state["step"]

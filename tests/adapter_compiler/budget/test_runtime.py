@@ -325,3 +325,24 @@ def test_factors_are_kept_orthonormal_where_lambda_starts_at_zero(options: dict[
     later = ac.RankBudget(adapted, torch.optim.SGD(adapted.trainable_parameters(), lr=0.1), schedule)
     later.load_state_dict(state)
     assert later.gamma == expected
+
+
+def test_the_first_step_chooses_the_regulariser_by_where_lambda_stand() -> None:
+    """Adapters may be started after the budget was made; what they learn afterwards changes nothing."""
+    adapted = ac.compile_with_adapters(torch.nn.Linear(6, 5), config=ac.AdapterConfig(rank=3))
+    optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=0.1)
+    budget = ac.RankBudget(adapted, optimizer, ac.BudgetSchedule(target_rank=2, total_steps=10))
+    x = torch.randn(8, 6)
+
+    def loss(model: torch.nn.Module, batch: Tensor) -> Tensor:
+        output: Tensor = model(batch)
+        return output.square().sum()
+
+    ac.initialise_adapters(adapted, "gradient_svd", [x], loss)
+    for _ in range(2):
+        assert budget.gamma == 0.1
+        loss(adapted, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(lam.any() for lam in find_lambdas(adapted).values())
+    assert budget.gamma == budget.state_dict()["gamma"] == 0.1
