@@ -126,6 +126,20 @@ def assert_active(adapted: AdaptedModel, name: str) -> None:
         )
 
 
+def warn_of_shifted_starts(adapted: AdaptedModel) -> None:
+    """Say that pruning takes parts of the weights away where adapters do not start at P = 0 or λ = 0."""
+    shifted = [adapter.site.name for adapter in adapted.plan if adapter.form.name != adapter.form.core.name]
+    if shifted:
+        logger.warning(
+            "%d of %d sites start from a part of the weight itself (pissa, lora_ga; first: %s): a triplet that is "
+            "pruned takes its part out of the weight. Start from 'orthogonal', 'gradient_svd' or 'eva' to prune, or "
+            "train without a RankBudget",
+            len(shifted),
+            len(adapted.plan),
+            shifted[0],
+        )
+
+
 def assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedule: BudgetSchedule) -> None:
     """Raise :class:`BudgetError` unless the optimizer holds all adapters and the target is within their ranks."""
     sites = set(adapted.adapters.prunable_sites)

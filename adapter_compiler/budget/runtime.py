@@ -29,6 +29,7 @@ from adapter_compiler.budget.checks import (
     assert_finite,
     assert_fits,
     assert_kinds,
+    warn_of_shifted_starts,
 )
 from adapter_compiler.budget.closures import StepArguments, call_after_closure
 from adapter_compiler.budget.importance import SiteImportance
@@ -201,6 +202,8 @@ class RankBudget:
         if self._skips_step:
             return None
         assert_active(self._adapted, self._adapter)
+        if not self.step:
+            warn_of_shifted_starts(self._adapted)
         self._has_followed = False
         grad_scale = None if found_inf is None or scale is None else float(scale)
         take = functools.partial(self._take_gradients, grad_scale)

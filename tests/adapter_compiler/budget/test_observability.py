@@ -148,3 +148,37 @@ def test_redistribution_gives_ranks_in_proportion_to_the_change_of_the_weight() 
         group["lr"] = group["weight_decay"] = 0.0
     list(run(adapted, optimizer, 6))
     assert budget.ranks() == {"0.weight": 1, "1.weight": 1, "2.weight": 4}
+
+
+@pytest.mark.parametrize("start", ["pissa", "lora_ga", "orthogonal"])
+def test_pruning_what_started_from_the_weight_is_warned_of(start: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Without any learning, what is missing afterwards is the start of the pruned triplet."""
+    model, x = nn.Linear(6, 5).double(), torch.randn(8, 6).double()
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = model(batch)
+        return output.square().mean()
+
+    config = ac.AdapterConfig(rank=3, gamma=0, init=None if start == "lora_ga" else start)
+    adapted = ac.compile_with_adapters(model, (x,), config=config)
+    optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=0.0)
+    budget = ac.RankBudget(adapted, optimizer, ac.BudgetSchedule(target_rank=2, total_steps=4))
+    if start == "lora_ga":
+        ac.initialise_adapters(adapted, "lora_ga", [x], loss)
+    (adapter,) = adapted.plan
+    p = {name: value.detach().clone() for name, value in adapted.adapters.parameters_of(adapter).items()}
+    with caplog.at_level(logging.WARNING, logger="adapter_compiler"):
+        for _ in range(4):
+            loss(adapted, x).backward()
+            optimizer.step()
+    assert budget.live_triplets == 2
+    lam = adapted.adapters.parameters_of(adapter)["lam"]
+    gone = adapter.scale * (p["P"] * (p["lam"] - lam)) @ p["Q"]
+    folded = dict(adapted.fold().named_parameters())
+    torch.testing.assert_close(folded["weight"], model.weight - gone)
+    messages = [record.getMessage() for record in caplog.records if "pruned" in record.getMessage()]
+    if start == "orthogonal":
+        assert not messages and not gone.any()
+    else:
+        assert len(messages) == 1 and messages[0].startswith("1 of 1 sites start from a part of the weight itself")
+        assert gone.norm() > 0.1
