@@ -13,6 +13,7 @@ from adapter_compiler.budget.bank import TripletBank
 from adapter_compiler.budget.distributed import gather_full
 from adapter_compiler.budget.schedule import BudgetSchedule
 from adapter_compiler.errors import BudgetError, NonFiniteGradientError
+from passes.plan import PlannedAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -128,29 +129,30 @@ def assert_active(adapted: AdaptedModel, name: str) -> None:
 
 def warn_of_shifted_starts(adapted: AdaptedModel) -> None:
     """Say that pruning takes parts of the weights away where adapters do not start at P = 0 or λ = 0."""
-    shifted = [adapter.site.name for adapter in adapted.plan if adapter.form.name != adapter.form.core.name]
+    prunable = _find_prunable(adapted)
+    shifted = [adapter.site.name for adapter in prunable if adapter.form.name != adapter.form.core.name]
     if shifted:
         logger.warning(
             "%d of %d sites start from a part of the weight itself (pissa, lora_ga; first: %s): a triplet that is "
             "pruned takes its part out of the weight. Start from 'orthogonal', 'gradient_svd' or 'eva' to prune, or "
             "train without a RankBudget",
             len(shifted),
-            len(adapted.plan),
+            len(prunable),
             shifted[0],
         )
 
 
 def assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedule: BudgetSchedule) -> None:
     """Raise :class:`BudgetError` unless the optimizer holds all adapters and the target is within their ranks."""
-    sites = set(adapted.adapters.prunable_sites)
-    prunable = [adapter for adapter in adapted.plan if adapter.site.name in sites]
+    prunable = _find_prunable(adapted)
     if not prunable:
         kinds = ", ".join(sorted({adapter.form.name for adapter in adapted.plan}))
         raise BudgetError(
             f"the adapters are of the kind {kinds}, which has no λ to prune by, expected triplets P, λ, Q at one site "
             "at least; compile with AdapterConfig(kind='svd') or kind='dora-svd', or train without a RankBudget"
         )
-    if others := [adapter.site.name for adapter in adapted.plan if adapter.site.name not in sites]:
+    names = {adapter.site.name for adapter in prunable}
+    if others := [adapter.site.name for adapter in adapted.plan if adapter.site.name not in names]:
         logger.warning(
             "%d of %d sites have no λ (first: %s); their ranks stay, and the budget is for the others",
             len(others),
@@ -182,6 +184,12 @@ def assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedul
             f"BudgetSchedule(target_rank={schedule.target_rank:g}) exceeds the rank {largest} that the adapters "
             f"start with; expected at most {largest}; lower it or compile with AdapterConfig(rank=...) above it"
         )
+
+
+def _find_prunable(adapted: AdaptedModel) -> list[PlannedAdapter]:
+    """The adapters that have a λ."""
+    sites = set(adapted.adapters.prunable_sites)
+    return [adapter for adapter in adapted.plan if adapter.site.name in sites]
 
 
 def _is_held(adapted: AdaptedModel, name: str, held: Collection[int]) -> bool:

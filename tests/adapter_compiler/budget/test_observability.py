@@ -182,3 +182,15 @@ def test_pruning_what_started_from_the_weight_is_warned_of(start: str, caplog: p
     else:
         assert len(messages) == 1 and messages[0].startswith("1 of 1 sites start from a part of the weight itself")
         assert gone.norm() > 0.1
+
+
+def test_only_what_can_be_pruned_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), torch.randn(8, 6)
+    rules = (ac.AdapterRule(name="0.weight", kind="lora"),)
+    adapted = ac.compile_with_adapters(model, (x,), config=ac.AdapterConfig(rank=3, init="pissa", rules=rules))
+    optimizer, _ = make_budget(adapted)
+    with caplog.at_level(logging.WARNING, logger="adapter_compiler"):
+        adapted(x).square().mean().backward()
+        optimizer.step()
+    (message,) = [record.getMessage() for record in caplog.records if "pruned" in record.getMessage()]
+    assert message.startswith("1 of 1 sites start from a part of the weight itself (pissa, lora_ga; first: 1.weight)")
