@@ -18,8 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import linear
 
-from passes.slim_ops import written_gelu
+from passes.differentiate import differentiate, is_plain_needed
+from passes.slim_ops import normalize_again, written_gelu
 from passes.stacked_factors import cast, join_factors, join_lambdas, split_ranks
 
 #: Operands of one site in :func:`fused_linears`: weight, bias, P, λ, Q. λ is ``None`` for LoRA: P = B, Q = A.
@@ -29,7 +31,7 @@ OPERANDS_PER_SITE = 5
 #: result is viewed in.
 Again = tuple[Callable[..., torch.Tensor] | str, Sequence[Any], Mapping[str, Any], Sequence[int] | None]
 
-_OWN = {written_gelu.__name__: written_gelu}
+_OWN = {function.__name__: function for function in (written_gelu, normalize_again)}
 
 #: Elements below which keeping x costs nothing that is worth another call.
 _SMALL = 1 << 15
@@ -71,9 +73,9 @@ def _separate_linears(
     """The same by torch's own operators: for few rows, their backward in C++ outweighs that it is more kernels."""
     rows, outputs = _as_rows(x), []
     for (W, b, P, lam, Q), scale in zip(_by_site(operands), scales, strict=True):
-        hidden = torch.nn.functional.linear(rows, Q)
+        hidden = linear(rows, Q)
         hidden = hidden if lam is None else hidden * lam
-        output = torch.addmm(torch.nn.functional.linear(rows, W, b), hidden, P.t(), alpha=scale)
+        output = torch.addmm(linear(rows, W, b), hidden, P.t(), alpha=scale)
         outputs.append(output if x.dim() == 2 else _with_shape(output, (*x.shape[:-1], output.shape[-1])))
     return tuple(outputs)
 
@@ -100,7 +102,7 @@ class _FusedLinears(torch.autograd.Function):
     ) -> Any:
         sites = _by_site(operands)
         rows = _as_rows(x)
-        outputs = [torch.nn.functional.linear(rows, W, b) for W, b, _, _, _ in sites]
+        outputs = [linear(rows, W, b) for W, b, _, _, _ in sites]
         with _without_autocast(x):
             hidden, lambdas = _update_(outputs, rows, sites, scales)
         sources = [x] if again is None else [a for a in again[1] if isinstance(a, torch.Tensor)]
@@ -119,8 +121,9 @@ class _FusedLinears(torch.autograd.Function):
         scales, needed = ctx.scales, ctx.needs_input_grad
         count = OPERANDS_PER_SITE * len(scales)
         x = saved[count] if ctx.again is None else _recompute(ctx.again, saved[count:])
-        if torch.is_grad_enabled():
-            dx, *others = _differentiate(_plain_linears(scales), (x, *saved[:count]), gradients)
+        if is_plain_needed(gradients):
+            wanted = (needed[0], *needed[3:])
+            dx, *others = differentiate(_plain_linears(scales), (x, *saved[:count]), wanted, gradients)
             return dx, None, None, *others
         sites = _by_site(saved[:count])
         rows = _as_rows(x)
@@ -181,8 +184,9 @@ class _FusedUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         x, hidden, lambdas, P, lam, Q = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            found = _differentiate(_plain_update(ctx.scale), (x, P, lam, Q), (gradient.to(P.dtype),))
+        if is_plain_needed((gradient,)):
+            wanted = ctx.needs_input_grad[1:5]
+            found = differentiate(_plain_update(ctx.scale), (x, P, lam, Q), wanted, (gradient.to(P.dtype),))
             return gradient, *found, None
         sites = [(None, None, P, lam, Q)]
         factors = _factor_gradients([_as_rows(gradient)], _as_rows(x), hidden, lambdas, sites, (ctx.scale,))
@@ -195,29 +199,32 @@ class _FusedUpdate(torch.autograd.Function):
 Operands = Sequence[torch.Tensor | None]
 
 
-def _differentiate(
-    run: Callable[..., Sequence[torch.Tensor]], operands: Operands, gradients: Sequence[torch.Tensor]
-) -> list[torch.Tensor | None]:
-    """Gradients of ``run(*operands)`` that can be differentiated again; ``None`` where none is needed."""
-    wanted = [operand for operand in operands if operand is not None and operand.requires_grad]
-    outputs = run(*operands)
-    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
-    return [next(found) if operand is not None and operand.requires_grad else None for operand in operands]
+def plain_linear(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    P: torch.Tensor,
+    lam: torch.Tensor | None,
+    Q: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """X Wᵀ + b + s ((x Qᵀ) ∘ λ) Pᵀ by torch's own operators, for x [..., in]."""
+    base = linear(x, W, b)
+    (update,) = _plain_update(scale)(x, P, lam, Q)
+    return base + update.to(base.dtype)
 
 
 def _plain_linears(scales: Sequence[float]) -> Callable[..., list[torch.Tensor]]:
-    def run(x: torch.Tensor, *operands: torch.Tensor | None) -> list[torch.Tensor]:
-        bases = [torch.nn.functional.linear(x, W, b) for W, b, _, _, _ in _by_site(operands)]
-        updates = [_plain_update(s)(x, *site[2:])[0] for s, site in zip(scales, _by_site(operands), strict=True)]
-        return [base + update.to(base.dtype) for base, update in zip(bases, updates, strict=True)]
+    def run(x: torch.Tensor, *operands: Any) -> list[torch.Tensor]:
+        return [plain_linear(x, *site, s) for s, site in zip(scales, _by_site(operands), strict=True)]
 
     return run
 
 
 def _plain_update(scale: float) -> Callable[..., list[torch.Tensor]]:
     def run(x: torch.Tensor, P: torch.Tensor, lam: torch.Tensor | None, Q: torch.Tensor) -> list[torch.Tensor]:
-        hidden = torch.nn.functional.linear(x.to(P.dtype), Q) * (scale if lam is None else lam * scale)
-        return [torch.nn.functional.linear(hidden, P)]
+        hidden = linear(x.to(P.dtype), Q) * (scale if lam is None else lam * scale)
+        return [linear(hidden, P)]
 
     return run
 

@@ -27,10 +27,10 @@ from torch.fx import GraphModule, Node
 
 from passes.base import GraphPass, PassResult, PreconditionError, find_graph_modules
 from passes.capture import MODULE_PREFIX
-from passes.emit_rescaled import emit_factor, emit_matrix, emit_rescaled, emit_without_bias, shape_factor
+from passes.emit_rescaled import emit_factor, emit_matrix, emit_rescaled
+from passes.emit_updates import AdaptedUse, emit_update, find_padding, fits_activations
 from passes.forms.base import NodeEmitter
 from passes.plan import AdapterPlan, PlannedAdapter
-from passes.sites import AdapterSite
 from passes.weight_uses import GraphUse, find_body_reference, find_weight_uses
 
 aten = torch.ops.aten
@@ -101,7 +101,9 @@ def _insert(graph_module: GraphModule, adapter: PlannedAdapter, uses: Sequence[G
         factors: dict[Node, Node] = {}
         for use in uses:
             if adapter.form.rescales and use.source not in factors:
-                factors[use.source] = emit_factor(use.source, adapter, parameters)
+                last = max([use.source, *parameters.values()])
+                emitter = NodeEmitter(after=last, site=adapter.site.name)
+                factors[use.source] = emit_factor(emitter, use.source, adapter, parameters)
             _insert_on_activations(use, adapter, parameters, factors.get(use.source))
     else:
         for source in dict.fromkeys(use.source for use in uses):
@@ -109,16 +111,13 @@ def _insert(graph_module: GraphModule, adapter: PlannedAdapter, uses: Sequence[G
 
 
 def _fits_activations(use: GraphUse, adapter: PlannedAdapter) -> bool:
-    """Whether an adapter can run on what the use reads. A convolution with no kernels left has no operator."""
-    if use.activation is None:
-        return False
-    if adapter.rank == 0 and use.kind == "convolution":
-        return False
-    is_reverse = use.kind == "product" and use.transposed != adapter.site.transposed
-    if adapter.form.rescales:
-        # W' in the other direction scales x and not y, so that x W, which is there, is of no use.
-        return not is_reverse and use.kind != "stack"
-    return adapter.site.rows is None or (use.kind == "product" and not is_reverse)
+    """Whether an adapter can run on what the use reads."""
+    return use.activation is not None and fits_activations(use.kind, adapter, reverse=is_reversed(use, adapter))
+
+
+def is_reversed(use: GraphUse, adapter: PlannedAdapter) -> bool:
+    """Whether the use multiplies by the weight in the other direction than the site, or a stack by Wₑ."""
+    return use.transposed if use.kind == "stack" else use.transposed != adapter.site.transposed
 
 
 def _fetch_parameters(graph_module: GraphModule, adapter: PlannedAdapter) -> dict[str, Node]:
@@ -138,31 +137,15 @@ def _insert_on_activations(
     use: GraphUse, adapter: PlannedAdapter, parameters: Mapping[str, Node], factor: Node | None
 ) -> None:
     inner = {name: _bring_into(use.regions, node, adapter) for name, node in parameters.items()}
-    output = use.node
-    emitter = NodeEmitter(after=output, site=adapter.site.name)
-    update = _emit_update(emitter, use, adapter, inner)
     if factor is not None:
-        factor = shape_factor(emitter, use, _bring_into(use.regions, factor, adapter), adapter)
-        update = emit_rescaled(emitter, emit_without_bias(emitter, use, adapter), update, factor)
-    if _dtype_of(output) != adapter.dtype:
-        update = emitter.emit(aten.type_as.default, update, output)
-    _substitute(emitter, output, update)
-
-
-def _emit_update(emitter: NodeEmitter, use: GraphUse, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> Node:
+        factor = _bring_into(use.regions, factor, adapter)
     assert use.activation is not None
-    form, scale = adapter.form, adapter.scale
-    if use.kind == "lookup":
-        return form.emit_lookup(emitter, use.node, parameters, scale)
-    x = _cast(emitter, use.activation, adapter.dtype)
-    if use.kind == "stack":
-        return form.emit_stack(emitter, use.node, x, parameters, scale, adapter.site.shape, reverse=use.transposed)
-    if use.kind == "convolution":
-        return form.emit_convolution(emitter, use.node, x, parameters, scale, adapter.site.shape)
-    update = form.emit_activation(emitter, x, parameters, scale, reverse=use.transposed != adapter.site.transposed)
-    if adapter.site.rows is None:
-        return update
-    return emitter.emit(aten.constant_pad_nd.default, update, _padding(adapter.site))
+    product = AdaptedUse(
+        kind=use.kind, call=use.node, x=use.activation, output=use.node, reverse=is_reversed(use, adapter)
+    )
+    emitter = NodeEmitter(after=use.node, site=adapter.site.name)
+    update = emit_update(emitter, product, adapter, inner, factor)
+    _substitute(emitter, use.node, update)
 
 
 def _insert_on_weight(source: Node, adapter: PlannedAdapter, parameters: Mapping[str, Node]) -> None:
@@ -174,7 +157,7 @@ def _insert_on_weight(source: Node, adapter: PlannedAdapter, parameters: Mapping
         factor = adapter.form.emit_factor(emitter, matrix, parameters, adapter.scale)
         update = emit_rescaled(emitter, matrix, update, emitter.emit(aten.unsqueeze.default, factor, 1))
     if adapter.site.rows is not None:
-        update = emitter.emit(aten.constant_pad_nd.default, update, [0, 0, *_padding(adapter.site)])
+        update = emitter.emit(aten.constant_pad_nd.default, update, [0, 0, *find_padding(adapter.site)])
     if adapter.site.transposed:
         update = emitter.emit(aten.t.default, update)
     if len(adapter.site.shape) != 2:
@@ -182,12 +165,6 @@ def _insert_on_weight(source: Node, adapter: PlannedAdapter, parameters: Mapping
     if adapter.site.dtype != adapter.dtype:
         update = emitter.emit(aten.type_as.default, update, source)
     _substitute(emitter, source, update)
-
-
-def _padding(site: AdapterSite) -> list[int]:
-    """How many rows of the weight stand before and behind those of the site."""
-    first, end = site.rows or (0, site.weight_rows)
-    return [first, site.weight_rows - end]
 
 
 def _substitute(emitter: NodeEmitter, node: Node, update: Node) -> None:
@@ -217,15 +194,6 @@ def _bring_into(regions: Sequence[Node], value: Node, adapter: PlannedAdapter) -
         inner.meta["adapter_site"] = adapter.site.name
         value = inner
     return value
-
-
-def _cast(emitter: NodeEmitter, x: Node, dtype: torch.dtype) -> Node:
-    return x if _dtype_of(x) in (dtype, None) else emitter.emit(aten.to.dtype, x, dtype)
-
-
-def _dtype_of(node: Node) -> torch.dtype | None:
-    value = node.meta.get("val")
-    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def _parameter_target(adapter: PlannedAdapter, name: str) -> str:

@@ -2,6 +2,7 @@
 
     slim_dropout      keeps which elements stay as bytes, not as numbers of x's type
     written_gelu      keeps x, not each step of the formula
+    normalize_again   the output of layer normalization from what its own backward keeps
     slim_attention    keeps q, k, v, the probabilities and those bytes; torch's own path for attention with
                       dropout keeps scaled copies of q and k, the probabilities twice and the mask as numbers
 
@@ -15,6 +16,8 @@ import math
 from typing import Any
 
 import torch
+
+from passes.differentiate import differentiate, is_plain_needed
 
 aten = torch.ops.aten
 
@@ -63,6 +66,29 @@ def written_gelu(x: torch.Tensor, c: float, k: float) -> torch.Tensor:
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return (x * 0.5) * (torch.tanh((x + torch.pow(x, 3.0) * k) * c) + 1.0)
     return _WrittenGelu.apply(x, c, k)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def normalize_again(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dims: int,
+) -> torch.Tensor:
+    """((x - mean) ∘ rstd) ∘ weight + bias, with the statistics that layer normalization of x over its last dims gave.
+
+    Where it is to be differentiated, the statistics are computed from x once more: they depend on it.
+    """
+    if torch.is_grad_enabled():
+        own = [-1 - d for d in range(dims)]
+        variance, now = torch.var_mean(x, own, correction=0, keepdim=True)
+        epsilon = (rstd.pow(-2) - variance).detach()
+        normal = (x - now) * torch.rsqrt(variance + epsilon)
+    else:
+        normal = (x - mean).mul_(rstd)
+    scaled = normal if weight is None else normal * weight
+    return (scaled if bias is None else scaled + bias).to(x.dtype)
 
 
 def _is_plain(x: torch.Tensor) -> bool:
@@ -121,11 +147,14 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         q, k, v, bias, probabilities, kept = ctx.saved_tensors
         noise = kept.to(probabilities.dtype)
-        if torch.is_grad_enabled():
-            output = _attend(q, k, v, bias, noise / ctx.keep, ctx.scale)
-            wanted = [t for t in (q, k, v) if t.requires_grad]
-            twice = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
-            return *(next(twice) if t.requires_grad else None for t in (q, k, v)), None, None, None
+        if is_plain_needed((gradient,)):
+            found = differentiate(
+                lambda q, k, v: [_attend(q, k, v, bias, noise / ctx.keep, ctx.scale)],
+                (q, k, v),
+                ctx.needs_input_grad[:3],
+                (gradient,),
+            )
+            return *found, None, None, None
         shapes = [t.shape for t in (q, k, v)]
         q, k, v, probabilities, noise, gradient = (
             t.reshape(-1, *t.shape[2:]) for t in (q, k, v, probabilities, noise, gradient)
@@ -138,8 +167,8 @@ class _Attention(torch.autograd.Function):
             through = aten._softmax_backward_data.default(through, probabilities, -1, probabilities.dtype)
             dq = _product(through, k, ctx.scale / ctx.keep)
             dk = _product(through.mT, q, ctx.scale / ctx.keep)
-        found = (None if d is None else d.view(shape) for d, shape in zip((dq, dk, dv), shapes, strict=True))
-        return *found, None, None, None
+        shaped = (None if d is None else d.view(shape) for d, shape in zip((dq, dk, dv), shapes, strict=True))
+        return *shaped, None, None, None
 
 
 def _attend(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from passes.forms.base import AdapterForm, NodeEmitter
+from passes.forms.base import AdapterForm, Call, Emitter, NodeEmitter, OperatorCall, TensorEmitter, Value
 from passes.forms.dora import DoraForm
 from passes.forms.lora import LoraForm
 from passes.forms.offset import OffsetForm
@@ -46,11 +46,16 @@ def with_offset(form: AdapterForm, start_rank: int) -> AdapterForm:
 __all__ = [
     "FORMS",
     "AdapterForm",
+    "Call",
     "DoraForm",
+    "Emitter",
     "LoraForm",
     "NodeEmitter",
     "OffsetForm",
+    "OperatorCall",
     "SvdForm",
+    "TensorEmitter",
+    "Value",
     "find_form",
     "with_offset",
 ]

@@ -5,12 +5,67 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.fx import Node
 
 aten = torch.ops.aten
+
+#: What a form computes with: an fx node where a graph is rewritten, a tensor where operators run at once.
+Value = Any
+
+
+class Call(Protocol):
+    """A call of an operator on a weight, as an adapter beside it sees it; an fx node is one."""
+
+    @property
+    def target(self) -> Any:
+        """The operator."""
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Its positional arguments."""
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """Its keyword arguments."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorCall:
+    """A call that runs at once.
+
+    Attributes:
+        target: the operator.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def run(self) -> torch.Tensor:
+        """What the operator returns."""
+        result: torch.Tensor = self.target(*self.args, **self.kwargs)
+        return result
+
+
+class Emitter(Protocol):
+    """Computes one operator after another, now or in a graph."""
+
+    def emit(self, target: Any, *args: Any) -> Value:
+        """The value of ``target(*args)``."""
+
+
+class TensorEmitter:
+    """Runs each operator at once."""
+
+    def emit(self, target: Any, *args: Any) -> torch.Tensor:
+        """What ``target(*args)`` returns."""
+        result: torch.Tensor = target(*args)
+        return result
 
 
 @dataclasses.dataclass
@@ -23,11 +78,11 @@ class NodeEmitter:
         emitted: the nodes so far, first to last.
     """
 
-    after: Node
+    after: Value
     site: str
     emitted: list[Node] = dataclasses.field(default_factory=list)
 
-    def emit(self, target: Any, *args: Any) -> Node:
+    def emit(self, target: Any, *args: Any) -> Value:
         """Insert ``target(*args)`` and return its node."""
         graph = self.after.graph
         with graph.inserting_after(self.after):
@@ -76,52 +131,52 @@ class AdapterForm(abc.ABC):
 
     @abc.abstractmethod
     def emit_activation(
-        self, emitter: NodeEmitter, x: Node, parameters: Mapping[str, Node], scale: float, *, reverse: bool
-    ) -> Node:
+        self, emitter: Emitter, x: Value, parameters: Mapping[str, Value], scale: float, *, reverse: bool
+    ) -> Value:
         """Nodes for x ΔWᵀ, or for x ΔW if ``reverse``; x is [..., in] (or [..., out])."""
 
     @abc.abstractmethod
-    def emit_lookup(self, emitter: NodeEmitter, lookup: Node, parameters: Mapping[str, Node], scale: float) -> Node:
+    def emit_lookup(self, emitter: Emitter, lookup: Call, parameters: Mapping[str, Value], scale: float) -> Value:
         """Nodes for the rows of ΔW that ``lookup``, an ``aten.embedding`` of the weight, looks up."""
 
     @abc.abstractmethod
     def emit_convolution(
         self,
-        emitter: NodeEmitter,
-        convolution: Node,
-        x: Node,
-        parameters: Mapping[str, Node],
+        emitter: Emitter,
+        convolution: Call,
+        x: Value,
+        parameters: Mapping[str, Value],
         scale: float,
         kernel: Sequence[int],
-    ) -> Node:
+    ) -> Value:
         """Nodes for ``convolution`` of x with ΔW in place of the weight of shape ``kernel``, without its bias."""
 
     @abc.abstractmethod
     def emit_stack(
         self,
-        emitter: NodeEmitter,
-        product: Node,
-        x: Node,
-        parameters: Mapping[str, Node],
+        emitter: Emitter,
+        product: Call,
+        x: Value,
+        parameters: Mapping[str, Value],
         scale: float,
         stack: Sequence[int],
         *,
         reverse: bool,
-    ) -> Node:
+    ) -> Value:
         """Nodes for ``product`` (``bmm``, ``matmul``) of x with the matrices of ΔW in place of the weight's.
 
         The weight has the shape ``stack``; ``product`` is x Wₑ if ``reverse``, else x Wₑᵀ.
         """
 
     @abc.abstractmethod
-    def emit_weight(self, emitter: NodeEmitter, parameters: Mapping[str, Node], scale: float) -> Node:
+    def emit_weight(self, emitter: Emitter, parameters: Mapping[str, Value], scale: float) -> Value:
         """Nodes for ΔW, [out, in]."""
 
     @abc.abstractmethod
     def delta(self, parameters: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
         """ΔW as a new tensor, [out, in], in the dtype of the parameters; the caller may write into it."""
 
-    def emit_factor(self, emitter: NodeEmitter, weight: Node, parameters: Mapping[str, Node], scale: float) -> Node:
+    def emit_factor(self, emitter: Emitter, weight: Value, parameters: Mapping[str, Value], scale: float) -> Value:
         """Where the form :attr:`rescales`: nodes for c, [out], given W as [out, in] in the parameters' dtype."""
         raise NotImplementedError(f"the form {self.name} does not rescale")
 

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch.fx import Node
 
-from passes.forms.base import AdapterForm, NodeEmitter
+from passes.forms.base import AdapterForm, Call, Emitter, Value
 
 aten = torch.ops.aten
 
@@ -59,42 +58,42 @@ class DoraForm(AdapterForm):
         return self.inner.parameter_shapes(out_features, in_features, rank) | {MAGNITUDE: (out_features,)}
 
     def emit_activation(
-        self, emitter: NodeEmitter, x: Node, parameters: Mapping[str, Node], scale: float, *, reverse: bool
-    ) -> Node:
+        self, emitter: Emitter, x: Value, parameters: Mapping[str, Value], scale: float, *, reverse: bool
+    ) -> Value:
         """The inner form's; whoever inserts it rescales the sum by :meth:`emit_factor`."""
         return self.inner.emit_activation(emitter, x, parameters, scale, reverse=reverse)
 
-    def emit_lookup(self, emitter: NodeEmitter, lookup: Node, parameters: Mapping[str, Node], scale: float) -> Node:
+    def emit_lookup(self, emitter: Emitter, lookup: Call, parameters: Mapping[str, Value], scale: float) -> Value:
         """The inner form's."""
         return self.inner.emit_lookup(emitter, lookup, parameters, scale)
 
     def emit_convolution(
         self,
-        emitter: NodeEmitter,
-        convolution: Node,
-        x: Node,
-        parameters: Mapping[str, Node],
+        emitter: Emitter,
+        convolution: Call,
+        x: Value,
+        parameters: Mapping[str, Value],
         scale: float,
         kernel: Sequence[int],
-    ) -> Node:
+    ) -> Value:
         """The inner form's."""
         return self.inner.emit_convolution(emitter, convolution, x, parameters, scale, kernel)
 
     def emit_stack(
         self,
-        emitter: NodeEmitter,
-        product: Node,
-        x: Node,
-        parameters: Mapping[str, Node],
+        emitter: Emitter,
+        product: Call,
+        x: Value,
+        parameters: Mapping[str, Value],
         scale: float,
         stack: Sequence[int],
         *,
         reverse: bool,
-    ) -> Node:
+    ) -> Value:
         """The inner form's."""
         return self.inner.emit_stack(emitter, product, x, parameters, scale, stack, reverse=reverse)
 
-    def emit_weight(self, emitter: NodeEmitter, parameters: Mapping[str, Node], scale: float) -> Node:
+    def emit_weight(self, emitter: Emitter, parameters: Mapping[str, Value], scale: float) -> Value:
         """The inner form's."""
         return self.inner.emit_weight(emitter, parameters, scale)
 
@@ -102,7 +101,7 @@ class DoraForm(AdapterForm):
         """The inner form's, before the sum is rescaled."""
         return self.inner.delta(parameters, scale)
 
-    def emit_factor(self, emitter: NodeEmitter, weight: Node, parameters: Mapping[str, Node], scale: float) -> Node:
+    def emit_factor(self, emitter: Emitter, weight: Value, parameters: Mapping[str, Value], scale: float) -> Value:
         """M / ‖W + ΔW‖, or m where the norm is 0; nothing of the norm is kept for backward."""
         own = {name: node for name, node in parameters.items() if name != MAGNITUDE}
         constants = {name: emitter.emit(aten.detach.default, node) for name, node in own.items()}

@@ -1,13 +1,12 @@
-"""Pieces of graphs that several forms are made of."""
+"""Steps that several forms are made of."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch.fx import Node
 
-from passes.forms.base import NodeEmitter
+from passes.forms.base import Call, Emitter, Value
 
 aten = torch.ops.aten
 
@@ -15,7 +14,7 @@ aten = torch.ops.aten
 _POINTWISE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
 
-def emit_rows(emitter: NodeEmitter, lookup: Node, left: Node, middle: Node | float, right: Node) -> Node:
+def emit_rows(emitter: Emitter, lookup: Call, left: Value, middle: Value, right: Value) -> Value:
     """(L[x] ∘ m) R for the indices x of ``lookup``; as in the weight itself, no gradient comes from the padding row."""
     x, *options = lookup.args[1:]
     rows = emitter.emit(aten.embedding.default, left, x, *options[:1])
@@ -28,36 +27,36 @@ def emit_rows(emitter: NodeEmitter, lookup: Node, left: Node, middle: Node | flo
 
 
 def emit_two_convolutions(
-    emitter: NodeEmitter,
-    convolution: Node,
-    x: Node,
-    left: Node,
-    middle: Node | float,
-    right: Node,
+    emitter: Emitter,
+    convolution: Call,
+    x: Value,
+    left: Value,
+    middle: Value,
+    right: Value,
     kernel: Sequence[int],
-) -> Node:
+) -> Value:
     """Convolve with the rows of R as r kernels, scale the r channels by m, mix them by L as a 1×1 kernel."""
     target, options = convolution.target, convolution.args[3:6]
     spatial = len(kernel) - 2
     down = emitter.emit(aten.reshape.default, right, [-1, *kernel[1:]])
     up = emitter.emit(aten.reshape.default, left, [kernel[0], -1, *[1] * spatial])
-    if isinstance(middle, Node):
+    if not isinstance(middle, (int, float)):
         middle = emitter.emit(aten.reshape.default, middle, [-1, *[1] * spatial])
     hidden = emitter.emit(target, x, down, None, *options)
     return emitter.emit(_POINTWISE[spatial], emitter.emit(aten.mul.Tensor, hidden, middle), up)
 
 
 def emit_stacked_products(
-    emitter: NodeEmitter,
-    product: Node,
-    x: Node,
-    left: Node,
-    middle: Node | float,
-    right: Node,
+    emitter: Emitter,
+    product: Call,
+    x: Value,
+    left: Value,
+    middle: Value,
+    right: Value,
     stack: Sequence[int],
     *,
     reverse: bool,
-) -> Node:
+) -> Value:
     """((x Rᵀ) ∘ m) Lₑᵀ for each matrix e of a stack; reversed ((x Lₑ) ∘ m) R. All have the same R."""
     rows = emitter.emit(aten.reshape.default, left, [*stack[:2], -1])
     if reverse:

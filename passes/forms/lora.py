@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch.fx import Node
 
-from passes.forms.base import AdapterForm, NodeEmitter
+from passes.forms.base import AdapterForm, Call, Emitter, Value
 from passes.forms.emit import emit_rows, emit_stacked_products, emit_two_convolutions
 
 aten = torch.ops.aten
@@ -29,46 +28,46 @@ class LoraForm(AdapterForm):
         return {"B": (out_features, rank), "A": (rank, in_features)}
 
     def emit_activation(
-        self, emitter: NodeEmitter, x: Node, parameters: Mapping[str, Node], scale: float, *, reverse: bool
-    ) -> Node:
+        self, emitter: Emitter, x: Value, parameters: Mapping[str, Value], scale: float, *, reverse: bool
+    ) -> Value:
         """(s (x Aᵀ)) Bᵀ; reversed (s (x B)) A."""
         down, up = ("B", "A") if reverse else ("A", "B")
         product = aten.matmul.default if reverse else aten.linear.default
         hidden = emitter.emit(aten.mul.Tensor, emitter.emit(product, x, parameters[down]), scale)
         return emitter.emit(product, hidden, parameters[up])
 
-    def emit_lookup(self, emitter: NodeEmitter, lookup: Node, parameters: Mapping[str, Node], scale: float) -> Node:
+    def emit_lookup(self, emitter: Emitter, lookup: Call, parameters: Mapping[str, Value], scale: float) -> Value:
         """(s B[x]) A."""
         return emit_rows(emitter, lookup, parameters["B"], scale, parameters["A"])
 
     def emit_convolution(
         self,
-        emitter: NodeEmitter,
-        convolution: Node,
-        x: Node,
-        parameters: Mapping[str, Node],
+        emitter: Emitter,
+        convolution: Call,
+        x: Value,
+        parameters: Mapping[str, Value],
         scale: float,
         kernel: Sequence[int],
-    ) -> Node:
+    ) -> Value:
         """The rows of A as r kernels, then s, then B as a 1×1 kernel."""
         return emit_two_convolutions(emitter, convolution, x, parameters["B"], scale, parameters["A"], kernel)
 
     def emit_stack(
         self,
-        emitter: NodeEmitter,
-        product: Node,
-        x: Node,
-        parameters: Mapping[str, Node],
+        emitter: Emitter,
+        product: Call,
+        x: Value,
+        parameters: Mapping[str, Value],
         scale: float,
         stack: Sequence[int],
         *,
         reverse: bool,
-    ) -> Node:
+    ) -> Value:
         """(s (x Aᵀ)) Bₑᵀ; reversed (s (x Bₑ)) A."""
         left, right = parameters["B"], parameters["A"]
         return emit_stacked_products(emitter, product, x, left, scale, right, stack, reverse=reverse)
 
-    def emit_weight(self, emitter: NodeEmitter, parameters: Mapping[str, Node], scale: float) -> Node:
+    def emit_weight(self, emitter: Emitter, parameters: Mapping[str, Value], scale: float) -> Value:
         """(s B) A."""
         columns = emitter.emit(aten.mul.Tensor, parameters["B"], scale)
         return emitter.emit(aten.matmul.default, columns, parameters["A"])

@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from torch.fx import Node
 
-from passes.forms.base import AdapterForm, NodeEmitter
+from passes.forms.base import AdapterForm, Call, Emitter, Value
 
 aten = torch.ops.aten
 
@@ -62,14 +61,14 @@ class OffsetForm(AdapterForm):
         return own | {name + START: shape for name, shape in start.items()}
 
     def emit_activation(
-        self, emitter: NodeEmitter, x: Node, parameters: Mapping[str, Node], scale: float, *, reverse: bool
-    ) -> Node:
+        self, emitter: Emitter, x: Value, parameters: Mapping[str, Value], scale: float, *, reverse: bool
+    ) -> Value:
         """The difference of both."""
         now = self.inner.emit_activation(emitter, x, parameters, scale, reverse=reverse)
         start = self.inner.emit_activation(emitter, x, self._at_start(parameters), scale, reverse=reverse)
         return emitter.emit(aten.sub.Tensor, now, start)
 
-    def emit_lookup(self, emitter: NodeEmitter, lookup: Node, parameters: Mapping[str, Node], scale: float) -> Node:
+    def emit_lookup(self, emitter: Emitter, lookup: Call, parameters: Mapping[str, Value], scale: float) -> Value:
         """The difference of both."""
         now = self.inner.emit_lookup(emitter, lookup, parameters, scale)
         start = self.inner.emit_lookup(emitter, lookup, self._at_start(parameters), scale)
@@ -77,13 +76,13 @@ class OffsetForm(AdapterForm):
 
     def emit_convolution(
         self,
-        emitter: NodeEmitter,
-        convolution: Node,
-        x: Node,
-        parameters: Mapping[str, Node],
+        emitter: Emitter,
+        convolution: Call,
+        x: Value,
+        parameters: Mapping[str, Value],
         scale: float,
         kernel: Sequence[int],
-    ) -> Node:
+    ) -> Value:
         """The difference of both."""
         now = self.inner.emit_convolution(emitter, convolution, x, parameters, scale, kernel)
         start = self.inner.emit_convolution(emitter, convolution, x, self._at_start(parameters), scale, kernel)
@@ -91,21 +90,21 @@ class OffsetForm(AdapterForm):
 
     def emit_stack(
         self,
-        emitter: NodeEmitter,
-        product: Node,
-        x: Node,
-        parameters: Mapping[str, Node],
+        emitter: Emitter,
+        product: Call,
+        x: Value,
+        parameters: Mapping[str, Value],
         scale: float,
         stack: Sequence[int],
         *,
         reverse: bool,
-    ) -> Node:
+    ) -> Value:
         """The difference of both."""
         now = self.inner.emit_stack(emitter, product, x, parameters, scale, stack, reverse=reverse)
         start = self.inner.emit_stack(emitter, product, x, self._at_start(parameters), scale, stack, reverse=reverse)
         return emitter.emit(aten.sub.Tensor, now, start)
 
-    def emit_weight(self, emitter: NodeEmitter, parameters: Mapping[str, Node], scale: float) -> Node:
+    def emit_weight(self, emitter: Emitter, parameters: Mapping[str, Value], scale: float) -> Value:
         """The difference of both."""
         now = self.inner.emit_weight(emitter, parameters, scale)
         return emitter.emit(aten.sub.Tensor, now, self.inner.emit_weight(emitter, self._at_start(parameters), scale))

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch.fx import Node
 
-from passes.forms.base import AdapterForm, NodeEmitter
+from passes.forms.base import AdapterForm, Call, Emitter, Value
 from passes.forms.emit import emit_rows, emit_stacked_products, emit_two_convolutions
 
 aten = torch.ops.aten
@@ -29,8 +28,8 @@ class SvdForm(AdapterForm):
         return {"P": (out_features, rank), "lam": (rank,), "Q": (rank, in_features)}
 
     def emit_activation(
-        self, emitter: NodeEmitter, x: Node, parameters: Mapping[str, Node], scale: float, *, reverse: bool
-    ) -> Node:
+        self, emitter: Emitter, x: Value, parameters: Mapping[str, Value], scale: float, *, reverse: bool
+    ) -> Value:
         """((x Qᵀ) ∘ sλ) Pᵀ; reversed ((x P) ∘ sλ) Q."""
         scaled = emitter.emit(aten.mul.Tensor, parameters["lam"], scale)
         if reverse:
@@ -41,41 +40,41 @@ class SvdForm(AdapterForm):
         hidden = emitter.emit(aten.mul.Tensor, hidden, scaled)
         return emitter.emit(aten.linear.default, hidden, parameters["P"])
 
-    def emit_lookup(self, emitter: NodeEmitter, lookup: Node, parameters: Mapping[str, Node], scale: float) -> Node:
+    def emit_lookup(self, emitter: Emitter, lookup: Call, parameters: Mapping[str, Value], scale: float) -> Value:
         """(P[x] ∘ sλ) Q."""
         scaled = emitter.emit(aten.mul.Tensor, parameters["lam"], scale)
         return emit_rows(emitter, lookup, parameters["P"], scaled, parameters["Q"])
 
     def emit_convolution(
         self,
-        emitter: NodeEmitter,
-        convolution: Node,
-        x: Node,
-        parameters: Mapping[str, Node],
+        emitter: Emitter,
+        convolution: Call,
+        x: Value,
+        parameters: Mapping[str, Value],
         scale: float,
         kernel: Sequence[int],
-    ) -> Node:
+    ) -> Value:
         """The rows of Q as r kernels, then sλ, then P as a 1×1 kernel."""
         scaled = emitter.emit(aten.mul.Tensor, parameters["lam"], scale)
         return emit_two_convolutions(emitter, convolution, x, parameters["P"], scaled, parameters["Q"], kernel)
 
     def emit_stack(
         self,
-        emitter: NodeEmitter,
-        product: Node,
-        x: Node,
-        parameters: Mapping[str, Node],
+        emitter: Emitter,
+        product: Call,
+        x: Value,
+        parameters: Mapping[str, Value],
         scale: float,
         stack: Sequence[int],
         *,
         reverse: bool,
-    ) -> Node:
+    ) -> Value:
         """((x Qᵀ) ∘ sλ) Pₑᵀ; reversed ((x Pₑ) ∘ sλ) Q."""
         scaled = emitter.emit(aten.mul.Tensor, parameters["lam"], scale)
         left, right = parameters["P"], parameters["Q"]
         return emit_stacked_products(emitter, product, x, left, scaled, right, stack, reverse=reverse)
 
-    def emit_weight(self, emitter: NodeEmitter, parameters: Mapping[str, Node], scale: float) -> Node:
+    def emit_weight(self, emitter: Emitter, parameters: Mapping[str, Value], scale: float) -> Value:
         """(P ∘ sλ) Q."""
         scaled = emitter.emit(aten.mul.Tensor, parameters["lam"], scale)
         columns = emitter.emit(aten.mul.Tensor, parameters["P"], scaled)
