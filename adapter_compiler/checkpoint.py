@@ -6,21 +6,23 @@ statistics move while adapters train). It is written beside and renamed, so it i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
-from collections.abc import Collection, Mapping
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.compaction import compact_adapters
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.files import written_beside
 from adapter_compiler.named_adapters import find_module_tensors
+from adapter_compiler.plain_data import FileFormat, has_same_bits, read_file, read_sites
 from passes.compact_ranks import compact_plan
 from passes.forms import find_form
 from passes.plan import AdapterPlan
@@ -28,9 +30,11 @@ from passes.plan import AdapterPlan
 #: Name of the file in the folder given to :func:`save_adapters`.
 FILE_NAME = "adapters.safetensors"
 
-#: Where the header's JSON stands in the metadata of every file of ours.
-HEADER_KEY = "adapter_compiler"
-_FORMAT_VERSION = 1
+#: What that file is.
+ADAPTERS = FileFormat(kind=None, version=1, writer="AdaptedModel.save")
+
+#: Shape and dtype of a tensor.
+Kind = tuple[tuple[int, ...], torch.dtype]
 
 
 def save_adapters(adapted: AdaptedModel, directory: str | Path, *, name: str | None = None) -> Path:
@@ -55,9 +59,8 @@ def save_adapters(adapted: AdaptedModel, directory: str | Path, *, name: str | N
             raise CheckpointError(
                 f"{key} is on the meta device, which holds no values; expected a tensor with values; load them first"
             )
-    header = {HEADER_KEY: json.dumps(_describe(adapted, name)), "format": "pt"}
     with written_beside(path) as draft:
-        save_file(tensors, draft, metadata=header)
+        save_file(tensors, draft, metadata=ADAPTERS.make_metadata(_describe(adapted, name)))
     return path
 
 
@@ -69,36 +72,59 @@ def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
     Sites that had fewer triplets when they were saved, because a budget compacted them, get as few here; make
     optimizers and budgets afterwards.
 
+    A tensor of another dtype is cast if this model's dtype holds each of its values exactly, as float32 does those of
+    bfloat16. A cast that rounds, or turns what is out of range into inf, is refused: the adapter would not be the one
+    that was trained, and nothing would tell.
+
     Args:
         adapted: the same model, compiled with the same kind, rank, alpha and sites as the one that was trained. It
             need not be initialised in the same way: where the file's adapters start from is in the file.
         directory: the folder that was given to ``save``.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or belongs to other sites, shapes or scales.
+        CheckpointError: the file is missing or damaged, or belongs to other sites, shapes, scales or dtypes.
     """
+    assert_is_adapted(adapted, "load_adapters")
+    path = Path(directory) / FILE_NAME
+    header, tensors = read_file(path, ADAPTERS)
+    sites = read_sites(path, header)
+    plan = match_starts(adapted.plan, sites)
+    kept = find_kept(path, sites, plan)
+    values = fit_tensors(path, tensors, find_targets(adapted, compact_plan(plan, kept)))
+    before = Snapshot()
+    before.add_model(adapted)
+    with before.put_back_if_it_fails(), explained(path, "the adapters"):
+        adopt_starts(adapted, plan)
+        if kept:
+            compact_adapters(adapted, kept)
+        with torch.no_grad():
+            for name, target in find_saved_tensors(adapted).items():
+                target.copy_(values[name])
+
+
+def assert_is_adapted(adapted: object, function: str) -> None:
+    """Raise :class:`CheckpointError` unless ``function`` was given an adapted model."""
     if not isinstance(adapted, AdaptedModel):
         raise CheckpointError(
-            f"load_adapters(adapted=...) is a {type(adapted).__name__}, expected an AdaptedModel; give what "
+            f"{function}(adapted=...) is a {type(adapted).__name__}, expected an AdaptedModel; give what "
             "compile_with_adapters returned"
         )
-    path = Path(directory) / FILE_NAME
-    header, tensors = read_file(path, "AdaptedModel.save")
-    _assert_header(path, header)
-    plan = match_starts(adapted.plan, header["sites"])
-    kept = find_kept(path, header["sites"], plan)
-    expected = _find_shapes(adapted, compact_plan(plan, kept))
-    if missing := sorted(expected.keys() ^ tensors.keys()):
-        raise CheckpointError(f"{path}: tensor {missing[0]} is on one side only; compile with the same trainable=")
-    for name, shape in expected.items():
-        if shape != tuple(tensors[name].shape):
-            raise CheckpointError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, this model expects {shape}")
-    adopt_starts(adapted, plan)
-    if kept:
-        compact_adapters(adapted, kept)
-    with torch.no_grad():
-        for name, target in find_saved_tensors(adapted).items():
-            target.copy_(tensors[name])
+
+
+@contextlib.contextmanager
+def explained(path: Path, what: str) -> Iterator[None]:
+    """Let whatever goes wrong inside name the file and what of it could not be taken over."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CheckpointError) and str(error).startswith(str(path)):
+            raise
+        kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path}: {what} could not be taken over ({kind}{reason}), expected what fits the objects that are given; "
+            "everything is as it was before; make them as in the run that was saved"
+        ) from error
 
 
 def find_kept(path: Path, saved: Mapping[str, Any], plan: AdapterPlan) -> dict[str, torch.Tensor]:
@@ -129,7 +155,7 @@ def match_starts(plan: AdapterPlan, saved: Mapping[str, Any]) -> AdapterPlan:
         name = saved.get(adapter.site.name, {}).get("form", adapter.form.name)
         try:
             form = find_form(name)
-        except KeyError:
+        except (KeyError, ValueError):  # unknown, which the comparison of the sites then says
             form = adapter.form
         same_kind = form.core.name == adapter.form.core.name
         adapters.append(dataclasses.replace(adapter, form=form) if same_kind else adapter)
@@ -143,11 +169,54 @@ def adopt_starts(adapted: AdaptedModel, plan: AdapterPlan) -> None:
         adapted.rebuild(plan)
 
 
-def _find_shapes(adapted: AdaptedModel, plan: AdapterPlan) -> dict[str, tuple[int, ...]]:
-    """What :func:`find_saved_tensors` will have with the forms of ``plan``."""
-    others = {k: tuple(t.shape) for k, t in find_saved_tensors(adapted).items() if not k.startswith("adapters.")}
-    own = {f"adapters.{a.site.name}.{name}": shape for a in plan for name, shape in a.parameter_shapes.items()}
+def find_targets(adapted: AdaptedModel, plan: AdapterPlan) -> dict[str, Kind]:
+    """What :func:`find_saved_tensors` will have with the forms and ranks of ``plan``."""
+    now = {name: (tuple(t.shape), t.dtype) for name, t in find_saved_tensors(adapted).items()}
+    others = {name: kind for name, kind in now.items() if not name.startswith("adapters.")}
+    own: dict[str, Kind] = {}
+    for adapter in plan:
+        for key, shape in adapter.parameter_shapes.items():
+            name = f"adapters.{adapter.site.name}.{key}"
+            own[name] = shape, now[name][1] if name in now else adapter.dtype
     return own | others
+
+
+def fit_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], targets: Mapping[str, Kind]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a file in the dtypes of the places that they are for.
+
+    Raises:
+        CheckpointError: there are others, or a shape is another, or a dtype that cannot hold the values.
+    """
+    if odd := sorted(targets.keys() ^ tensors.keys()):
+        raise CheckpointError(f"{path}: tensor {odd[0]} is on one side only; compile with the same trainable=")
+    for name, (shape, _) in targets.items():
+        if shape != tuple(tensors[name].shape):
+            raise CheckpointError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, this model expects {shape}")
+    return {name: cast_exactly(path, name, tensors[name], dtype) for name, (_, dtype) in targets.items()}
+
+
+def cast_exactly(path: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of a file in another dtype, in which each value is the same.
+
+    Raises:
+        CheckpointError: a value would be rounded or become inf.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    cast = tensor.to(dtype)
+    # float64 holds the values of all other floats, those of 8 bits as well, which cannot be compared by themselves.
+    back, values = (t.double() if t.is_floating_point() else t for t in (cast.to(tensor.dtype), tensor))
+    changed = ((back != values) & ~(back.isnan() & values.isnan())).reshape(-1)
+    if bool(changed.any()):
+        example = tensor.reshape(-1)[changed][0].item()
+        raise CheckpointError(
+            f"{path}: {name} is {tensor.dtype}, this model has {dtype}, which does not hold {int(changed.sum())} of "
+            f"its {tensor.numel()} values ({example!r} would become {cast.reshape(-1)[changed][0].item()!r}), expected "
+            f"a dtype that does; compile a model of {tensor.dtype}, or with AdapterConfig(dtype={tensor.dtype})"
+        )
+    return cast
 
 
 def find_saved_tensors(adapted: AdaptedModel, name: str | None = None) -> dict[str, torch.Tensor]:
@@ -164,7 +233,7 @@ def find_saved_tensors(adapted: AdaptedModel, name: str | None = None) -> dict[s
 def _describe(adapted: AdaptedModel, name: str | None) -> dict[str, Any]:
     plan = adapted.plan if name is None else adapted.adapter_set.plans[name]
     aliases = {alias: adapter.site.weight for adapter in plan for alias in adapter.site.aliases}
-    return {"version": _FORMAT_VERSION, "sites": describe_sites(adapted, name), "aliases": aliases}
+    return {"sites": describe_sites(adapted, name), "aliases": aliases}
 
 
 def describe_sites(adapted: AdaptedModel, name: str | None = None) -> dict[str, dict[str, Any]]:
@@ -187,45 +256,6 @@ def describe_plan(plan: AdapterPlan) -> dict[str, dict[str, Any]]:
     }
 
 
-def read_file(path: Path, writer: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The JSON of the header ({} if it is no object) and the tensors of a file that ``writer`` wrote.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or not ours.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; expected a folder that {writer} wrote; save there first")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a safetensors file ({error}), expected a whole one; save it again"
-        ) from error
-    if HEADER_KEY not in metadata:
-        raise CheckpointError(
-            f"{path} was not written by adapter-compiler (no {HEADER_KEY!r} in its header); expected a file that "
-            f"{writer} wrote; give its folder"
-        )
-    try:
-        header = json.loads(metadata[HEADER_KEY])
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: its header is not JSON ({error}); save it again") from error
-    return header if isinstance(header, dict) else {}, tensors
-
-
-def _assert_header(path: Path, header: Mapping[str, Any]) -> None:
-    version = header.get("version")
-    if version != _FORMAT_VERSION or "kind" in header:
-        raise CheckpointError(
-            f"{path}: its header has format version {version!r}, expected {_FORMAT_VERSION}; save the adapters again "
-            "with this version of adapter-compiler"
-        )
-    if not isinstance(header.get("sites"), dict):
-        raise CheckpointError(f"{path}: its header names no sites; save the adapters again")
-
-
 def assert_same_sites(
     path: Path, saved: Mapping[str, Any], mine: Mapping[str, Any], *, apart_from: Collection[str] = ()
 ) -> None:
@@ -241,3 +271,125 @@ def assert_same_sites(
                     f"{path}: site {name} was saved with {key}={found}, this model has "
                     f"{key}={value}; compile the same model with the same rank and alpha"
                 )
+
+
+class Snapshot:
+    """What objects hold now, to be put back if something fails: the same tensors in the same places, bit for bit.
+
+    Noted are attributes, the contents of containers, and the memory, values and gradients of tensors. Objects keep
+    their identity both ways, so that whoever else refers to them sees nothing of what was undone.
+    """
+
+    def __init__(self) -> None:
+        self._objects: list[tuple[Any, type, dict[str, Any]]] = []
+        self._containers: dict[int, tuple[Any, list[Any]]] = {}
+        self._tensors: dict[int, _HeldTensor] = {}
+
+    def add_model(self, adapted: AdaptedModel) -> None:
+        """Note what loading changes in a model: which adapters stand where, and the values of all that trains."""
+        for module in adapted.modules():
+            self.add_attributes(module, levels=2)
+        for tensor in find_saved_tensors(adapted).values():
+            self._add_tensor(tensor)
+
+    def add_attributes(self, owner: object, *, levels: int | None = None) -> None:
+        """Note an object's attributes and the containers in them.
+
+        Args:
+            owner: the object.
+            levels: how deep to go, without the values of tensors; by default all the way and with them.
+        """
+        attributes = getattr(owner, "__dict__", None)
+        if not isinstance(attributes, dict):
+            return
+        self._objects.append((owner, type(owner), attributes))
+        for tensor in self._walk(attributes, -1 if levels is None else levels):
+            if levels is None:
+                self._add_tensor(tensor)
+
+    def put_back(self) -> None:
+        """Let everything be as it was when it was noted."""
+        for owner, cls, attributes in self._objects:
+            if type(owner) is not cls:
+                object.__setattr__(owner, "__class__", cls)
+            if owner.__dict__ is not attributes:
+                object.__setattr__(owner, "__dict__", attributes)
+        for container, contents in self._containers.values():
+            _fill(container, contents)
+        for held in self._tensors.values():
+            held.put_back()
+
+    @contextlib.contextmanager
+    def put_back_if_it_fails(self) -> Iterator[None]:
+        """Put everything back if the block raises."""
+        try:
+            yield
+        except BaseException:
+            self.put_back()
+            raise
+
+    def _walk(self, value: Any, levels: int) -> Iterator[torch.Tensor]:
+        """Note containers and give the tensors in them."""
+        if isinstance(value, torch.Tensor):
+            yield value
+        is_container = isinstance(value, (dict, list, set, deque))
+        if not levels or id(value) in self._containers or not (is_container or isinstance(value, tuple)):
+            return
+        contents = list(value.items() if isinstance(value, dict) else value)
+        if is_container:
+            self._containers[id(value)] = value, contents
+        for one in contents:
+            # The pairs of a dict are no level of their own.
+            for part in one if isinstance(value, dict) else (one,):
+                yield from self._walk(part, levels - 1)
+
+    def _add_tensor(self, tensor: torch.Tensor) -> None:
+        if id(tensor) not in self._tensors:
+            gradient = tensor.grad if tensor.is_leaf else None
+            self._tensors[id(tensor)] = _HeldTensor(tensor, gradient)
+            if gradient is not None:
+                self._add_tensor(gradient)
+
+
+class _HeldTensor:
+    """A tensor, the memory that it has, and what stands there."""
+
+    def __init__(self, tensor: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        self._tensor = tensor
+        self._gradient = gradient
+        self._memory = tensor.detach()
+        # Sharded and sparse tensors are copied as they are: their memory is not one piece to be looked at.
+        is_plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
+        self._has_memory = is_plain and not tensor.is_meta
+        self._values = self._memory.to("cpu", copy=True) if self._has_memory else self._memory.clone()
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        tensor, memory = self._tensor, self._memory
+        if not self._has_memory or not has_same_bits(memory, self._values):
+            memory.copy_(self._values)
+        if self._has_memory and _place(tensor) != _place(memory):
+            # Autograd keeps the old shape for a live graph's sake; it forgets it when the dtype changes.
+            tensor.data = torch.empty(0, dtype=torch.float32 if memory.is_complex() else torch.complex64)
+            tensor.data = memory
+        if tensor.is_leaf and tensor.grad is not self._gradient:
+            tensor.grad = self._gradient
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _fill(container: Any, contents: list[Any]) -> None:
+    """Give a container what it held, in that order, if it holds anything else."""
+    is_dict = isinstance(container, dict)
+    if _identify(container.items() if is_dict else container, are_pairs=is_dict) == _identify(
+        contents, are_pairs=is_dict
+    ):
+        return
+    container.clear()
+    (container.update if isinstance(container, (dict, set)) else container.extend)(contents)
+
+
+def _identify(contents: Iterable[Any], *, are_pairs: bool) -> list[Any]:
+    return [(id(one[0]), id(one[1])) if are_pairs else id(one) for one in contents]

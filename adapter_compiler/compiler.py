@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.config import AdapterConfig
-from adapter_compiler.discovery import discover_uses, record_outline
+from adapter_compiler.discovery import discover_uses
+from adapter_compiler.dispatch.options import AttachOptions
 from adapter_compiler.errors import AdapterCompilerError, CaptureError, ConfigError, SiteError
 from adapter_compiler.initialisers import prepare_start, start_adapter
 from adapter_compiler.interop.bitsandbytes_models import adopt_bitsandbytes_linears, has_bitsandbytes_linears
-from adapter_compiler.interop.transformers_caches import register_caches
 from adapter_compiler.ownership import (
     assert_not_lazy,
     clone_parameter,
@@ -25,13 +25,11 @@ from adapter_compiler.ownership import (
     replace_at,
     share_parameter,
 )
-from adapter_compiler.regions import RegionTree
 from adapter_compiler.store import AdapterStore
-from passes.calls import describe_refusal, sort_keywords
+from passes.calls import describe_refusal
 from passes.forms import FORMS
 from passes.module_state import is_without_memory
 from passes.plan import AdapterPlan, PlannedAdapter
-from passes.regions import find_boundaries
 from passes.rules import AdapterRule
 from passes.sites import (
     AdapterSite,
@@ -41,7 +39,6 @@ from passes.sites import (
     find_module_sites,
     find_sites,
 )
-from passes.twins import find_repeated_modules
 from passes.weight_uses import WeightUse, find_parameter_aliases
 
 logger = logging.getLogger(__name__)
@@ -57,10 +54,9 @@ def compile_with_adapters(
 ) -> AdaptedModel:
     """Insert adapters into a model: AdaLoRA's unless ``config.kind`` says otherwise.
 
-    With an example, the model is captured now, in its present training mode, and sites are found by
-    what the graph does with each weight; where it does not capture whole, the largest parts that do
-    become graphs, and the Python between them stays. Without one, sites are the weights of linear layers and
-    their kin, so that ``trainable_parameters()`` is complete at once, and the first call captures.
+    With an example, one call is recorded as a graph now, in the model's present training mode, and sites are found by
+    what the graph does with each weight. Without one, sites are the weights of linear layers and their kin. Calls run
+    the model's own Python, in which every read of an adapted weight gives W + ΔW.
 
     Args:
         model: any module. It keeps its weights, buffers, flags and mode (unless ``config.inplace``);
@@ -71,8 +67,8 @@ def compile_with_adapters(
         plan: the adapters, made before, perhaps on a model without weights; it then decides in place of
             ``config`` which weights have which rank, scale and dtype.
 
-    A model on the meta device is planned without memory for its weights: its repeated blocks are captured
-    once, numbers are not compared, and the result reports sites, ranks and sizes and holds the plan.
+    A model on the meta device is planned without memory for its weights: the result reports sites, ranks and sizes and
+    holds the plan.
 
     Returns:
         A module that is called like ``model``, in which only adapters and ``config.trainable`` train.
@@ -85,10 +81,9 @@ def compile_with_adapters(
     config = AdapterConfig() if config is None else config
     example = _check_arguments(model, example_args, example_kwargs, config, plan)
     assert_not_lazy(model)
-    register_caches()
     untied = _find_untied(model, config.untie)
     aliases = {**find_parameter_aliases(model), **{name: name for name in untied}}
-    flags = {name: model.get_parameter(name).requires_grad for name in aliases}
+    flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     trainable = _find_trainable(aliases, config)
 
     def own_parameter(name: str, parameter: nn.Parameter) -> nn.Parameter:
@@ -103,42 +98,18 @@ def compile_with_adapters(
         adopt_bitsandbytes_linears(own, model)
     for name, parameter in own.named_parameters():
         parameter.requires_grad_(name in trainable and parameter.is_floating_point())
-    regions = RegionTree(own, config.context(), _find_boundaries(own, config))
+    attaching = config.attaching(own)
     if example is None:
         search = find_module_sites(own, config.selection)
     else:
-        example = _on_device_of(own, example)
-        regions, uses = _discover_planned(regions, own, config, *example)
-        search = find_sites(uses, own, config.selection, record_outline(regions, *example))
+        uses = _discover(own, *_on_device_of(own, example), is_recorded=config.capture != "off")
+        search = find_sites(uses, own, config.selection)
     planned = plan_adapters(search, config) if plan is None else match_plan(plan, own)
     planned = prepare_start(planned, config.start)
-    adapted = _assemble(own, search, planned, config, flags, regions)
+    adapted = _assemble(own, search, planned, config, flags, attaching)
     if config.quantise is not None and not is_without_memory(own):
         adapted.quantise_base(config.quantise)
     return adapted
-
-
-def _find_boundaries(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """The regions that the configuration names; without weights, the repeated blocks, which are captured once."""
-    if config.regions or not is_without_memory(model):
-        return find_boundaries(model, config.regions)
-    return find_repeated_modules(model)
-
-
-def _discover_planned(
-    regions: RegionTree, own: nn.Module, config: AdapterConfig, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[RegionTree, dict[str, list[WeightUse]]]:
-    """Uses of weights; without memory, as one graph where the Python around the blocks reads values."""
-    try:
-        return regions, _discover(regions, args, kwargs)
-    except CaptureError as error:
-        if config.regions or not is_without_memory(own):
-            raise
-        logger.warning(
-            "without weights, blocks cannot be captured by themselves, so the model is captured whole: %s", error
-        )
-        whole = RegionTree(own, config.context())
-        return whole, _discover(whole, args, kwargs)
 
 
 def _on_device_of(model: nn.Module, example: tuple[Any, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -149,13 +120,15 @@ def _on_device_of(model: nn.Module, example: tuple[Any, Any]) -> tuple[tuple[Any
     return moved
 
 
-def _discover(regions: RegionTree, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[WeightUse]]:
+def _discover(
+    own: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_recorded: bool
+) -> dict[str, list[WeightUse]]:
     try:
-        return discover_uses(regions, args, kwargs)
+        return discover_uses(own, args, kwargs, is_recorded=is_recorded)
     except AdapterCompilerError:
         raise
     except Exception as error:  # the model's own code raises what it likes
-        raise CaptureError(describe_refusal(regions.module, args, kwargs, error)) from error
+        raise CaptureError(describe_refusal(own, args, kwargs, error)) from error
 
 
 def plan_adapters(search: SiteSearch, config: AdapterConfig) -> AdapterPlan:
@@ -208,7 +181,7 @@ def _assemble(
     plan: AdapterPlan,
     config: AdapterConfig,
     flags: Mapping[str, bool],
-    regions: RegionTree,
+    attaching: AttachOptions,
 ) -> AdaptedModel:
     if not plan.adapters:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(search.rejected.items())[:8])
@@ -218,16 +191,16 @@ def _assemble(
             f"change sites, exclude or trainable in the AdapterConfig; {reasons}"
         )
     store = AdapterStore(plan, {name: p.device for name, p in own.named_parameters()})
+    weights = dict(own.named_parameters())
     for adapter in plan:
-        start_adapter(adapter, store.parameters_of(adapter), own.get_parameter(adapter.site.weight), config.start)
+        start_adapter(adapter, store.parameters_of(adapter), weights[adapter.site.weight], config.start)
     logger.info("%d sites in %s, %d weights without adapter", len(plan), type(own).__name__, len(search.rejected))
-    regions.adopt(plan, store)
     planned = plan.by_weight
     search = dataclasses.replace(
         search, rejected={name: reason for name, reason in search.rejected.items() if name not in planned}
     )
     return AdaptedModel(
-        own, plan=plan, store=store, config=config, search=search, gradient_flags=flags, regions=regions
+        own, plan=plan, store=store, options=config, search=search, gradient_flags=flags, attaching=attaching
     )
 
 
@@ -278,4 +251,4 @@ def _check_arguments(
         raise ConfigError(
             f"example_kwargs is a {type(kwargs).__name__}, expected a dict of arguments, as in {{'x': x}}"
         )
-    return (tuple(args), sort_keywords(kwargs or {})) if args or kwargs else None
+    return (tuple(args), dict(kwargs or {})) if args or kwargs else None

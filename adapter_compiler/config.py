@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapter_compiler.adapted_graphs import AdapterContext
+from adapter_compiler.dispatch.options import AttachOptions
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.initialisers import StartOptions, assert_known_start
 from adapter_compiler.options import accept_aliases, assert_boolean, assert_choice, assert_integer, assert_number
@@ -18,6 +18,10 @@ from adapter_compiler.quantisation import KINDS
 from passes.forms import FORMS
 from passes.rules import AdapterRule
 from passes.sites import ALL_LINEAR, AdapterSite, SiteSelection
+from passes.submodules import find_named_modules, find_repeated_modules
+
+#: Whether an example may be recorded as a graph.
+CAPTURES = ("auto", "off")
 
 #: How ``alpha`` and ``rank`` give the scale.
 SCALINGS = ("alpha/r", "rslora")
@@ -66,9 +70,11 @@ class AdapterConfig:
         recompute: where ``fused``, compute large activations that are cheap to get (GELU, SiLU, layer
             normalisation) again in backward instead of keeping them; the numbers are the same.
         inplace: adapt the given model itself instead of a copy that shares its weights' storage.
-        max_variants: how many captured graphs (by call signature and mode) each region keeps.
-        regions: submodules that are captured by themselves, as classes or globs over names; by default
-            the whole model is one graph where it can be. Equal ones are captured once.
+        capture: ``"auto"`` records an example call as a graph, in which sites, roles and blocks are found;
+            ``"off"`` traces nothing: sites are found by watching the example run, or by their modules. Calls
+            run the model's own Python either way.
+        regions: submodules that ``checkpoint`` works on, as classes or globs over names; by default the blocks that
+            the model repeats, or the whole model where it repeats none.
         checkpoint: compute the activations inside each region again in backward instead of keeping them.
         quantise: keep the frozen weight under each adapter in ``"nf4"`` (about 4 bits a value, double quantisation)
             or ``"int8"``, through bitsandbytes. The given model keeps its own weights: drop it to free
@@ -94,7 +100,7 @@ class AdapterConfig:
     fused: bool = True
     recompute: bool = True
     inplace: bool = False
-    max_variants: int = 16
+    capture: str = "auto"
     regions: tuple[str | type[nn.Module], ...] = ()
     checkpoint: bool = False
     quantise: str | None = None
@@ -104,7 +110,7 @@ class AdapterConfig:
         assert_choice(self, "scaling", SCALINGS)
         assert_known_start(self.init)
         assert_integer(self, "rank", least=1)
-        assert_integer(self, "max_variants", least=1)
+        assert_choice(self, "capture", CAPTURES)
         assert_number(self, "alpha", above=0)
         if self.gamma is not None:
             assert_number(self, "gamma", least=0)
@@ -112,6 +118,7 @@ class AdapterConfig:
         assert_boolean(self, "fused")
         assert_boolean(self, "recompute")
         assert_boolean(self, "inplace")
+        assert_boolean(self, "checkpoint")
         if self.quantise is not None:
             assert_choice(self, "quantise", KINDS)
         if self.dtype is not None and not getattr(self.dtype, "is_floating_point", False):
@@ -150,10 +157,17 @@ class AdapterConfig:
             rules=self.rules,
         )
 
-    def context(self) -> AdapterContext:
-        """The options that every graph of a model needs, before there are adapters."""
-        return AdapterContext(
-            limit=self.max_variants, fused=self.fused, recompute=self.recompute, checkpointed=self.checkpoint
+    def attaching(self, model: nn.Module) -> AttachOptions:
+        """How adapted weights of a model compute.
+
+        Raises:
+            SiteError: an entry of ``regions`` matches no submodule.
+        """
+        named = find_named_modules(model, self.regions)
+        return AttachOptions(
+            fused=self.fused,
+            recompute=self.recompute,
+            checkpointed=tuple(named or find_repeated_modules(model) or [""]) if self.checkpoint else (),
         )
 
     @property

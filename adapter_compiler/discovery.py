@@ -1,7 +1,8 @@
-"""What an example call does with every weight of a model, in its graphs and in the Python between them."""
+"""What an example call does with every weight of a model, found by recording it."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,55 +11,105 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapter_compiler.regions import RegionTree
 from passes.base import CaptureError
-from passes.calls import sort_keywords, split_call
-from passes.module_state import is_without_memory, restored_state
-from passes.recording import record_call
-from passes.weight_uses import WeightUse, find_weight_uses
+from passes.calls import split_call
+from passes.capture import capture_call
+from passes.module_state import is_without_memory, restored_state, without_fast_path
+from passes.packed_weights import is_packed
+from passes.python_uses import WatchWeights
+from passes.recording import find_tensors, record_example
+from passes.weight_uses import WeightUse, find_parameter_aliases, find_weight_uses
 
 logger = logging.getLogger(__name__)
 
 
-def discover_uses(tree: RegionTree, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[WeightUse]]:
-    """Capture what an example needs and return every use of every weight, by its first name.
+def discover_uses(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, is_recorded: bool = True
+) -> dict[str, list[WeightUse]]:
+    """Every use of every weight by one call, by the weight's first name.
 
-    Whatever the run leaves behind (random states, buffers, attributes) is undone.
+    The operators of the call are recorded as a graph. What a recording does not show, because the model hides it from
+    tracing, is taken from watching a plain run. What the runs leave behind (random states, buffers, attributes) is
+    undone.
+
+    Args:
+        module: the model, without adapters.
+        args: positional arguments of the call.
+        kwargs: its keyword arguments.
+        is_recorded: whether the call may be recorded; else it is only watched.
+
+    Raises:
+        Exception: whatever the model's own code raises for these arguments.
     """
-    uses: dict[str, list[WeightUse]] = {}
-    with restored_state(tree.module), torch.enable_grad(), warnings.catch_warnings():
+    weights = {name: p for name, p in module.named_parameters() if p.dim() >= 2}
+    watch = WatchWeights(weights)
+    with torch.enable_grad(), without_fast_path(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user's own call will give them
-        if tree.root.find_graph(args, kwargs) is None:
-            with restored_state(tree.module):
-                tree.call(args, kwargs)
-            uses = tree.watch_python(args, kwargs)
-    for region in tree.regions.values():
-        for variant in region.variants:
-            for name, found in find_weight_uses(variant.captured.graph_module, region.aliases).items():
-                uses.setdefault(name, []).extend(found)
-    return uses
+        try:
+            with restored_state(module), watch:
+                module(*args, **kwargs)
+        except Exception:
+            if not (is_recorded and is_without_memory(module)):
+                raise
+            return _find_exported_uses(module, args, kwargs)
+        recorded = _find_recorded_uses(module, args, kwargs) if is_recorded else {}
+        found = {name: list(uses) for name in weights if (uses := recorded.get(name) or watch.uses.get(name))}
+        doubtful = {name: p for name, p in weights.items() if not any(u.has_gradient for u in found.get(name, ()))}
+        for name in _find_differentiated(module, args, kwargs, doubtful):
+            seen = found.get(name, [WeightUse(op="torch.func")])
+            found[name] = [dataclasses.replace(use, has_gradient=True) for use in seen]
+        return {name: found[name] for name in weights if name in found}
 
 
-def record_outline(
-    tree: RegionTree, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+def _find_recorded_uses(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Mapping[str, Sequence[WeightUse]]:
-    """Where the model runs as several graphs: uses of weights in a recording of the example, by first name.
-
-    It tells what flows from one graph to the next, and nothing else: no call ever runs it. Empty where the
-    model is one graph, where regions are named (they bound what capturing costs), without values to record,
-    and where recording fails.
-    """
-    if len(tree.root.variants) or tree.boundaries or is_without_memory(tree.module):
-        return {}
     holder = nn.Module()
-    holder.forward = tree.module.forward
-    holder.module = tree.module
+    holder.forward = module.__call__
+    holder.module = module
     try:
-        call = split_call(args, sort_keywords(kwargs))
-        with tree.as_written(tree.module), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            recorded = record_call(holder, call, with_values=True)
+        graph_module = record_example(holder, args, kwargs)
     except CaptureError as error:
-        logger.debug("no outline of the whole model: %s", error)
+        logger.info("uses of weights are taken from a run and not from a recording: %s", error)
         return {}
-    return find_weight_uses(recorded, tree.aliases)
+    return find_weight_uses(graph_module, find_parameter_aliases(module))
+
+
+def _find_exported_uses(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, list[WeightUse]]:
+    """Without values, where Python asks for some: torch.export goes on with symbols in their place."""
+    captured = capture_call(module, split_call(args, kwargs))
+    found = find_weight_uses(captured.graph_module, find_parameter_aliases(module))
+    return {name: list(uses) for name, uses in found.items()}
+
+
+def _find_differentiated(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], weights: Mapping[str, nn.Parameter]
+) -> list[str]:
+    """Weights that get a gradient, though no operator was seen that would give one.
+
+    Inside ``torch.vmap`` operators see other tensors than the weights; a reentrant checkpoint runs without gradients
+    and computes again with them.
+    """
+    tried = {name for name, p in weights.items() if not (p.is_meta or is_packed(p))}
+    if not tried:
+        return []
+    floats = {n: p for n, p in module.named_parameters() if p.is_floating_point() and not is_packed(p)}
+    before = {name: (p.requires_grad, p.grad) for name, p in floats.items()}
+    try:
+        for p in floats.values():
+            p.requires_grad_(True)
+            p.grad = None
+        with restored_state(module):
+            results = [t for t in find_tensors(module(*args, **kwargs)) if t.requires_grad and not t.is_complex()]
+            if results:
+                torch.stack([t.float().mean().cpu() for t in results]).sum().backward()
+        return [name for name, p in floats.items() if name in tried and p.grad is not None]
+    except Exception as error:  # the model's own backward raises what it likes
+        logger.info("it cannot be told whether gradients reach %s: %s", ", ".join(tried), error)
+        return []
+    finally:
+        for name, p in floats.items():
+            p.requires_grad_(before[name][0])
+            p.grad = before[name][1]

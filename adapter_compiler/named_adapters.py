@@ -8,6 +8,7 @@ adapters into the graphs that there are; nothing is captured anew.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,9 +98,9 @@ def add_adapter(
     from adapter_compiler.compiler import match_plan, plan_adapters
 
     adapted.adapter_set.assert_free(name)
-    config = adapted.config if config is None else config
+    config = adapted.options if config is None else config
     if plan is None:
-        selection = _with_trainable(config, adapted.config).selection
+        selection = _with_trainable(config, adapted.options).selection
         plan = plan_adapters(search_known_sites(_known_sites(adapted).values(), adapted.module, selection), config)
     else:
         plan = match_plan(plan, adapted.module)
@@ -147,7 +148,13 @@ def remove_adapter(adapted: AdaptedModel, name: str) -> None:
 
 
 def load_adapter(adapted: AdaptedModel, name: str, directory: str | Path) -> None:
-    """Add an adapter from a folder; see :meth:`AdaptedModel.load_adapter`."""
+    """Add an adapter from a folder; see :meth:`AdaptedModel.load_adapter`.
+
+    The adapter keeps the dtype of the file, whatever that of the model is. Tensors that were trained fully get the
+    dtypes of those in whose place they come; a cast that would change a value is refused, see
+    :func:`adapter_compiler.checkpoint.load_adapters`.
+    """
+    from adapter_compiler.checkpoint import Snapshot
     from adapter_compiler.interop.saved_adapters import read_saved_adapters
 
     adapted.adapter_set.assert_free(name)
@@ -156,20 +163,33 @@ def load_adapter(adapted: AdaptedModel, name: str, directory: str | Path) -> Non
     values = {site: saved.parameters_of(site) for site in saved.adapters}
     entries = saved.adapters.items()
     planned = [_fit_saved(saved, adapted, entry.planned, known, values[site]) for site, entry in entries]
-    tensors = {key: saved.tensor(stored) for key, stored in saved.replacements.items()}
-    for key, tensor in tensors.items():
-        if key not in live or live[key].shape != tensor.shape:
-            found = "nothing that trains" if key not in live else f"shape {tuple(live[key].shape)}"
-            raise CheckpointError(
-                f"{saved.path}: {key} of shape {tuple(tensor.shape)} was trained fully, this model has {found} there; "
-                "compile with the same trainable="
-            )
+    replacements = _fit_replacements(saved, live)
     order = {weight: place for place, weight in enumerate(known)}
     ordered = sorted(planned, key=lambda adapter: (order[adapter.site.weight], adapter.site.rows or (0, 0)))
     plan = AdapterPlan(adapters=tuple(ordered))
-    store = put_to_rest(adapted, name, plan, {**live, **{k: t.to(live[k]) for k, t in tensors.items()}})
     by_first_name = {adapter.site.name: own for adapter, own in zip(planned, values.values(), strict=True)}
-    fill_store(store, plan, by_first_name)
+    before = Snapshot()
+    for module in adapted.adapter_set.modules():
+        before.add_attributes(module, levels=2)
+    with before.put_back_if_it_fails():
+        fill_store(put_to_rest(adapted, name, plan, {**live, **replacements}), plan, by_first_name)
+
+
+def _fit_replacements(saved: SavedAdapters, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What was trained fully, in the dtypes and on the devices of the tensors in whose place it comes."""
+    from adapter_compiler.checkpoint import cast_exactly
+
+    found = {}
+    for key, stored in saved.replacements.items():
+        tensor = saved.tensor(stored)
+        if key not in live or live[key].shape != tensor.shape:
+            mine = "nothing that trains" if key not in live else f"shape {tuple(live[key].shape)}"
+            raise CheckpointError(
+                f"{saved.path}: {key} of shape {tuple(tensor.shape)} was trained fully, this model has {mine} there; "
+                "compile with the same trainable="
+            )
+        found[key] = cast_exactly(saved.path, key, tensor, live[key].dtype).to(live[key].device)
+    return found
 
 
 def find_module_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
@@ -243,7 +263,7 @@ def _fit_saved(
             f"{saved.path}: site {wanted} was saved for a weight of shape {planned.site.shape} (stored in×out: "
             f"{planned.site.transposed}), this model has {site.shape} ({site.transposed})"
         )
-    dtype = next(iter(values.values())).dtype
+    dtype = _find_dtype(saved, wanted, values)
     name = site.name + planned.site.name.removeprefix(planned.site.weight)
     site = dataclasses.replace(site, name=name, rows=planned.site.rows)
     fitted = PlannedAdapter(site=site, form=planned.form, rank=planned.rank, scale=planned.scale, dtype=dtype)
@@ -252,3 +272,14 @@ def _fit_saved(
             found = tuple(values[key].shape) if key in values else "nothing"
             raise CheckpointError(f"{saved.path}: site {wanted}: {key} has {found}, expected shape {shape}")
     return fitted
+
+
+def _find_dtype(saved: SavedAdapters, site: str, values: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The dtype that holds what all parameters of a saved adapter are."""
+    found = {tensor.dtype for tensor in values.values()}
+    if not all(dtype.is_floating_point for dtype in found):
+        raise CheckpointError(
+            f"{saved.path}: site {site}: its parameters are {', '.join(map(str, found))}, expected floating-point "
+            "numbers; save the adapter again"
+        )
+    return functools.reduce(torch.promote_types, found)

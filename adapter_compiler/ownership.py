@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,19 +14,25 @@ from adapter_compiler.errors import AdapterCompilerError
 from passes.packed_weights import PackedWeight
 
 
-def copy_module(module: nn.Module, make_parameter: Callable[[str, nn.Parameter], nn.Parameter]) -> nn.Module:
+def copy_module(
+    module: nn.Module,
+    make_parameter: Callable[[str, nn.Parameter], nn.Parameter],
+    shared: Mapping[int, object] | None = None,
+) -> nn.Module:
     """A copy of ``module`` with its class, attributes, hooks and modes, and its own buffers.
 
     Args:
         module: what to copy; it is not changed.
         make_parameter: gives the copy's parameter for each one, by its first qualified name.
+        shared: further objects for the copy, by the id of what they stand for.
 
     Raises:
         AdapterCompilerError: an attribute cannot be copied, or a lazy parameter has no shape yet.
     """
     assert_not_lazy(module)
     memo: dict[int, Any] = {
-        id(parameter): make_parameter(name, parameter) for name, parameter in module.named_parameters()
+        **(shared or {}),
+        **{id(parameter): make_parameter(name, parameter) for name, parameter in module.named_parameters()},
     }
     detach_computed_attributes(module, memo)
     # deepcopy keeps what the memo holds alive only by id, so the originals must outlive the call: they do.

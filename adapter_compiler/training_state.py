@@ -8,8 +8,9 @@ file after, never a part.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,24 +20,43 @@ from safetensors.torch import save_file
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.budget import RankBudget
 from adapter_compiler.checkpoint import (
-    HEADER_KEY,
+    Kind,
+    Snapshot,
     adopt_starts,
+    assert_is_adapted,
     describe_sites,
+    explained,
     find_kept,
     find_saved_tensors,
+    find_targets,
+    fit_tensors,
     match_starts,
-    read_file,
 )
 from adapter_compiler.compaction import compact_adapters
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.files import written_beside
-from adapter_compiler.plain_data import decode, encode
+from adapter_compiler.plain_data import FileFormat, copy_state, decode, encode, is_same_state, read_file, read_sites
 from adapter_compiler.random_state import read_random_state, write_random_state
+from passes.compact_ranks import compact_plan
 
 #: Name of the file in the folder given to :func:`save_training_state`.
 TRAINING_FILE = "training_state.safetensors"
 
-_KIND, _VERSION = "training state", 1
+_FORMAT = FileFormat(kind="training state", version=1, writer="save_training_state")
+
+_STATES = ("gradients", "optimizer", "budget", "others", "random")
+
+#: What torch's optimizers call the tensors that they keep in the shape of a parameter.
+_MOMENTS = {
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_inf",
+    "momentum_buffer",
+    "square_avg",
+    "grad_avg",
+    "acc_delta",
+}
 
 
 class Stateful(Protocol):
@@ -82,14 +102,13 @@ def save_training_state(
         "random": read_random_state(),
     }
     header = {
-        "kind": _KIND,
-        "version": _VERSION,
         "torch": torch.__version__,
         "sites": describe_sites(adapted),
+        "optimizer": _describe_optimizer(adapted, optimizer),
         "state": {name: encode(part, name, tensors) for name, part in state.items()},
     }
     with written_beside(path) as draft:
-        save_file(tensors, draft, metadata={HEADER_KEY: json.dumps(header), "format": "pt"})
+        save_file(tensors, draft, metadata=_FORMAT.make_metadata(header))
     return path
 
 
@@ -103,72 +122,210 @@ def load_training_state(
     """Go on from what :func:`save_training_state` wrote.
 
     The model is compiled, the optimizer and the budget are made as at the start of the run; adapters that had
-    been compacted when the state was saved are compacted here. Nothing changes if the state does not fit.
+    been compacted when the state was saved are compacted here. What the file holds is checked before anything
+    changes; if one of the objects refuses its state all the same, everything is put back as it was: parameters,
+    buffers, gradients, ranks, the optimizer, the budget, the others and the random generators.
+
+    An object of ``others`` is put back by its own ``load_state_dict``, where its attributes alone do not bring
+    ``state_dict`` back; what it changes outside of both is not noticed.
+
+    Args:
+        directory: the folder that was given to ``save_training_state``.
+        adapted: the model, compiled as in the run that was saved.
+        optimizer: its optimizer, made in the same way.
+        budget: its rank budget, if it had one.
+        others: the other objects, by the same names.
 
     Raises:
         CheckpointError: the file is missing or damaged, or belongs to other sites, shapes, options or objects.
     """
+    assert_is_adapted(adapted, "load_training_state")
     path = Path(directory) / TRAINING_FILE
-    header, tensors = read_file(path, "save_training_state")
-    if header.get("kind") != _KIND or header.get("version") != _VERSION:
-        found = f"{header.get('kind')!r} of version {header.get('version')!r}"
-        raise CheckpointError(f"{path} holds {found}, expected {_KIND!r} of version {_VERSION}")
-    state = {name: decode(part, tensors) for name, part in header["state"].items()}
-    plan = match_starts(adapted.plan, header["sites"])
-    kept = find_kept(path, header["sites"], plan)
-    adopt_starts(adapted, plan)
-    values = {n.removeprefix("values."): t for n, t in tensors.items() if n.startswith("values.")}
-    _assert_values_fit(path, values, adapted, kept)
-    _assert_objects_fit(path, state, optimizer, budget, others)
-    if kept and budget is not None:
-        budget.shrink(kept)
-    elif kept:
-        compact_adapters(adapted, kept, optimizer)
-    _put_values(adapted, values, state["gradients"])
-    _put_optimizer(optimizer, state["optimizer"])
-    if budget is not None:
-        budget.load_state_dict(state["budget"])
-    for name, other in others.items():
-        other.load_state_dict(state["others"][name])
-    write_random_state(state["random"])
+    header, tensors = read_file(path, _FORMAT)
+    sites = read_sites(path, header)
+    state = _read_state(path, header, tensors)
+    plan = match_starts(adapted.plan, sites)
+    kept = find_kept(path, sites, plan)
+    targets = find_targets(adapted, compact_plan(plan, kept))
+    values = {name.removeprefix("values."): t for name, t in tensors.items() if name.startswith("values.")}
+    _assert_values_fit(path, values, state["gradients"], targets)
+    mine = _describe_optimizer(adapted, optimizer)
+    # Other libraries give these names to tensors of any shape.
+    shapes = targets if type(optimizer).__module__.startswith("torch.optim") else {}
+    _assert_optimizer_fits(path, header.get("optimizer"), state["optimizer"], mine, shapes)
+    _assert_objects_fit(path, state, budget, others)
+    with _all_or_nothing(path, adapted, optimizer, budget, others):
+        with explained(path, "the adapters"):
+            adopt_starts(adapted, plan)
+            if kept and budget is not None:
+                budget.shrink(kept)
+            elif kept:
+                compact_adapters(adapted, kept, optimizer)
+            _put_values(adapted, values, state["gradients"])
+        with explained(path, f"the state of the optimizer ({type(optimizer).__name__})"):
+            _put_optimizer(optimizer, state["optimizer"])
+        if budget is not None:
+            with explained(path, "the state of the budget"):
+                budget.load_state_dict(state["budget"])
+        for name, other in others.items():
+            with explained(path, f"the state of {name!r} ({type(other).__name__})"):
+                _put_other(other, state["others"][name])
+        with explained(path, "the states of the random generators"):
+            write_random_state(state["random"])
+
+
+def _read_state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The nested states of the file, each of the kind that it must be."""
+    saved = header.get("state")
+    if not isinstance(saved, dict) or saved.keys() != set(_STATES):
+        found = sorted(saved) if isinstance(saved, dict) else saved
+        raise CheckpointError(f"{path} holds the states {found!r}, expected {', '.join(_STATES)}; save the state again")
+    state = {}
+    for name in _STATES:
+        with explained(path, f"what was saved as {name!r}"):
+            state[name] = decode(saved[name], tensors)
+        if not isinstance(state[name], dict) and (name, state[name]) != ("budget", None):
+            raise CheckpointError(f"{path}: {name!r} is a {type(state[name]).__name__}, expected a dict; save it again")
+    return state
 
 
 def _assert_values_fit(
-    path: Path, values: Mapping[str, torch.Tensor], adapted: AdaptedModel, kept: Mapping[str, torch.Tensor]
+    path: Path, values: Mapping[str, torch.Tensor], gradients: Mapping[str, Any], targets: Mapping[str, Kind]
 ) -> None:
-    targets = find_saved_tensors(adapted)
-    if odd := sorted(targets.keys() ^ values.keys()):
-        raise CheckpointError(f"{path}: tensor {odd[0]} is on one side only; compile with the same trainable=")
-    for name, target in targets.items():
-        site = name.removeprefix("adapters.").rpartition(".")[0]
-        same_shape = values[name].shape == target.shape or (name.startswith("adapters.") and site in kept)
-        if not same_shape or values[name].dtype != target.dtype:
+    for name, value in values.items():
+        if name in targets and value.dtype != targets[name][1]:
             raise CheckpointError(
-                f"{path}: {name} is {values[name].dtype} of shape {tuple(values[name].shape)}, this model has "
-                f"{target.dtype} of shape {tuple(target.shape)}"
+                f"{path}: {name} is {value.dtype}, this model has {targets[name][1]}, expected the same, as training "
+                "goes on bit for bit; compile the model in that dtype"
+            )
+    fit_tensors(path, values, targets)
+    for name, gradient in gradients.items():
+        shape = tuple(gradient.shape) if isinstance(gradient, torch.Tensor) else type(gradient).__name__
+        if name not in targets or shape != targets[name][0]:
+            expected = f"shape {targets[name][0]}" if name in targets else "no such parameter"
+            raise CheckpointError(f"{path}: the gradient of {name} has {shape}, expected {expected}; save it again")
+
+
+def _describe_optimizer(adapted: AdaptedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer must agree in: its class, and the names of its parameters by group (``None`` if not ours)."""
+    names = {id(tensor): name for name, tensor in find_saved_tensors(adapted).items()}
+    parameters = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+    return {"class": type(optimizer).__name__, "parameters": parameters}
+
+
+def _assert_optimizer_fits(
+    path: Path, described: Any, state: Mapping[str, Any], mine: Mapping[str, Any], targets: Mapping[str, Kind]
+) -> None:
+    with explained(path, "the state of the optimizer"):
+        groups = [list(group["params"]) for group in state["param_groups"]]
+        moments = [state["state"].get(index, {}) for group in groups for index in group]
+    saved, own = [len(group) for group in groups], [len(group) for group in mine["parameters"]]
+    if saved != own:
+        raise CheckpointError(
+            f"{path}: the optimizer had groups of {saved} parameters, this one has {own}; make it the same way"
+        )
+    # Files of earlier versions do not say it.
+    for key, value in mine.items() if described is not None else ():
+        found = described.get(key) if isinstance(described, dict) else described
+        if found != value:
+            raise CheckpointError(
+                f"{path}: the optimizer had {key} {found}, this one has {value}; make the same one, with the "
+                "parameters in the same order"
+            )
+    names = [name for group in mine["parameters"] for name in group]
+    for name, held in zip(names, moments, strict=True):
+        _assert_moments_fit(path, name, held, targets)
+
+
+def _assert_moments_fit(path: Path, name: str | None, held: Any, targets: Mapping[str, Kind]) -> None:
+    """Raise :class:`CheckpointError` if an optimizer's tensors for a parameter are those of another one."""
+    if not isinstance(held, dict):
+        raise CheckpointError(f"{path}: the optimizer's state of {name} is {held!r}, expected a dict; save it again")
+    for key in sorted(_MOMENTS & held.keys()) if name is not None and name in targets else ():
+        found, (expected, _) = getattr(held[key], "shape", None), targets[str(name)]
+        if found is not None and tuple(found) != expected:
+            raise CheckpointError(
+                f"{path}: the optimizer's {key} of {name} has shape {tuple(found)}, expected that of the parameter, "
+                f"{expected}; save the state again"
             )
 
 
 def _assert_objects_fit(
-    path: Path,
-    state: Mapping[str, Any],
-    optimizer: torch.optim.Optimizer,
-    budget: RankBudget | None,
-    others: Mapping[str, Stateful],
+    path: Path, state: Mapping[str, Any], budget: RankBudget | None, others: Mapping[str, Stateful]
 ) -> None:
     if (state["budget"] is None) != (budget is None):
         found, expected = ("no", "one") if state["budget"] is None else ("a", "none")
         raise CheckpointError(f"{path} was saved with {found} budget, but {expected} was given")
     if budget is not None:
-        budget.assert_same_run(state["budget"])
+        with explained(path, "the state of the budget"):
+            budget.assert_same_run(state["budget"])
     if odd := sorted(state["others"].keys() ^ others.keys()):
         raise CheckpointError(f"{path}: the state of {odd[0]!r} is on one side only; give the same objects as to save")
-    saved = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
-    mine = [len(group["params"]) for group in optimizer.param_groups]
-    if saved != mine:
+    with explained(path, "the states of the random generators"):
+        # On generators of their own: these take what the global ones take.
+        torch.Generator().set_state(state["random"]["torch"])
+        random.Random().setstate(state["random"]["python"])
+
+
+@contextlib.contextmanager
+def _all_or_nothing(
+    path: Path,
+    adapted: AdaptedModel,
+    optimizer: torch.optim.Optimizer,
+    budget: RankBudget | None,
+    others: Mapping[str, Stateful],
+) -> Iterator[None]:
+    """Put everything back that loading a training state changes, if the block raises."""
+    generators = read_random_state()
+    before = Snapshot()
+    for owner in (*_find_optimizers(optimizer, *others.values()), *_find_parts(budget)):
+        before.add_attributes(owner)
+    before.add_model(adapted)
+    states: dict[str, Any] = {}
+    for name, other in others.items():
+        with explained(path, f"the present state of {name!r}"):
+            states[name] = copy_state(other.state_dict())
+        before.add_attributes(other, levels=1)
+    try:
+        yield
+    except BaseException:
+        with contextlib.ExitStack() as stack:  # what cannot be put back keeps nothing else from it
+            stack.callback(write_random_state, generators)
+            for name, other in others.items():
+                stack.callback(_put_back_other, path, name, other, states[name])
+            stack.callback(before.put_back)
+        raise
+
+
+def _find_optimizers(*objects: object) -> list[torch.optim.Optimizer]:
+    """Those of the objects that are optimizers, and the optimizers that these wrap."""
+    found = [one for one in objects if isinstance(one, torch.optim.Optimizer)]
+    inner = [part for one in found for part in vars(one).values() if isinstance(part, torch.optim.Optimizer)]
+    return [*found, *inner]
+
+
+def _find_parts(budget: RankBudget | None) -> list[object]:
+    """A budget and the objects that it consists of."""
+    if budget is None:
+        return []
+    package = RankBudget.__module__.rpartition(".")[0]
+    return [budget, *(part for part in vars(budget).values() if type(part).__module__.startswith(package))]
+
+
+def _put_back_other(path: Path, name: str, other: Stateful, before: Any) -> None:
+    """Let an object have the state that it had, unless its attributes have brought that back already.
+
+    Raises:
+        CheckpointError: it does not take its own state.
+    """
+    try:
+        if not is_same_state(other.state_dict(), before):
+            _put_other(other, before)
+    except Exception as error:
         raise CheckpointError(
-            f"{path}: the optimizer had groups of {saved} parameters, this one has {mine}; make it the same way"
-        )
+            f"{path}: the state could not be taken over, and {name!r} ({type(other).__name__}) does not take back the "
+            f"state that it had ({type(error).__name__}: {error}); everything else is as it was; make {name!r} anew"
+        ) from error
 
 
 @torch.no_grad()
@@ -179,6 +336,13 @@ def _put_values(
         target.copy_(values[name])
         if isinstance(target, torch.nn.Parameter):
             target.grad = gradients[name].to(target.device) if name in gradients else None
+
+
+def _put_other(other: Stateful, state: Any) -> None:
+    if isinstance(other, torch.optim.Optimizer):
+        _put_optimizer(other, state)
+    else:
+        other.load_state_dict(state)
 
 
 def _put_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -1,14 +1,14 @@
-"""Graphs of modules whose Python asks for values of tensors, under the assumption that answers stay as they were.
+"""Graphs of modules whose Python asks for values of tensors, with the answers of an example.
 
 ``if mask.any():`` or ``if labels.max() >= size: raise`` cannot be decided without values. Such a module is traced
-with the values of its example; every answer becomes an assertion in the graph. A call whose values answer
-otherwise stops there, everything that it did is undone, and the module's own Python runs instead.
+with the values of its example; answers that were true become assertions in the graph, others are lost. Such a graph is
+right for values that answer like the example's, and for nothing that is not checked: exports are the only ones that use
+them, as a last resort, with the lines in their report.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import sys
 from collections.abc import Iterator
@@ -20,35 +20,12 @@ from torch import nn
 from torch._subclasses import meta_utils
 from torch.fx import GraphModule, Node
 
-from passes.base import CaptureError, find_graph_modules
-from passes.calls import ModuleCall
-from passes.module_state import canonical_kernels, restored_state
+from passes.base import find_graph_modules
 from passes.quiet import quiet_loggers
 
 logger = logging.getLogger(__name__)
 
 _ASSERT = torch.ops.aten._assert_scalar.default
-#: How ``aten._assert_scalar`` begins what it says.
-_FAILED = "Runtime assertion failed"
-#: What the floating point inputs are multiplied by in trials of an assumption; random numbers are others each time.
-_TRIALS = (0.5, 1.0, 1.0, 1.0)
-
-
-class AssumptionError(Exception):
-    """The values of a call are not as a graph assumes; nothing that it did is left."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class TrackRecord:
-    """How often a graph was called and how often its assumptions did not hold."""
-
-    calls: int = 0
-    departures: int = 0
-
-    @property
-    def is_poor(self) -> bool:
-        """Whether the graph costs more than it saves: it has failed some times, and one time in four."""
-        return self.departures >= 4 and 4 * self.departures >= self.calls
 
 
 @contextlib.contextmanager
@@ -123,59 +100,3 @@ def _name_line(node: Node) -> str:
         return str(node.args[1] if len(node.args) > 1 else node)
     path, number, *_ = lines[places[-1]].removeprefix('File "').replace('", line ', ", ").split(", ")
     return ": ".join([f"{PurePath(path).name}:{number}", *lines[places[-1] + 1 : places[-1] + 2]])
-
-
-@contextlib.contextmanager
-def undone_on_departure(module: nn.Module) -> Iterator[None]:
-    """Put buffers and random states back when an assumption fails inside.
-
-    Raises:
-        AssumptionError: in place of the assertion's own error.
-    """
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    devices = {t.device for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"}
-    on_devices = [(device, torch.cuda.get_rng_state(device)) for device in devices]
-    on_cpu = torch.get_rng_state()
-    try:
-        yield
-    except RuntimeError as error:
-        if _FAILED not in str(error):
-            raise
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
-        torch.set_rng_state(on_cpu)
-        for device, state in on_devices:
-            torch.cuda.set_rng_state(state, device)
-        raise AssumptionError(str(error)) from error
-
-
-def assert_steady(module: nn.Module, call: ModuleCall, graph_module: GraphModule) -> None:
-    """Try what a graph assumes on other values: inputs made smaller, other random numbers.
-
-    Raises:
-        CaptureError: it does not hold there, so that it would not often hold; or the graph writes into its
-            inputs, which could not be undone.
-    """
-    name = type(module).__name__
-    with canonical_kernels(), restored_state(module), torch.no_grad():
-        for scale in _TRIALS:
-            tensors = [t.detach() * scale if t.is_floating_point() else t.detach().clone() for t in call.tensors]
-            torch.rand(())
-            with contextlib.suppress(IndexError):  # the module's own code would not take such values either
-                _try(name, graph_module, tensors)
-            if any(tensor._version for tensor in tensors):
-                raise CaptureError(f"{name} depends on values and writes into its arguments")
-
-
-def _try(name: str, graph_module: GraphModule, tensors: list[torch.Tensor]) -> None:
-    try:
-        graph_module(*tensors)
-    except RuntimeError as error:
-        if _FAILED in str(error):
-            reason = " ".join(str(error).split())[:200]
-            raise CaptureError(
-                f"{name} does not capture as one graph: branches depend on tensor values, and what those of the "
-                f"example decide does not hold for others ({reason})"
-            ) from error
-        logger.debug("a trial of an assumption says nothing: %s", error)

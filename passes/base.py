@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 from torch.fx import GraphModule
@@ -143,18 +143,6 @@ def clone_graph_module(graph_module: GraphModule) -> GraphModule:
         if isinstance(child, GraphModule):
             setattr(clone, name, clone_graph_module(child))
     return clone
-
-
-def bind_graph_module(graph_module: GraphModule, children: Mapping[str, nn.Module]) -> GraphModule:
-    """A graph module over the same graph and code in which other children stand; to be edited, it is cloned.
-
-    Args:
-        graph_module: whose graph looks everything up below its children.
-        children: by name; bodies of regions that are not named are shared.
-    """
-    bound = object.__new__(type(graph_module))
-    bound.__dict__ = {**graph_module.__dict__, "_modules": {**graph_module._modules, **children}}
-    return bound
 
 
 def make_containers(root: nn.Module, path: str) -> nn.Module:

@@ -53,7 +53,7 @@ def find_repeated_blocks(graph: Graph) -> list[tuple[Block, ...]]:
 def find_layer_numbers(uses: Mapping[str, Sequence[WeightUse]]) -> dict[str, int]:
     """The number of the block that each weight is used in, from 0 in each run of equal blocks.
 
-    Graphs of several regions with equal hashes are blocks, too. Weights outside blocks have no number.
+    Weights outside blocks have no number.
     """
     by_graph: dict[GraphModule, dict[Node, str]] = {}
     for name, found in uses.items():
@@ -62,7 +62,7 @@ def find_layer_numbers(uses: Mapping[str, Sequence[WeightUse]]) -> dict[str, int
                 outer = use.regions[0] if use.regions else use.node
                 by_graph.setdefault(use.graph_module, {})[outer] = name
     numbers: dict[str, int] = {}
-    for names in (*_find_blocks_inside(by_graph), *_find_equal_graphs(by_graph)):
+    for names in _find_blocks_inside(by_graph):
         for number, own in enumerate(names):
             for name in own:
                 numbers.setdefault(name, number)
@@ -82,19 +82,6 @@ def _find_blocks_inside(by_graph: Mapping[GraphModule, Mapping[Node, str]]) -> I
     for graph_module, names in by_graph.items():
         for run in runs[graph_module.graph]:
             yield [[names[node] for node in block if node in names] for block in run]
-
-
-def _find_equal_graphs(by_graph: Mapping[GraphModule, Mapping[Node, str]]) -> Iterator[list[list[str]]]:
-    """For each kind of graph that several regions share, the weights of each region."""
-    kinds: dict[str, dict[tuple[str, ...], None]] = {}
-    graphs = {graph_module.graph for graph_module, names in by_graph.items() if len(names) > 1}
-    hashes = {graph: hash_block([node for node in graph.nodes if node.op == "call_function"]) for graph in graphs}
-    for graph_module, names in by_graph.items():
-        if graph_module.graph in hashes:
-            kinds.setdefault(hashes[graph_module.graph], {})[tuple(names.values())] = None
-    for regions in kinds.values():
-        if len(regions) > 1:
-            yield [list(names) for names in regions]
 
 
 class _Sequence:

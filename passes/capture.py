@@ -6,16 +6,15 @@ to the module's own Parameter and buffer objects under ``module.<qualified name>
 copied. Dimensions are left symbolic as far as the model allows: all of them, else the first one
 of each tensor, else none.
 
-Every capture is run once against the module on the same example under the same random state;
-outputs, buffers and gradients must agree. What export cannot express it refuses, and so does this function;
-only what Python asks of values may be assumed to stay as it is in the example, see :mod:`passes.assumptions`.
+Every capture is run against the module on the same example under the same random state, and on other values;
+outputs, buffers and gradients must agree. What export cannot express it refuses, and so does this function; so it
+does where Python read more values than the graph asks for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,20 +27,20 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from passes.assumptions import AssumptionError, assert_steady, find_assumptions, undone_on_departure, values_of_example
+from passes.assumptions import values_of_example
 from passes.base import CaptureError
 from passes.calls import ModuleCall, flatten_result
 from passes.module_state import (
     HOOK_KINDS,
     canonical_kernels,
     is_known_hook,
-    is_without_memory,
     restored_state,
     without_idle_moves,
 )
 from passes.packed_weights import find_packed_weights, hollow_weights, set_parameter
-from passes.quiet import FAKE_TENSOR_LOGGER, quiet_loggers
-from passes.self_check import Observation, assert_same, observe_eager, observe_run
+from passes.quiet import FAKE_TENSOR_LOGGER, PROCESS_LOCK, quiet_loggers
+from passes.read_values import CountReads, assert_reads_kept
+from passes.self_check import Observation, assert_same, change_values, observe_eager, observe_run
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,6 @@ class CapturedGraph:
         bounds: per input tensor, per dimension, what sizes the graph is right for.
         dynamic: ``"all"``, ``"first"`` or ``"none"``: which dimensions were left symbolic.
         largest_error: greatest departure from eager seen in the self-check.
-        assumptions: what the graph asserts of values, in words; a call that departs raises in the graph.
     """
 
     graph_module: GraphModule
@@ -83,7 +81,6 @@ class CapturedGraph:
     guards: Callable[..., Any] | None
     dynamic: str
     largest_error: float
-    assumptions: tuple[str, ...] = ()
 
     def accepts(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the graph is right for tensors of these shapes. Sizes 0 and 1 are never generalised to."""
@@ -112,12 +109,14 @@ class ExportedCall:
         output_spec: how the returned leaves nest.
         bounds: per input tensor, per dimension, what sizes the program is right for.
         dynamic: ``"all"``, ``"first"`` or ``"none"``: which dimensions were left symbolic.
+        reads: how many values of tensors Python read in the trace.
     """
 
     program: ExportedProgram
     output_spec: pytree.TreeSpec
     bounds: tuple[tuple[DimensionBound, ...], ...]
     dynamic: str
+    reads: int = 0
 
 
 #: Which dimensions may be left symbolic: all, the first one of each tensor, or none.
@@ -148,7 +147,7 @@ def export_call(
     )
     if found is None and assume and any(_is_worth_values(failure) for failure in failures):
         failures = []
-        with values_of_example():
+        with PROCESS_LOCK, values_of_example():
             found = _export_first(module, call, [choice for choice in ASSUMED_CHOICES if choice in choices], failures)
         reason += f" (with the values of the example: {failures[0]})" if failures else ""
     if found is not None:
@@ -177,37 +176,53 @@ def _export_first(
             failures.append(_first_lines(error))
             logger.debug("capture with %s dimensions dynamic failed: %s", dynamic, error)
             continue
-        assert wrapper.seen.spec is not None
+        seen = wrapper.seen
+        assert seen.spec is not None
         placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
         inputs = [placeholders[name] for name in program.graph_signature.user_inputs]
         bounds = tuple(_bounds(node.meta["val"], program.range_constraints) for node in inputs)
-        return ExportedCall(program=program, output_spec=wrapper.seen.spec, bounds=bounds, dynamic=dynamic)
+        return ExportedCall(program=program, output_spec=seen.spec, bounds=bounds, dynamic=dynamic, reads=seen.reads)
     return None
 
 
-def capture_call(module: nn.Module, call: ModuleCall, *, assume: bool = True) -> CapturedGraph:
+def capture_call(module: nn.Module, call: ModuleCall) -> CapturedGraph:
     """Capture ``module.forward`` for ``call`` in its present training mode and check the result against eager.
 
-    With ``assume``, a graph may assert that values answer the module's Python as those of ``call`` do.
-    Hooks of ``module`` itself are not part of the graph: whoever calls the graph runs them.
+    Hooks of ``module`` itself are not part of the graph: whoever calls the graph runs them. The graph is right for
+    calls that differ from this one in sizes and values of tensors, while all else that the module's Python looks at
+    (attributes, modes, globals) is as it was.
 
     Raises:
         CaptureError: the module does not capture as one graph, a submodule has hooks whose Python
-            would be lost, or the graph departs from eager.
+            would be lost, values that Python read are lost in the graph, or the graph departs from eager.
     """
     _refuse_inner_hooks(module)
     expected = observe_eager(module, call)
     packed = find_packed_weights(module)
-    # Packed weights, and weights on meta, have no values to trace with.
-    has_values = not packed and not is_without_memory(module)
-    captured = _to_captured_graph(export_call(module, call, assume=assume and has_values))
+    exported = export_call(module, call)
+    captured = _to_captured_graph(exported)
     for name, parameter in packed.items():
         if _is_used(captured.graph_module, MODULE_PREFIX + name):
             set_parameter(captured.graph_module, MODULE_PREFIX + name, parameter)
+    assert_reads_kept(type(module).__name__, captured.graph_module, exported.reads)
     captured = check_against_eager(module, call, captured, expected)
-    if captured.assumptions:
-        assert_steady(module, call, captured.graph_module)
+    _check_on_other_values(module, call, captured)
     return captured
+
+
+def _check_on_other_values(module: nn.Module, call: ModuleCall, captured: CapturedGraph) -> None:
+    """Compare once more, on values that the example does not have, if the module accepts them."""
+    other = dataclasses.replace(call, tensors=tuple(t.requires_grad_(o.requires_grad) for t, o in _change_all(call)))
+    try:
+        expected = observe_eager(module, other)
+    except Exception as error:  # the module's own code may refuse such values in its own way
+        logger.debug("%s does not run on other values: %s", type(module).__name__, error)
+        return
+    check_against_eager(module, other, captured, expected)
+
+
+def _change_all(call: ModuleCall) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(change_values(tensor), tensor) for tensor in call.tensors]
 
 
 def _is_used(graph_module: GraphModule, target: str) -> bool:
@@ -229,11 +244,7 @@ def check_against_eager(
         CaptureError: the departure is beyond the tolerance of the dtype, or a graph cannot keep what the module keeps.
     """
     expected = observe_eager(module, call) if expected is None else expected
-    try:
-        with undone_on_departure(module):
-            found = observe_run(module, call, lambda: list(captured.graph_module(*call.tensors)))
-    except AssumptionError as error:
-        raise CaptureError(f"{type(module).__name__} depends on values: {error}") from error
+    found = observe_run(module, call, lambda: list(captured.graph_module(*call.tensors)))
     return dataclasses.replace(captured, largest_error=assert_same(type(module).__name__, found, expected))
 
 
@@ -249,9 +260,10 @@ def _refuse_inner_hooks(module: nn.Module) -> None:
 
 
 class _SeenOutput:
-    """Carries the nesting of the result out of the trace, where plain attributes are put back."""
+    """Carries the nesting of the result, and what was read, out of the trace, where plain attributes are put back."""
 
     spec: pytree.TreeSpec | None = None
+    reads: int = 0
 
 
 class _FlatCall(nn.Module):
@@ -266,7 +278,10 @@ class _FlatCall(nn.Module):
 
     def forward(self, tensors: list[torch.Tensor]) -> tuple[Any, ...]:
         args, kwargs = self.call.rebuild(tensors)
-        leaves, self.seen.spec = flatten_result(self.module.forward(*args, **kwargs))
+        with CountReads() as reads:
+            result = self.module.forward(*args, **kwargs)
+        leaves, self.seen.spec = flatten_result(result)
+        self.seen.reads = reads.count
         return tuple(leaves)
 
 
@@ -276,15 +291,13 @@ def _export(wrapper: _FlatCall, call: ModuleCall, dynamic: str) -> ExportedProgr
         for t in call.tensors
     ]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(PROCESS_LOCK)
         stack.enter_context(canonical_kernels())
         stack.enter_context(restored_state(wrapper.module))
         stack.enter_context(hollow_weights(wrapper.module))
         stack.enter_context(without_idle_moves())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        # What export prints of a graph that it gives up on says less than the error that it raises.
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         stack.enter_context(quiet_loggers(*_LOGGERS, level=logging.ERROR))
         stack.enter_context(quiet_loggers(FAKE_TENSOR_LOGGER))
         stack.enter_context(torch.enable_grad())
@@ -317,7 +330,6 @@ def _to_captured_graph(call: ExportedCall) -> CapturedGraph:
         guards=None if guards is None else guards.forward,
         dynamic=call.dynamic,
         largest_error=float("nan"),
-        assumptions=find_assumptions(graph_module),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import networkx as nx
 import torch
@@ -49,30 +49,6 @@ def operator_name(node: Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target._schema.name.split("::")[-1])
     return node.op if node.op == "output" else str(getattr(node.target, "__name__", node.target))
-
-
-def find_depths(graph: Graph) -> dict[Node, int]:
-    """For each node the number of operators on the longest way to it from an input or a constant.
-
-    Writes in place make no way back here: a depth is that of the value when the node ran.
-    """
-    depths: dict[Node, int] = {}
-    for node in graph.nodes:  # in topological order
-        behind = max((depths[source] for source in node.all_input_nodes), default=-1)
-        depths[node] = behind + 1 if node.op == "call_function" else max(behind, 0)
-    return depths
-
-
-def find_sibling_groups(readers: Iterable[tuple[str, Node]]) -> list[tuple[str, ...]]:
-    """Names that read the same value, in the order in which the values are first read.
-
-    Args:
-        readers: names of weights with the node of the value that each is multiplied with.
-    """
-    groups: dict[Node, dict[str, None]] = {}
-    for name, value in readers:
-        groups.setdefault(value, {})[name] = None
-    return [tuple(names) for names in groups.values()]
 
 
 def find_nodes_reaching_output(graph: Graph) -> set[Node]:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from passes.quiet import PROCESS_LOCK
+
 #: The dictionaries in which an nn.Module keeps hooks that run at a call.
 HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -38,16 +40,6 @@ def is_without_memory(module: nn.Module) -> bool:
 def runs_more_than_forward(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks of its own, or a ``__call__`` that is not torch's."""
     return any(getattr(module, kind) for kind in HOOK_KINDS) or type(module).__call__ is not nn.Module.__call__
-
-
-def is_collecting(module: nn.Module) -> bool:
-    """Whether the caller collects outputs of submodules through hooks of transformers, which a graph would not run."""
-    library = sys.modules.get(_COLLECTING)
-    collector = getattr(library, "_active_collector", None)
-    if collector is None or not collector.get():
-        return False
-    inner = (child for child in module.modules() if child is not module)
-    return any(_is_collecting_hook(hook) for child in inner for hook in getattr(child, "_forward_hooks", {}).values())
 
 
 @contextlib.contextmanager
@@ -161,7 +153,7 @@ def _watched_items(child: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def is_known_hook(hook: Any) -> bool:
-    """Whether a graph may hold what a hook does: torch's, which only compute, and those :func:`is_collecting` knows."""
+    """Whether a graph may hold what a hook does: torch's only compute, and some of transformers collect outputs."""
     return _is_torch_hook(hook) or _is_collecting_hook(hook)
 
 
@@ -232,22 +224,24 @@ def without_idle_moves() -> Iterator[None]:
         )
         return module if is_there and memory_format is None else original(module, *args, **kwargs)
 
-    setattr(nn.Module, "to", to)  # noqa: B010  a method cannot be assigned to
-    try:
-        yield
-    finally:
-        setattr(nn.Module, "to", original)  # noqa: B010
+    with PROCESS_LOCK:
+        setattr(nn.Module, "to", to)  # noqa: B010  a method cannot be assigned to
+        try:
+            yield
+        finally:
+            setattr(nn.Module, "to", original)  # noqa: B010
 
 
 @contextlib.contextmanager
 def without_fast_path() -> Iterator[None]:
     """Switch off the fused inference path of ``nn.TransformerEncoder``, which reads weights past their modules."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    with PROCESS_LOCK:
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _autocast_devices() -> list[str]:

@@ -191,6 +191,11 @@ def find_packed_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in named if isinstance(parameter, PackedWeight)}
 
 
+def is_packed(tensor: torch.Tensor) -> bool:
+    """Whether the values of a tensor are packed."""
+    return isinstance(tensor, PackedWeight)
+
+
 def read_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """The parameter that is registered under a qualified name, whatever an attribute of that name gives."""
     path, _, leaf = name.rpartition(".")

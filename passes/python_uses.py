@@ -1,13 +1,12 @@
-"""How the Python between captured graphs uses weights, seen by watching it run.
+"""How a model's Python uses weights, seen by watching it run.
 
-Where a module does not capture, its own code still runs. A torch function mode sees every operation
-of that code; a weight is followed through transposes, casts and slices to what computes with it.
+For what no recording shows. A torch function mode sees every operation of the code; a weight is followed through
+transposes, casts and slices to what computes with it.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ _LINEAR = {
 
 
 class WatchWeights(TorchFunctionMode):
-    """Collects the uses of weights by the code that runs while it is entered and not paused.
+    """Collects the uses of weights by the code that runs while it is entered.
 
     Attributes:
         uses: what was seen, by the weight's first qualified name.
@@ -38,26 +37,15 @@ class WatchWeights(TorchFunctionMode):
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self.uses: dict[str, list[WeightUse]] = {}
-        self._paused = True
         # Tensors are kept alive with their names, so that no other one can take their identity.
         self._known: dict[int, tuple[torch.Tensor, str]] = {id(w): (w, name) for name, w in weights.items()}
-
-    @contextlib.contextmanager
-    def watching(self, *, paused: bool) -> Iterator[None]:
-        """Inside, operations are noted, or not if ``paused``: a graph's uses are read off the graph."""
-        before, self._paused = self._paused, paused
-        try:
-            yield
-        finally:
-            self._paused = before
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operation and note which weights it was given."""
         result = func(*args, **(kwargs or {}))
-        if not self._paused:
-            self._note(str(getattr(func, "__name__", func)), (args, kwargs or {}), result)
+        self._note(str(getattr(func, "__name__", func)), (args, kwargs or {}), result)
         return result
 
     def _note(self, op: str, arguments: Any, result: Any) -> None:

@@ -6,12 +6,14 @@ model itself catches. Recording the operators of a call asks for none of this.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from passes.base import CaptureError, make_containers
 from passes.calls import ModuleCall
@@ -24,24 +26,64 @@ _WITHOUT_VALUES: dict[str, Any] = {"tracing_mode": "symbolic"}
 _WITH_VALUES: dict[str, Any] = {"tracing_mode": "real", "pre_dispatch": True, "_error_on_data_dependent_ops": False}
 
 
-def record_call(module: nn.Module, call: ModuleCall, *, with_values: bool = False) -> GraphModule:
+def record_call(module: nn.Module, call: ModuleCall) -> GraphModule:
     """The graph of a call: takes its tensors one by one, returns what the module returns.
 
-    Weights stand at their names in ``module``. With values, the graph tells what this one call did, and is not to
-    be run on others.
+    Weights stand at their names in ``module``.
 
     Raises:
-        CaptureError: the call cannot be recorded; without values, perhaps because it depends on some.
+        CaptureError: the call cannot be recorded; perhaps because it depends on values.
     """
 
     def run(*tensors: torch.Tensor) -> object:
         args, kwargs = call.rebuild(tensors)
         return module(*args, **kwargs)
 
-    options = _WITH_VALUES if with_values else _WITHOUT_VALUES
+    return _record(module, run, call.tensors, _WITHOUT_VALUES)
+
+
+def record_example(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GraphModule:
+    """The operators that one call runs, as a graph that returns every tensor in the result.
+
+    It tells what this one call did, branches and all, and is not to be run on other values. Arguments may be of any
+    kind; tensors that pytrees do not find in them are constants.
+
+    Raises:
+        CaptureError: the call cannot be recorded.
+    """
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+
+    def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        given = list(leaves)
+        for position, tensor in zip(positions, tensors, strict=True):
+            given[position] = tensor
+        own_args, own_kwargs = pytree.tree_unflatten(given, spec)
+        return list(find_tensors(module(*own_args, **own_kwargs)))
+
+    return _record(module, run, [leaves[i] for i in positions], _WITH_VALUES)
+
+
+def find_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a result, also inside objects that pytrees take for leaves."""
+    yield from _walk(value, set())
+
+
+def _walk(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif id(leaf) not in seen and not isinstance(leaf, nn.Module) and hasattr(leaf, "__dict__"):
+            seen.add(id(leaf))
+            yield from _walk(list(vars(leaf).values()), seen)
+
+
+def _record(
+    module: nn.Module, run: Callable[..., object], tensors: Sequence[torch.Tensor], options: Mapping[str, Any]
+) -> GraphModule:
     try:
         with restored_state(module), quiet_loggers(FAKE_TENSOR_LOGGER):
-            graph_module = make_fx(run, _allow_non_fake_inputs=True, **options)(*call.tensors)
+            graph_module = make_fx(run, _allow_non_fake_inputs=True, **options)(*tensors)
     except Exception as error:  # the model's own code raises what it likes
         reason = " ".join(str(error).split())[:400]
         raise CaptureError(f"{module._get_name()} cannot be traced: {type(error).__name__}: {reason}") from error

@@ -55,29 +55,18 @@ _PRODUCTS = {
     "multi_head_attention_forward",
 }  # fmt: skip
 _CHOICES = {"topk", "argmax"}
-_UNSPECIFIC = {"linear", "other"}
 _ADDED = {"add", "add_", "cat"}
 #: Views, casts and resizings that may stand between a weight, or patches, and what makes something new of them.
 _LONGEST = 16
 
 
-def find_roles(
-    uses: Mapping[str, Sequence[WeightUse]], outline: Mapping[str, Sequence[WeightUse]] | None = None
-) -> dict[str, str]:
+def find_roles(uses: Mapping[str, Sequence[WeightUse]]) -> dict[str, str]:
     """The role of each weight by name, one of :data:`ROLES`.
 
     Args:
         uses: every use of each weight, as :func:`passes.weight_uses.find_weight_uses` gives them for one or
-            more graphs, and as seen in the Python between graphs.
-        outline: the same in a recording of the whole model, which knows what flows from one graph to the next;
-            what it can say more of a weight than that it is used counts first.
+            more graphs, and as seen in a run.
     """
-    found = _find_roles(uses)
-    wider = _find_roles(outline) if outline else {}
-    return {name: role if wider.get(name, "linear") in _UNSPECIFIC else wider[name] for name, role in found.items()}
-
-
-def _find_roles(uses: Mapping[str, Sequence[WeightUse]]) -> dict[str, str]:
     views: dict[tuple[GraphModule, Graph], _View] = {}
     for name, found in uses.items():
         for use in found:

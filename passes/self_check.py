@@ -75,7 +75,7 @@ def _leaves_no_trace(module: nn.Module, call: ModuleCall) -> bool:
 
     A second call must leave all as it is, and a call with other values must return the same before and after.
     """
-    other = dataclasses.replace(call, tensors=tuple(map(_change_values, call.tensors)))
+    other = dataclasses.replace(call, tensors=tuple(map(change_values, call.tensors)))
     again = StateChanges()
     with canonical_kernels(), restored_state(module), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -99,7 +99,7 @@ def _run_seeded(module: nn.Module, call: ModuleCall) -> list[Any]:
     return [_detached(leaf) for leaf in flatten_result(module.forward(*args, **kwargs))[0]]
 
 
-def _change_values(tensor: torch.Tensor) -> torch.Tensor:
+def change_values(tensor: torch.Tensor) -> torch.Tensor:
     """Values that are surely accepted, and others: half of each, or the least one everywhere."""
     tensor = tensor.detach()
     if tensor.is_floating_point() or tensor.is_complex():

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 #: The selection that takes every weight whose every use is a matrix product.
 ALL_LINEAR = "all-linear"
 
+_REGISTRIES = {"_parameters", "_buffers", "_modules"}
+
 _CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
@@ -190,22 +192,19 @@ def find_sites(
     uses: Mapping[str, Sequence[WeightUse]],
     module: nn.Module,
     selection: SiteSelection,
-    outline: Mapping[str, Sequence[WeightUse]] | None = None,
 ) -> SiteSearch:
     """Sites by what was seen of each weight.
 
     Args:
-        uses: every use of each weight in every captured graph and in the Python between them, by
-            the weight's first qualified name.
+        uses: every use of each weight, by its first qualified name.
         module: the module whose parameters name the sites.
         selection: which weights are wanted.
-        outline: uses in a recording of the whole model where it is several graphs; for roles and layer numbers.
 
     Raises:
         SiteError: a glob of the selection matches no weight.
     """
-    roles = find_roles(uses, outline)
-    numbers = find_layer_numbers(outline or {}) or find_layer_numbers(uses)
+    roles = find_roles(uses)
+    numbers = find_layer_numbers(uses)
 
     def judge(name: str, weight: nn.Parameter) -> AdapterSite | str:
         verdict = _judge_uses(name, weight, uses.get(name, []))
@@ -261,6 +260,7 @@ def _search(
         if first in weights:
             named[first].append(alias)
     selection.assert_globs_match([name for names in named.values() for name in names])
+    kept = _find_kept_parameters(module)
     rejected: dict[str, str] = {}
     candidates: dict[AdapterSite, str | None] = {}
     rules: dict[str, AdapterRule] = {}
@@ -273,6 +273,14 @@ def _search(
             continue
         site = dataclasses.replace(verdict, aliases=tuple(other for other in names if other != name))
         owner = module.get_submodule(name.rpartition(".")[0])
+        if weight_keeper := kept.get(id(weight)):
+            rejected[name] = (
+                reason or f"{weight_keeper} holds it as well, and would give it without what an adapter adds"
+            )
+            continue
+        if isinstance(owner, torch.jit.ScriptModule):
+            rejected[name] = reason or "it belongs to a TorchScript module, whose code in C++ reads the weight itself"
+            continue
         rule = None if reason else next((rule for rule in selection.rules if rule.matches(site, owner)), None)
         candidates[site] = reason or selection.find_reason_against_site(site, rule)
         if rule is not None:
@@ -293,12 +301,27 @@ def _search(
     )
 
 
+def _find_kept_parameters(module: nn.Module) -> dict[int, str]:
+    """Parameters that stand in plain attributes, lists, tuples or dicts of a module too, by id, and where that is."""
+    found: dict[int, str] = {}
+    for name, child in module.named_modules():
+        for key, value in vars(child).items():
+            if key in _REGISTRIES or key.startswith("_flat_weight"):
+                continue
+            values = value.values() if isinstance(value, dict) else value
+            held = values if isinstance(value, (list, tuple, dict, set)) else (value,)
+            found |= {id(one): f"{name}.{key}" if name else key for one in held if isinstance(one, nn.Parameter)}
+    return found
+
+
 def _judge_uses(name: str, weight: nn.Parameter, uses: Sequence[WeightUse]) -> AdapterSite | str:
     """The site for a weight with these uses, or the reason why it is none."""
     if not weight.is_floating_point():
         return f"dtype {weight.dtype} is not a floating-point one"
     if not uses:
-        return "the captured call does not use it"
+        return "the example does not use it; compile with one that does, or without an example, to adapt it"
+    if any(use.is_copied for use in uses):
+        return "its values are written into another tensor in place, which would miss what an adapter adds"
     if not any(use.reaches_output for use in uses):
         return "no output depends on it"
     if not any(use.reaches_output and use.has_gradient for use in uses):

@@ -16,8 +16,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from passes.capture import MODULE_PREFIX
-from passes.dataflow import find_nodes_reaching_output, operator_name
-from passes.packed_weights import PackedWeight
+from passes.dataflow import find_nodes_reaching_output, is_in_place, operator_name
 
 aten = torch.ops.aten
 
@@ -72,6 +71,7 @@ class WeightUse:
         is_linear: whether the operator is a matrix product with the weight or a part of it.
         has_gradient: whether gradients flow here; false inside ``no_grad``.
         reaches_output: whether an output depends on it.
+        is_copied: whether values of the weight are written into another tensor in place.
     """
 
     op: str
@@ -79,6 +79,7 @@ class WeightUse:
     is_linear: bool = False
     has_gradient: bool = True
     reaches_output: bool = True
+    is_copied: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,37 +135,11 @@ def find_first_names(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str
     return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 
-def find_foreign_weight(graph_module: GraphModule, module: nn.Module, model: nn.Module) -> str | None:
-    """The name of a weight of ``model`` that the graph of a part of it reads, though the part does not hold it."""
-    constants = [value for value in _find_constants(graph_module) if value.numel()]
-    if not constants:
-        return None
-    own = {id(parameter) for parameter in module.parameters()}
-    others = {
-        parameter.untyped_storage().data_ptr(): name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and id(parameter) not in own and _has_storage(parameter)
-    }
-    found = (others.get(constant.untyped_storage().data_ptr()) for constant in constants if _has_storage(constant))
-    return next((name for name in found if name is not None), None)
-
-
-def _find_constants(graph_module: GraphModule) -> Iterator[torch.Tensor]:
-    """The tensors that a captured graph reads and that are neither parameters nor buffers of its module."""
-    for node in graph_module.graph.find_nodes(op="get_attr"):
-        value = _lookup(graph_module, str(node.target))
-        if isinstance(value, torch.Tensor) and not str(node.target).startswith(MODULE_PREFIX):
-            yield value
-
-
-def _has_storage(tensor: torch.Tensor) -> bool:
-    return not tensor.is_meta and not isinstance(tensor, PackedWeight)
-
-
 def find_weight_uses(graph_module: GraphModule, aliases: Mapping[str, str]) -> dict[str, list[GraphUse]]:
     """Uses of every parameter of two or more dimensions, by its first qualified name, in graph order."""
     uses: dict[str, list[GraphUse]] = {}
     reaching: dict[Graph, set[Node]] = {}
+    without_grad = _find_without_grad(graph_module.graph)
     for node in graph_module.graph.find_nodes(op="get_attr"):
         name = aliases.get(str(node.target).removeprefix(MODULE_PREFIX))
         if name is None or "adapter_site" in node.meta:
@@ -172,8 +147,20 @@ def find_weight_uses(graph_module: GraphModule, aliases: Mapping[str, str]) -> d
         parameter = graph_module.get_parameter(str(node.target))
         if parameter.dim() >= 2:
             found = _walk(graph_module, _Path(graph_module, node, node), reaching)
-            uses.setdefault(name, []).extend(found)
+            cut = (dataclasses.replace(u, has_gradient=False) if u.node in without_grad else u for u in found)
+            uses.setdefault(name, []).extend(cut)
     return uses
+
+
+def _find_without_grad(graph: Graph) -> set[Node]:
+    """The nodes that ran while gradients were switched off, in a graph that notes the switching."""
+    is_on, found = True, set()
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            is_on = bool(node.args[0])
+        elif not is_on:
+            found.add(node)
+    return found
 
 
 def _walk(owner: GraphModule, path: _Path, reaching: dict[Graph, set[Node]]) -> Iterator[GraphUse]:
@@ -290,6 +277,7 @@ def _describe(user: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> Grap
         is_linear=op in _PRODUCTS and not (op in _WITH_SUMMAND and user.args[0] is path.value),
         has_gradient=path.has_gradient,
         reaches_output=all(_reaches_output(node, reaching) for node in chain),
+        is_copied=is_in_place(user) and user.args[0] is not path.value,
     )
 
 

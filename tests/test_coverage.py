@@ -92,7 +92,7 @@ def check(name: str) -> Outcome:
     (entry,) = entries(names=[name])
     outcome = check_entry(entry)
     assert {check: getattr(outcome, check) for check in CHECKS} == dict.fromkeys(CHECKS, "")
-    missed = [reason for reason in outcome.unreachable if "the captured call does not use it" not in reason]
+    missed = [reason for reason in outcome.unreachable if "the example does not use it" not in reason]
     assert missed == []
     return outcome
 

@@ -69,18 +69,16 @@ class GradientWatch:
                 _PATIENCE,
                 step,
                 empty[0],
-                self._explain(empty[0]),
+                self._explain(),
             )
 
-    def _explain(self, site: str) -> str:
-        variants = list(self._adapted.variants)
-        if not variants:
+    def _explain(self) -> str:
+        if not self._adapted.was_called:
             return "the adapted model was not called; compute the loss with it and not with the model it was made from"
-        if not any(site in variant.sites for variant in variants):
-            return "no captured graph uses the weight; exclude it from the sites"
         return (
             "the loss does not depend on it, or its gradient was cut off: look for detach() or no_grad between the "
-            "model's output and the loss, and for zero_grad() between backward() and step()"
+            "model's output and the loss, and for zero_grad() between backward() and step(); exclude a weight that no "
+            "call uses from the sites"
         )
 
 

@@ -81,7 +81,7 @@ class RankBudget:
         self._optimizer = optimizer
         assert_fits(adapted, optimizer, schedule)
         self._bank = TripletBank(adapted.adapters)
-        self._gamma = adapted.config.gamma
+        self._gamma = adapted.options.gamma
         self._costs = self._find_costs()
         self._initial = sum(size * cost for size, cost in zip(self._bank.sizes, self._costs, strict=True))
         self._target = schedule.target_triplets(len(self._bank.sites), self._initial)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import passes.forms
-from adapter_compiler.checkpoint import FILE_NAME
+from adapter_compiler.checkpoint import ADAPTERS, FILE_NAME
 from adapter_compiler.errors import CheckpointError
+from adapter_compiler.plain_data import read_aliases, read_sites
+from passes.base import SiteError
 from passes.fold_adapters import merge_weight
 from passes.forms import AdapterForm
 from passes.plan import AdapterPlan, PlannedAdapter
@@ -171,7 +172,7 @@ def find_form(name: str) -> AdapterForm:
     """
     try:
         return passes.forms.find_form(name)
-    except KeyError:
+    except (KeyError, ValueError):
         known = ", ".join(passes.forms.FORMS)
         raise CheckpointError(f"adapters of the form {name!r} are unknown; known: {known}") from None
 
@@ -180,13 +181,10 @@ def _read_own(path: Path) -> SavedAdapters:
     with open_safetensors(path) as file:
         metadata = file.metadata() or {}
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    try:
-        header = json.loads(metadata["adapter_compiler"])
-        sites = header["sites"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} was not written by adapter-compiler, or its header is damaged") from error
+    header = ADAPTERS.read_header(path, metadata)
+    sites = read_sites(path, header)
     aliases: dict[str, list[str]] = {}
-    for alias, first in header.get("aliases", {}).items():
+    for alias, first in read_aliases(path, header).items():
         aliases.setdefault(first, []).append(alias)
     adapters = {name: _read_site(path, name, entry, shapes, aliases) for name, entry in sites.items()}
     prefix = "module."
@@ -217,11 +215,13 @@ def _read_site(
         op="convolution" if len(shape) > 2 and left[0] == shape[0] else "linear",
     )
     site = dataclasses.replace(site, aliases=tuple(aliases.get(site.weight, ())))
-    planned = PlannedAdapter(
-        site=site,
-        form=find_form(entry["form"]),
-        rank=int(entry["rank"]),
-        scale=float(entry["scale"]),
-        dtype=torch.float32,
-    )
-    return SavedAdapter(planned=planned, tensors={key: value for key, value in tensors.items() if "." not in key})
+    form, rank, scale = find_form(entry["form"]), entry["rank"], float(entry["scale"])
+    try:
+        planned = PlannedAdapter(site=site, form=form, rank=rank, scale=scale, dtype=torch.float32)
+    except SiteError as error:
+        raise CheckpointError(f"{path}: {error}; save the adapters again") from error
+    tensors = {key: value for key, value in tensors.items() if "." not in key}
+    found, expected = {key: shapes[value] for key, value in tensors.items()}, planned.parameter_shapes
+    if found != expected:
+        raise CheckpointError(f"{path}: site {name} has {found}, expected {expected}; save the adapters again")
+    return SavedAdapter(planned=planned, tensors=tensors)

@@ -22,7 +22,7 @@ def capture_forward(module: nn.Module, call: ModuleCall) -> GraphModule:
     Raises:
         CaptureError: the module does not capture as one graph, or the graph departs from ``forward``.
     """
-    graph_module = capture_call(module, call, assume=False).graph_module
+    graph_module = capture_call(module, call).graph_module
     output = graph_module.graph.output_node()
     leaves = output.args[0]
     assert isinstance(leaves, (tuple, list))

@@ -10,6 +10,7 @@ from torch import nn
 
 from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import ConfigError
+from adapter_compiler.interop.transformers_caches import register_caches
 from adapter_compiler.onnx.inputs import bind_to_names, name_leaves
 from adapter_compiler.ownership import copy_module, share_parameter
 from passes.calls import ModuleCall
@@ -69,6 +70,7 @@ def prepare_call(
             "example_args and example_kwargs are empty, expected the arguments of one call of the model; "
             "give example_args or example_kwargs"
         )
+    register_caches()
     prepared = prepare_merged(model) if merged else prepare_base(model)
     return NamedOutputs(prepared), bind_to_names(prepared, _to_cpu(args), _to_cpu(dict(kwargs or {})))
 

@@ -54,7 +54,7 @@ def describe_file(
 def hash_configuration(adapted: AdaptedModel) -> str:
     """SHA-256 over the options, and each site's name, shape, form and scale; the same for the same set-up."""
     sites = [[a.site.name, list(a.site.shape), a.form.name, a.scale] for a in adapted.plan]
-    text = json.dumps([repr(adapted.config), sites], sort_keys=True)
+    text = json.dumps([repr(adapted.options), sites], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

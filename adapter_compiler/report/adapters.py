@@ -16,39 +16,22 @@ from passes.packed_weights import count_bytes
 if TYPE_CHECKING:
     from adapter_compiler.adapted import AdaptedModel
     from adapter_compiler.quantisation import QuantisationReport
-    from adapter_compiler.variants import Variant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiteRow:
-    """One adapted weight.
-
-    ``live`` counts the triplets whose λ is not zero; ``region`` is the part of the model whose graph holds the
-    weight: empty for the whole, ``None`` where only Python uses it or nothing was captured yet.
-    """
+    """One adapted weight; ``live`` counts the triplets whose λ is not zero."""
 
     name: str
     role: str
     depth: int | None
-    region: str | None
     shape: tuple[int, ...]
     op: str
     form: str
     rank: int
     live: int
     parameters: int
-    in_graphs: int
     rounding_error: float | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RegionRow:
-    """One part of the model: its graphs, as text, and why some calls run as Python around smaller parts."""
-
-    name: str
-    module: str
-    graphs: tuple[str, ...]
-    refused: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +41,7 @@ class AdapterReport:
     Attributes:
         sites: one row an adapted weight.
         rejected: why each other weight of two or more dimensions carries no adapter.
-        unused: sites with an adapter that no captured graph uses (empty before the first call).
-        regions: the parts of the model that run as graphs or as Python, the whole model first.
+        unused: weights with an adapter that the first call did not use (empty before it).
         trainable_parameters: number of trained values.
         total_parameters: number of the model's own values.
         model_bytes: memory of the model's parameters and buffers.
@@ -70,7 +52,6 @@ class AdapterReport:
     sites: tuple[SiteRow, ...]
     rejected: Mapping[str, str]
     unused: tuple[str, ...]
-    regions: tuple[RegionRow, ...]
     trainable_parameters: int
     total_parameters: int
     model_bytes: int
@@ -99,24 +80,19 @@ class AdapterReport:
 
     def __rich_console__(self, console: Console, options: Any) -> Any:
         table = Table(title=f"{len(self.sites)} adapted weights", title_justify="left")
-        for heading in ("weight", "role", "block", "region", "shape", "used by", "form"):
+        for heading in ("weight", "role", "block", "shape", "used by", "form"):
             table.add_column(heading)
-        for heading in ("rank", "live λ", "parameters", "graphs", "rounding error"):
+        for heading in ("rank", "live λ", "parameters", "rounding error"):
             table.add_column(heading, justify="right")
         for row in self.sites:
             error = "" if row.rounding_error is None else f"{row.rounding_error:.1e}"
-            cells = (row.rank, row.live, f"{row.parameters:,}", row.in_graphs, error)
+            cells = (row.rank, row.live, f"{row.parameters:,}", error)
             shape = "×".join(map(str, row.shape))
             block = "" if row.depth is None else str(row.depth)
-            where = "" if row.region is None else row.region or "whole"
-            table.add_row(row.name, row.role, block, where, shape, row.op, row.form, *map(str, cells))
+            table.add_row(row.name, row.role, block, shape, row.op, row.form, *map(str, cells))
         yield table
         yield from (f"no adapter: {name}: {reason}" for name, reason in self.rejected.items())
-        yield from (f"no graph uses: {name}" for name in self.unused)
-        for region in self.regions:
-            place = f"{region.name or 'the model'} ({region.module})"
-            yield from (f"graph: {place}: {graph}" for graph in region.graphs)
-            yield from (f"python: {place}: {reason}" for reason in region.refused)
+        yield from (f"not used by the first call: {name}" for name in self.unused)
         if (packed := self.quantisation) is not None:
             worst = max(error.relative for error in packed.errors.values())
             yield (
@@ -146,19 +122,9 @@ def _count_live(rank: int, parameters: Mapping[str, torch.Tensor]) -> int:
     return 0 if lam.is_meta else int(torch.count_nonzero(lam.detach()))
 
 
-def _describe_graph(variant: Variant) -> str:
-    assumed = variant.captured.assumptions
-    more = f" and {len(assumed) - 2} more" if len(assumed) > 2 else ""
-    ending = f", if values decide as in the example at {'; '.join(assumed[:2])}{more}" if assumed else ""
-    return f"{'train' if variant.training else 'eval'}({', '.join(variant.inputs)}){ending}"
-
-
 def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
     """The report of an adapted model as it stands."""
     errors = adapted.fold_report.rounding_error if adapted.fold_report else {}
-    regions, variants = adapted.regions, adapted.variants
-    in_python = {name for region in regions if region.refused for name in region.aliases.values()}
-    holders = {site: region.path for region in regions for variant in region.variants for site in variant.sites}
     rows = []
     for adapter in adapted.plan:
         parameters = adapted.adapters.parameters_of(adapter)
@@ -167,32 +133,19 @@ def describe_adapters(adapted: AdaptedModel) -> AdapterReport:
                 name=adapter.site.name,
                 role=adapter.site.role,
                 depth=adapter.site.depth,
-                region=holders.get(adapter.site.name),
                 shape=adapter.site.shape,
                 op=adapter.site.op,
                 form=adapter.form.name,
                 rank=adapter.rank,
                 live=_count_live(adapter.rank, parameters),
                 parameters=sum(p.numel() for p in parameters.values()),
-                in_graphs=sum(adapter.site.name in variant.sites for variant in variants),
                 rounding_error=errors.get(adapter.site.name),
             )
         )
     return AdapterReport(
         sites=tuple(rows),
         rejected=dict(adapted.rejected),
-        unused=tuple(
-            row.name for row in rows if regions and row.rank and not row.in_graphs and row.name not in in_python
-        ),
-        regions=tuple(
-            RegionRow(
-                name=region.path,
-                module=type(region.module).__name__,
-                graphs=tuple(map(_describe_graph, region.variants)),
-                refused=tuple(region.refused.values()),
-            )
-            for region in regions
-        ),
+        unused=adapted.unused,
         trainable_parameters=sum(p.numel() for p in adapted.trainable_parameters()),
         total_parameters=sum(p.numel() for p in adapted.module.parameters()),
         model_bytes=_count_bytes((*adapted.module.parameters(), *adapted.module.buffers())),

@@ -219,26 +219,24 @@ def test_state_dict_loads_through_torch_save(block: Block, tmp_path: Path) -> No
     assert torch.equal(adapted(TOKENS), expected)
 
 
-def test_the_whole_object_pickles_without_its_graphs(block: Block) -> None:
+def test_the_whole_object_pickles(block: Block) -> None:
     adapted = adapt(block.eval(), TOKENS)
     expected = adapted(TOKENS)
     file = io.BytesIO()
     torch.save(adapted, file)
     file.seek(0)
     other = torch.load(file, weights_only=False)
-    assert len(other.variants) == 0
     assert torch.equal(other(TOKENS), expected)
     randomise(other)
     assert not torch.equal(other(TOKENS), expected)
 
 
-def test_another_dtype_captures_anew() -> None:
+def test_another_dtype() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 6)
     adapted = adapt(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)), x)
     narrow = adapted(x)
     adapted.to(torch.float64)
-    assert len(adapted.variants) == 0
     wide = adapted(x.double())
     assert wide.dtype == torch.float64
     torch.testing.assert_close(wide.float(), narrow, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from adapter_compiler.files import written_beside
+
 SETUP = """
 import os, resource, signal, sys
 from pathlib import Path
@@ -92,10 +94,25 @@ def test_a_full_disk_leaves_nothing_and_says_what_to_do(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
-@pytest.mark.parametrize("name", ["export", "save", "onnx_adapter", "fold"])
-def test_a_killed_process_leaves_the_old_files(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("export", "model.onnx"),
+        ("save", "adapters.safetensors"),
+        ("onnx_adapter", "a.onnx_adapter"),
+        ("fold", "out.safetensors"),
+    ],
+)
+def test_a_killed_process_leaves_the_old_files_and_a_draft_that_the_next_write_removes(
+    name: str, file: str, tmp_path: Path
+) -> None:
     done = run(KILL, tmp_path, name)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    visible = [file for file in (tmp_path / "new").iterdir() if not file.name.startswith(".")]
+    left = list((tmp_path / "new").iterdir())
+    visible = [path for path in left if not path.name.startswith(".")]
     assert len(visible) == 4
-    assert {file.read_text() for file in visible} == {"old"}
+    assert len(left) == 5
+    assert {path.read_text() for path in visible} == {"old"}
+    with written_beside(tmp_path / "new" / file) as draft:
+        draft.write_text("new")
+    assert sorted((tmp_path / "new").iterdir()) == sorted(visible)

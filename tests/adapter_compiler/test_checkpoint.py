@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import adapter_compiler as ac
 from adapter_compiler.checkpoint import FILE_NAME
 from adapter_compiler.errors import CheckpointError
+from adapter_compiler.interop.convert import convert_adapters
+from adapter_compiler.interop.fold_files import fold_files
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 
@@ -231,3 +233,196 @@ def test_fewer_triplets_than_the_header_says_change_nothing(net: Net, tmp_path: 
     with pytest.raises(CheckpointError, match=r"has shape \(6, 1\), this model expects \(6, 2\)"):
         ac.load_adapters(other, tmp_path)
     torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
+
+
+def fold(adapted: ac.AdaptedModel, folder: Path) -> None:
+    save_file(
+        {key: value.contiguous() for key, value in adapted.copy_base().state_dict().items()},
+        folder / "base.safetensors",
+    )
+    fold_files(folder / "base.safetensors", folder, folder / "out.safetensors")
+
+
+#: Everything that reads a folder of saved adapters.
+READERS: dict[str, Callable[[ac.AdaptedModel, Path], object]] = {
+    "load_adapters": ac.load_adapters,
+    "load_adapter": lambda adapted, folder: adapted.load_adapter("other", folder),
+    "fold_files": fold,
+    "convert": lambda _, folder: convert_adapters(folder, folder / "out", to="peft-lora"),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "its header has format version 2, expected 1; give a file that AdaptedModel.save of this ver"),
+        ({"version": True}, "its header has format version True, expected 1"),
+        ({"version": "1"}, "its header has format version '1', expected 1"),
+        ({"version": None}, "its header has format version None, expected 1"),
+        ({"kind": "training state"}, "holds 'training state' of version 1, expected 'saved adapters' of version 1"),
+        ({"sites": 3}, "its header names no sites"),
+        ({"sites": {"raw": {"form": "svd"}}}, "site raw was saved with rank=None, expected a number of triplets"),
+    ],
+)
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_refuses_another_format(
+    trained: ac.AdaptedModel, tmp_path: Path, reader: str, changes: dict[str, Any], message: str
+) -> None:
+    path = trained.save(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["adapter_compiler"])
+    rewrite_header(json.dumps(header | changes))(path)
+    before, names = copy.deepcopy(trained.state_dict()), trained.adapter_names
+    with pytest.raises(CheckpointError, match=message) as caught:
+        READERS[reader](trained, tmp_path)
+    assert str(caught.value).startswith(str(path))
+    torch.testing.assert_close(trained.state_dict(), before, rtol=0, atol=0)
+    assert trained.adapter_names == names
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 9}, "rank 9 does not fit a weight of 6 × 6"),
+        ({"rank": 1}, r"site raw has \{.*\}, expected \{'P': \(6, 1\)"),
+        ({"form": "lora"}, r"site raw has \{.*'lam'.*\}, expected \{'B': \(6, 2\)"),
+        ({"form": "lora-offset" + "9" * 5000}, "adapters of the form 'lora-offset999.* are unknown"),
+    ],
+)
+def test_a_site_that_its_tensors_contradict_is_refused(
+    trained: ac.AdaptedModel, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = trained.save(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["adapter_compiler"])
+    header["sites"]["raw"] |= changes
+    rewrite_header(json.dumps(header))(path)
+    with pytest.raises(CheckpointError, match=message):
+        trained.load_adapter("other", tmp_path)
+    with pytest.raises(CheckpointError):
+        ac.load_adapters(trained, tmp_path)
+    assert trained.adapter_names == ("default",)
+
+
+def change_tensor(path: Path, name: str, value: Tensor) -> None:
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        metadata = file.metadata()
+    save_file(tensors | {name: value}, path, metadata=metadata)
+
+
+HEAD, P = "module.head.bias", "adapters.raw.P"
+LARGE = torch.full((2,), 1e300, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            HEAD,
+            LARGE,
+            r"head\.bias is torch\.float64, this model has torch\.float32, .* 2 of its 2 values \(1e\+300 would b",
+        ),
+        (
+            HEAD,
+            torch.tensor([0.5, 0.1], dtype=torch.float64),
+            r"does not hold 1 of its 2 values \(0\.1 would become 0\.10",
+        ),
+        (HEAD, torch.tensor([2**24 + 1, 1]), r"is torch\.int64, .* 1 of its 2 values \(16777217 would become 16777216"),
+        (
+            P,
+            torch.full((6, 2), 0.1).double() + 1e-12,
+            r"raw\.P is torch\.float64, .* AdapterConfig\(dtype=torch\.float64\)",
+        ),
+        ("module.norm.num_batches_tracked", torch.tensor(0.5), r"1 of its 1 values \(0\.5 would become 0\)"),
+        ("module.norm.num_batches_tracked", torch.tensor(float("nan")), r"1 of its 1 values \(nan would become"),
+    ],
+    ids=["inf", "rounded", "integers", "adapters", "a fraction", "nan"],
+)
+@pytest.mark.parametrize("reader", ["load_adapters", "load_adapter"])
+def test_a_cast_that_changes_a_value_is_refused(
+    trained: ac.AdaptedModel, tmp_path: Path, reader: str, name: str, value: Tensor, message: str
+) -> None:
+    path = trained.save(tmp_path)
+    change_tensor(path, name, value)
+    before, names = copy.deepcopy(trained.state_dict()), trained.adapter_names
+    if name == P and reader == "load_adapter":
+        trained.load_adapter("wide", tmp_path)  # which has the dtype of the file
+        assert {p.dtype for p in trained.store_of("wide").get_submodule("raw").parameters()} == {torch.float64}
+        assert torch.equal(trained.store_of("wide").get_parameter("raw.P"), value)
+        return
+    with pytest.raises(CheckpointError, match=message) as caught:
+        READERS[reader](trained, tmp_path)
+    assert str(caught.value).startswith(str(path))
+    torch.testing.assert_close(trained.state_dict(), before, rtol=0, atol=0)
+    assert trained.adapter_names == names
+
+
+@pytest.mark.parametrize("reader", ["load_adapters", "load_adapter"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_a_cast_that_changes_no_value_is_made(
+    trained: ac.AdaptedModel, tmp_path: Path, reader: str, dtype: torch.dtype
+) -> None:
+    path = trained.save(tmp_path)
+    change_tensor(path, HEAD, torch.tensor([-0.0, 0.375]).to(dtype))
+    READERS[reader](trained, tmp_path)
+    if reader == "load_adapter":
+        trained.use("other")
+    bias = trained.base_weight("head.bias")
+    assert bias.dtype == torch.float32
+    assert bias.tolist() == [0, 0.375]
+    assert bool(torch.signbit(bias.detach())[0])
+
+
+@pytest.mark.parametrize("kept", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_stays_so(trained: ac.AdaptedModel, tmp_path: Path, kept: float) -> None:
+    change_tensor(trained.save(tmp_path), HEAD, torch.tensor([kept, 1.0], dtype=torch.float64))
+    ac.load_adapters(trained, tmp_path)
+    torch.testing.assert_close(trained.base_weight("head.bias").tolist(), [kept, 1.0], equal_nan=True)
+
+
+def test_a_model_of_fewer_bits_does_not_take_the_adapters_of_one_of_more(net: Net, tmp_path: Path) -> None:
+    wide = compile_net(copy.deepcopy(net))
+    train(wide)
+    wide.save(tmp_path)
+    narrow = compile_net(net).to(torch.bfloat16)
+    before = copy.deepcopy(narrow.state_dict())
+    with pytest.raises(
+        CheckpointError, match=r"is torch\.float32, this model has torch\.bfloat16, which does not hold"
+    ):
+        ac.load_adapters(narrow, tmp_path)
+    torch.testing.assert_close(narrow.state_dict(), before, rtol=0, atol=0)
+    narrow.save(tmp_path)
+    ac.load_adapters(wide, tmp_path)
+    for key, value in narrow.adapters.state_dict().items():
+        assert torch.equal(wide.adapters.state_dict()[key], value.float())
+
+
+def test_adapters_of_integers_are_refused(trained: ac.AdaptedModel, tmp_path: Path) -> None:
+    change_tensor(trained.save(tmp_path), P, torch.ones(6, 2, dtype=torch.int32))
+    with pytest.raises(
+        CheckpointError, match=r"site raw: its parameters are .*torch\.int32.*, expected floating-point"
+    ):
+        trained.load_adapter("other", tmp_path)
+    assert trained.adapter_names == ("default",)
+
+
+def test_an_adapter_that_is_refused_late_is_not_there(
+    trained: ac.AdaptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained.save(tmp_path)
+    before = list(trained.state_dict())
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("adapter_compiler.named_adapters.fill_store", fail)
+        with pytest.raises(RuntimeError, match="no room"):
+            trained.load_adapter("other", tmp_path)
+    assert trained.adapter_names == ("default",)
+    assert list(trained.state_dict()) == before
+    trained.load_adapter("other", tmp_path)
+    trained.use("other")

@@ -86,7 +86,7 @@ def test_a_packed_projection_has_an_adapter_for_each_part(transposed: bool, spli
     assert [a.site.out_features for a in found] == list(sizes)
     assert {a.rank for a in found} == {3}
     assert len({a.site.name for a in adapted.plan}) == len(sizes) + 1
-    nodes = adapted.variants[0].adapted.graph_module.graph.nodes
+    nodes = adapted.capture(x).graph.nodes
     assert sum(node.target is torch.ops.aten.constant_pad_nd.default for node in nodes) == len(sizes)
     assert_is_effective(adapted, x)
 
@@ -107,9 +107,7 @@ def test_stacked_experts_run_on_activations_and_split_by_matrix() -> None:
         ("up", "expert.up"),
         ("down", "expert.down"),
     ]
-    names = [
-        str(node.target) for node in adapted.variants[0].adapted.graph_module.graph.nodes if "adapter_site" in node.meta
-    ]
+    names = [str(node.target) for node in adapted.capture(x).graph.nodes if "adapter_site" in node.meta]
     assert sum("bmm" in name for name in names) == 1
     assert_is_effective(adapted, x)
     rule = ac.AdapterRule(role="expert.*", split="matrices")

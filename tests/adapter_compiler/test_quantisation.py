@@ -111,7 +111,7 @@ def test_full_precision_leaves_memory(net: Net, kind: str, example: bool) -> Non
     assert f"{len(report.errors)} weights in {kind} (relative error up to" in str(adapted.report())
     assert adapted.report().to_dict()["quantisation"]["bytes_before"] == report.bytes_before
     for name, error in report.errors.items():
-        difference = adapted.module.get_parameter(name).clone() - original[name]
+        difference = adapted.base_weight(name).clone() - original[name]
         assert error.largest == pytest.approx(float(difference.abs().max()))
         assert error.relative == pytest.approx(float(difference.norm() / original[name].norm()))
         assert 0 < error.relative < {"nf4": 0.12, "int8": 0.01}[kind]
@@ -167,7 +167,7 @@ def test_backward_keeps_no_unpacked_weight(net: Net, options: dict[str, Any], au
     shapes |= {shape[::-1] for shape in shapes}
     of_weights = [t for t in kept if tuple(t.shape) in shapes]
     assert {type(t) for t in of_weights} == {PackedWeight}
-    assert len(of_weights) == 8
+    assert len({id(t.packed) for t in of_weights if isinstance(t, PackedWeight)}) == 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -243,7 +243,7 @@ def test_several_adapters_share_the_packed_weights(net: Net) -> None:
     torch.testing.assert_close(adapted(X), base, rtol=0, atol=0)
 
 
-def test_python_between_graphs_sees_unpacked_values() -> None:
+def test_python_sees_unpacked_values() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -252,13 +252,12 @@ def test_python_between_graphs_sees_unpacked_values() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.a(x) @ self.raw
-            z: Tensor = self.b(y if float(y.sum()) > 0 else -y)
+            z: Tensor = self.b(y if float(y.detach().sum()) > 0 else -y)
             return z
 
     torch.manual_seed(0)
     adapted = compile_net(Branching())
     randomise(adapted)
-    assert any(region.refused for region in adapted.regions)
     torch.testing.assert_close(adapted(X), adapted.fold()(X), rtol=1e-4, atol=1e-5)
     adapted(X).square().mean().backward()
     assert all(p.grad is not None for p in adapted.adapters.parameters())

@@ -23,6 +23,7 @@ from torch import nn
 import adapter_compiler as ac
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.training_state import TRAINING_FILE
+from tests.adapter_compiler.same_bits import assert_same_bits
 
 
 class RowFactored(torch.optim.Optimizer):
@@ -159,23 +160,6 @@ class Run:
             "random": torch.get_rng_state(),
             "others": {name: other.state_dict() for name, other in self.others.items()},
         }
-
-
-def assert_same_bits(found: Any, expected: Any, where: str = "") -> None:
-    if isinstance(expected, torch.Tensor):
-        assert found.dtype == expected.dtype, where
-        assert found.shape == expected.shape, where
-        assert found.numpy().tobytes() == expected.numpy().tobytes(), where
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key, value in expected.items():
-            assert_same_bits(found[key], value, f"{where}.{key}")
-    elif isinstance(expected, (list, tuple)):
-        assert type(found) is type(expected) and len(found) == len(expected), where
-        for i, value in enumerate(expected):
-            assert_same_bits(found[i], value, f"{where}.{i}")
-    else:
-        assert found == expected, where
 
 
 def check_stops(recipe: Recipe, stops: list[int], folder: Path) -> None:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapter_compiler.config import AdapterConfig
-from adapter_compiler.discovery import discover_uses, record_outline
-from adapter_compiler.regions import RegionTree
+from adapter_compiler.discovery import discover_uses
+from passes.base import CaptureError
 from passes.calls import split_call
 from passes.capture import capture_call
 from passes.roles import ROLES, find_roles
@@ -218,15 +217,10 @@ def test_roles_are_those_that_names_give(name: str) -> None:
     assert score.wrong == {}
 
 
-def test_roles_are_told_across_regions() -> None:
-    """A hook inside keeps the model from being one graph; each weight that is left alone would be just linear."""
+def test_hooks_inside_do_not_hide_what_weights_are_for() -> None:
     model = Attends("sdpa").eval()
     model.get_submodule("c").register_forward_hook(lambda *_: None)
-    regions = RegionTree(model, AdapterConfig().context())
-    uses = discover_uses(regions, (torch.randn(2, 5, 8),), {})
-    outline = record_outline(regions, (torch.randn(2, 5, 8),), {})
-    assert find_roles(uses)["c.weight"] == "linear"
-    found = find_roles(uses, outline)
+    found = find_roles(discover_uses(model, (torch.randn(2, 5, 8),), {}))
     assert [found[f"{name}.weight"] for name in "abcde"] == [
         "attention.value",
         "attention.key",
@@ -236,13 +230,6 @@ def test_roles_are_told_across_regions() -> None:
     ]
 
 
-def test_a_model_that_is_one_graph_needs_no_outline() -> None:
-    model = Attends("sdpa").eval()
-    regions = RegionTree(model, AdapterConfig().context())
-    discover_uses(regions, (torch.randn(2, 5, 8),), {})
-    assert record_outline(regions, (torch.randn(2, 5, 8),), {}) == {}
-
-
 class Wrapped:
     """An argument that hides a tensor."""
 
@@ -250,15 +237,24 @@ class Wrapped:
         self.x = x
 
 
-def test_what_cannot_be_recorded_leaves_the_roles_of_the_regions(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_argument_that_hides_its_tensors_is_recorded_all_the_same() -> None:
     class Unwraps(Letters):
         def forward(self, wrapped: Wrapped) -> Tensor:
             return self.apply_to("b", F.gelu(self.apply_to("a", wrapped.x)))
 
-    regions = RegionTree(Unwraps(a=(8, 16), b=(16, 8)).eval(), AdapterConfig().context())
-    uses = discover_uses(regions, (Wrapped(torch.randn(2, 8)),), {})
-    with caplog.at_level(logging.DEBUG, logger="adapter_compiler.discovery"):
-        outline = record_outline(regions, (Wrapped(torch.randn(2, 8)),), {})
-    assert outline == {}
-    assert "no outline of the whole model: argument args[0] is a tests.passes.test_roles.Wrapped" in caplog.text
-    assert find_roles(uses, outline) == {"a.weight": "linear", "b.weight": "head"}
+    model = Unwraps(a=(8, 16), b=(16, 8)).eval()
+    roles = find_roles(discover_uses(model, (Wrapped(torch.randn(2, 8)),), {}))
+    assert roles == {"a.weight": "head", "b.weight": "head"}
+
+
+def test_what_cannot_be_recorded_is_watched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(*_: object) -> None:
+        raise CaptureError("not to be recorded")
+
+    monkeypatch.setattr("adapter_compiler.discovery.record_example", refuse)
+    model = Letters(a=(8, 16), b=(16, 8)).eval()
+    model.forward = lambda x: model.apply_to("b", F.gelu(model.apply_to("a", x)))
+    with caplog.at_level(logging.INFO, logger="adapter_compiler.discovery"):
+        uses = discover_uses(model, (torch.randn(2, 8),), {})
+    assert "not to be recorded" in caplog.text
+    assert find_roles(uses) == {"a.weight": "linear", "b.weight": "linear"}

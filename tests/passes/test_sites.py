@@ -58,7 +58,10 @@ def test_every_weight_is_a_site_or_has_a_reason(prepare: Prepare) -> None:
     assert "used by embedding" in reasons["embed.weight"]
     assert "no_grad only" in reasons["blind.weight"]
     assert reasons["dead.weight"] == "no output depends on it"
-    assert reasons["idle.weight"] == "the captured call does not use it"
+    assert (
+        reasons["idle.weight"]
+        == "the example does not use it; compile with one that does, or without an example, to adapt it"
+    )
 
 
 def test_named_weights_of_other_operators_are_sites(prepare: Prepare) -> None:

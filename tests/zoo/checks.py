@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import adapter_compiler as ac
-from adapter_compiler.errors import SiteError
+from adapter_compiler.errors import CaptureError, SiteError
 from passes.module_state import without_fast_path
 from tests.zoo.entry import ZooEntry, find_tensors, loss_of
 
@@ -50,15 +50,13 @@ class Outcome:
     adapted_weights: int = 0
     reachable_weights: int = 0
     unreachable: list[str] = dataclasses.field(default_factory=list)
-    regions: int = 0
-    graphs: int = 0
     reasons: list[str] = dataclasses.field(default_factory=list)
     compile_seconds: float = 0.0
     seconds: float = 0.0
 
 
-def check_entry(entry: ZooEntry, *, onnx: bool = False) -> Outcome:
-    """Every check on one model."""
+def check_entry(entry: ZooEntry, *, onnx: bool = False, graphs: bool = False) -> Outcome:
+    """Every check on one model; with ``graphs`` also whether its calls capture as one fx graph each."""
     started = time.process_time()
     outcome = Outcome(name=entry.name, group=entry.group)
     _seed()
@@ -74,7 +72,9 @@ def check_entry(entry: ZooEntry, *, onnx: bool = False) -> Outcome:
         _attempt(outcome, "outputs_train", lambda: _check_outputs(adapted, entry, entry.example, "train"))
         _attempt(outcome, "other_size", lambda: _check_other_size(adapted, entry))
         _attempt(outcome, "fold", lambda: _check_fold(adapted, entry))
-        _describe(outcome, adapted, model, entry)
+        outcome.adapted_weights = len(_find_used(model, entry) & {site.weight for site in adapted.sites})
+        if graphs:
+            _check_graphs(outcome, adapted, entry)
         _attempt(outcome, "pruning", lambda: _check_pruning(model, entry))
         _attempt(outcome, "reach", lambda: _check_reach(outcome, model, entry))
         if onnx:
@@ -156,7 +156,7 @@ def _check_identity(adapted: ac.AdaptedModel, entry: ZooEntry, *, training: bool
 
 def _as_written(adapted: ac.AdaptedModel) -> nn.Module:
     """A copy of the user's model in its present state, without adapters."""
-    return copy.deepcopy(adapted).module
+    return adapted.copy_base().train(adapted.training)
 
 
 def _effective(adapted: ac.AdaptedModel, model: nn.Module) -> dict[str, Tensor]:
@@ -278,15 +278,16 @@ def _check_onnx(adapted: ac.AdaptedModel, entry: ZooEntry) -> None:
         ac.export_onnx(adapted, Path(folder) / "model.onnx", args, kwargs)
 
 
-def _describe(outcome: Outcome, adapted: ac.AdaptedModel, model: nn.Module, entry: ZooEntry) -> None:
-    root = adapted.regions[0]
-    modes = {variant.training for variant in root.variants}
-    outcome.whole_train, outcome.whole_eval = True in modes, False in modes
-    outcome.regions = sum(bool(len(region.variants)) for region in adapted.regions)
-    outcome.graphs = len(adapted.variants)
-    reasons = (f"{r.path or 'model'}: {text[:200]}" for r in adapted.regions for text in r.refused.values())
-    outcome.reasons = list(dict.fromkeys(reasons))
-    outcome.adapted_weights = len(_find_used(model, entry) & {site.name.partition("[")[0] for site in adapted.sites})
+def _check_graphs(outcome: Outcome, adapted: ac.AdaptedModel, entry: ZooEntry) -> None:
+    """Whether a call captures as one graph with its adapters, in each mode, and why not."""
+    for mode in ("eval", "train"):
+        args, kwargs = _draw(entry.example)
+        try:
+            adapted.train(mode == "train").capture(*args, **kwargs)
+        except CaptureError as error:
+            outcome.reasons.append(f"{mode}: {str(error)[:200]}")
+        else:
+            setattr(outcome, f"whole_{mode}", True)
 
 
 def _assert_close(found: Any, expected: Any, what: str, *, loose: bool = False) -> None:

@@ -7,10 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from adapter_compiler.config import AdapterConfig
-from adapter_compiler.discovery import discover_uses, record_outline
-from adapter_compiler.interop.transformers_caches import register_caches
-from adapter_compiler.regions import RegionTree
+from adapter_compiler.discovery import discover_uses
 from passes.roles import find_roles
 from tests.zoo.entry import ZooEntry
 from tests.zoo.role_names import find_named_role
@@ -37,13 +34,11 @@ class RoleScore:
 
 
 def score_roles(entry: ZooEntry) -> RoleScore:
-    """Build and capture an entry in eval mode, and compare."""
+    """Build and record an entry in eval mode, and compare."""
     torch.manual_seed(0)
     model = entry.build().eval()
     args, kwargs = entry.example()
-    register_caches()
-    regions = RegionTree(model, AdapterConfig().context())
-    roles = find_roles(discover_uses(regions, args, kwargs), record_outline(regions, args, kwargs))
+    roles = find_roles(discover_uses(model, args, kwargs))
     named = {name: role for name in roles if (role := find_named_role(name)) is not None}
     wrong = {name: (roles[name], role) for name, role in named.items() if roles[name] != role}
     return RoleScore(name=entry.name, roles=roles, known=len(named), wrong=wrong)

@@ -57,7 +57,7 @@ def quantise_by_hand(net: Net, kind: str) -> Net:
 
 
 def values_of(adapted: ac.AdaptedModel, name: str) -> Tensor:
-    weight = adapted.module.get_parameter(name)
+    weight = adapted.base_weight(name)
     assert isinstance(weight, PackedWeight)
     return weight.unpack()
 
@@ -92,7 +92,7 @@ def test_the_codes_are_those_of_their_layers(net: Net, kind: str) -> None:
     for name in ("up.weight", "down.weight"):
         assert torch.equal(values_of(adapted, name), values_of(adopted, name))
     if kind == "int8":
-        weight = adapted.module.get_parameter("up.weight")
+        weight = adapted.base_weight("up.weight")
         assert isinstance(weight, PackedWeight)
         theirs = bnb.functional.int8_vectorwise_dequant(*weight.packed.tensors().values())
         torch.testing.assert_close(weight.unpack(), theirs)
@@ -146,7 +146,7 @@ def test_their_layers_are_adapted_captured_and_folded(net: Net, kind: str, *, in
     adapted = ac.compile_with_adapters(model, (X,), config=ac.AdapterConfig(rank=RANK, inplace=inplace))
     assert {site.name for site in adapted.sites} == {"up.weight", "down.weight", "head.weight"}
     assert find_packed_weights(adapted.module).keys() == {"up.weight", "down.weight"}
-    packed = adapted.module.get_parameter("up.weight")
+    packed = adapted.base_weight("up.weight")
     assert isinstance(packed, PackedWeight)
     assert packed.packed.tensors()["codes"].data_ptr() == codes
     seen.clear()
@@ -182,7 +182,6 @@ def test_a_model_that_transformers_loads_quantised(tmp_path: Path, bits: int) ->
     expected = model(input_ids=ids).logits
     adapted = ac.compile_with_adapters(model, example_kwargs={"input_ids": ids}, config=ac.AdapterConfig(rank=RANK))
     assert len(find_packed_weights(adapted.module)) == 7
-    assert not any(region.refused for region in adapted.regions)
     # Their 8-bit layers round activations too, ours do not.
     torch.testing.assert_close(adapted(input_ids=ids).logits, expected, rtol=1e-4, atol={4: 1e-5, 8: 5e-3}[bits])
     with torch.no_grad():

@@ -1,0 +1,61 @@
+"""Which values of tensors a module's Python reads while it is traced, and whether the graph still asks for them.
+
+torch.export keeps a read (``t.item()``, ``int(t)``) as a symbol, and loses it without a word where Python makes
+something else of it, such as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.overrides import TorchFunctionMode
+
+from passes.base import CaptureError, find_graph_modules
+
+aten = torch.ops.aten
+
+#: Methods that give Python a value.
+_READS = {"item", "__bool__", "__int__", "__float__", "__index__", "__complex__", "tolist", "numpy", "__format__"}
+_NODES = {aten._local_scalar_dense.default, aten.item.default}
+
+
+class CountReads(TorchFunctionMode):
+    """Counts the reads of values while it is entered.
+
+    Attributes:
+        count: how many there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the function."""
+        self.count += getattr(func, "__name__", "") in _READS
+        return func(*args, **(kwargs or {}))
+
+
+def assert_reads_kept(owner: str, graph_module: GraphModule, count: int) -> None:
+    """Raise :class:`CaptureError` if a graph computes with fewer values than were read while it was traced."""
+    nodes = [node for body in find_graph_modules(graph_module) for node in body.graph.nodes]
+    kept = sum(node.target in _NODES and _is_computed_with(node) for node in nodes)
+    if kept < count:
+        raise CaptureError(
+            f"{owner} does not capture as one graph: its Python reads {count} values of tensors, of which the graph "
+            f"computes with {kept}; expected code that computes with tensors instead"
+        )
+
+
+def _is_computed_with(node: Node) -> bool:
+    """Whether anything but an assertion uses the value."""
+    if node.target is aten._assert_scalar.default:
+        return False
+    if node.op == "output" or isinstance(node.meta.get("val"), torch.Tensor):
+        return True
+    return any(_is_computed_with(user) for user in node.users)
