@@ -3,8 +3,9 @@
     ./run python benchmarks/compile_time.py
     ./run python benchmarks/compile_time.py --layers 2,4,8 --nodes 20000 --skip-meta
 
-CPU seconds of one process. Depths take turns and each is measured several times; medians are shown. *Whole* is one
-graph of the whole model; *blocks* captures each block as a region, where equal ones are captured once.
+CPU seconds of one process. Depths take turns and each is measured several times; medians are shown. *Compile* is
+``compile_with_adapters`` with an example, *watched* the same with ``capture="off"``, *graph* what
+``AdaptedModel.capture`` takes.
 """
 
 from __future__ import annotations
@@ -50,23 +51,26 @@ def measure_cpu(action: Callable[[], Any]) -> float:
 
 
 def measure_depths(depths: list[int], repeats: int) -> dict[str, dict[int, float]]:
-    """CPU seconds of ``compile_with_adapters`` by way and number of layers."""
+    """CPU seconds of compiling and of capturing, by way and number of layers."""
     import torch
 
     import adapter_compiler as ac
 
     torch.set_num_threads(1)
     tokens = torch.randint(0, 128, (2, 16))
-    block = type(make_llama(1).model.layers[0])
-    ways = {"whole": ac.AdapterConfig(), "blocks": ac.AdapterConfig(regions=(block,))}
-    seconds: dict[str, dict[int, list[float]]] = {way: {depth: [] for depth in depths} for way in ways}
-    ac.compile_with_adapters(make_llama(1), (tokens,))
+    adapted = ac.compile_with_adapters(make_llama(1), (tokens,))
+    adapted.capture(tokens)
+    seconds: dict[str, dict[int, list[float]]] = {
+        way: {depth: [] for depth in depths} for way in ("compile", "watched", "graph")
+    }
     for _ in range(repeats):
         for depth in depths:
             model = make_llama(depth)
-            for way, config in ways.items():
+            for way, config in (("compile", ac.AdapterConfig()), ("watched", ac.AdapterConfig(capture="off"))):
                 spent = measure_cpu(lambda m=model, c=config: ac.compile_with_adapters(m, (tokens,), config=c))
                 seconds[way][depth].append(spent)
+            adapted = ac.compile_with_adapters(model, (tokens,))
+            seconds["graph"][depth].append(measure_cpu(lambda a=adapted: a.capture(tokens)))
     return {way: {d: statistics.median(times) for d, times in found.items()} for way, found in seconds.items()}
 
 
@@ -205,11 +209,11 @@ def main() -> None:
     meta = None if options.skip_meta else run_in_process("--meta")
     depths = [int(text) for text in options.layers.split(",")]
     seconds = measure_depths(depths, options.repeats)
-    print("| layers | whole, s | a layer, s | blocks, s | a layer, s |")
-    print("|---:|---:|---:|---:|---:|")
+    print("| layers | " + " | ".join(f"{way}, s | a layer, s" for way in seconds) + " |")
+    print("|---:|" + "---:|---:|" * len(seconds))
     for depth in depths:
-        whole, blocks = seconds["whole"][depth], seconds["blocks"][depth]
-        print(f"| {depth} | {whole:.2f} | {whole / depth:.3f} | {blocks:.2f} | {blocks / depth:.3f} |")
+        cells = (f"{found[depth]:.2f} | {found[depth] / depth:.3f}" for found in seconds.values())
+        print(f"| {depth} | " + " | ".join(cells) + " |")
     sizes = [measure_passes(int(text)) for text in options.nodes.split(",")]
     print("\n| pass | " + " | ".join(f"{size['nodes']:,.0f} nodes, s" for size in sizes) + " | µs a node |")
     print("|---|" + "---:|" * (len(sizes) + 1))

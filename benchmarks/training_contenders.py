@@ -16,6 +16,7 @@ from torch import nn
 
 import adapter_compiler as ac
 from passes.calls import sort_keywords, split_call
+from passes.capture import capture_call
 
 Step = Callable[[], None]
 
@@ -121,11 +122,11 @@ def make_gpt2(batch: int, length: int) -> Workload:
 def make_floor(work: Workload) -> Contender:
     """The captured graph without adapters: forward, and backward for activations only."""
     adapted = _adapt(work, rank=1, trainable=(work.first_parameter,))
-    adapted(**work.batch)
-    (variant,) = adapted.variants
-    graph = variant.captured.graph_module
+    call = split_call((), sort_keywords(work.batch))
+    with adapted.disable_adapters():
+        graph = capture_call(adapted.module, call).graph_module
     first = dict(adapted.module.named_parameters())[work.first_parameter]
-    tensors = split_call((), sort_keywords(work.batch)).tensors
+    tensors = call.tensors
 
     def step() -> None:
         loss = next(output for output in graph(*tensors) if output.dim() == 0)
@@ -143,6 +144,23 @@ def make_ours(work: Workload, name: str = "ours", **options: Any) -> Contender:
     budget = ac.RankBudget(adapted, optimizer, schedule)
     step = make_step(adapted, optimizer, work)
     return Contender(name=name, step=step, model=adapted, optimizer=optimizer, budget=budget)
+
+
+def make_captured(work: Workload) -> Contender:
+    """The same, where the loop runs the graph that ``AdaptedModel.capture`` gives."""
+    made = make_ours(work, "ours, captured")
+    model: Any = made.model
+    graph = model.capture(**work.batch)
+    tensors = split_call((), sort_keywords(work.batch)).tensors
+    optimizer = made.optimizer
+    assert optimizer is not None
+
+    def step() -> None:
+        next(output for output in graph(*tensors) if output.dim() == 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return dataclasses.replace(made, step=step)
 
 
 def make_compacted(work: Workload) -> Contender:

@@ -21,6 +21,7 @@ from training_contenders import (
     RANK,
     Contender,
     Workload,
+    make_captured,
     make_compacted,
     make_floor,
     make_full,
@@ -64,7 +65,8 @@ HEAD = """\
 Forward, backward, optimizer step (AdamW, fused, for all) and zero_grad of all-MiniLM-L6-v2, a ViT and a GPT-2
 (random weights), in training mode with dropout. *floor* is the captured graph without adapters, with gradients
 of the activations only: what any training of adapters must compute. *ours* has rank 12 on its way to 8, as
-peft's AdaLoRA; *all kept* is the same without computing cheap activations again; *compacted* is what is left of it
+peft's AdaLoRA; *all kept* is the same without computing cheap activations again; *captured* runs the graph that
+`AdaptedModel.capture` gives instead of the model's Python; *compacted* is what is left of it
 after the schedule. Ratios are medians over rounds in which the contenders take turns; below 1 is faster. Memory is
 what stands above the model's own weights.
 """
@@ -142,6 +144,7 @@ def list_makers(work: Workload) -> list[Callable[[], Contender]]:
         functools.partial(make_ours, work, "ours, unfused", fused=False),
         functools.partial(make_ours, work),
         functools.partial(make_ours, work, "ours, all kept", recompute=False),
+        functools.partial(make_captured, work),
         functools.partial(make_compacted, work),
         functools.partial(make_peft_lora, work),
         functools.partial(make_peft_adalora, work),
