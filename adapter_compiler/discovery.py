@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def discover_uses(
     with torch.enable_grad(), without_fast_path(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user's own call will give them
         try:
-            with restored_state(module), watch:
+            with restored_state(module), _own_values(module), _trainable(module), watch:
                 module(*args, **kwargs)
         except Exception:
             if not (is_recorded and is_without_memory(module)):
@@ -68,7 +69,8 @@ def _find_recorded_uses(
     holder.forward = module.__call__
     holder.module = module
     try:
-        graph_module = record_example(holder, args, kwargs)
+        with _own_values(module):
+            graph_module = record_example(holder, args, kwargs)
     except CaptureError as error:
         logger.info("uses of weights are taken from a run and not from a recording: %s", error)
         return {}
@@ -95,21 +97,45 @@ def _find_differentiated(
     tried = {name for name, p in weights.items() if not (p.is_meta or is_packed(p))}
     if not tried:
         return []
+    try:
+        with restored_state(module), _own_values(module), _trainable(module) as floats:
+            results = [t for t in find_tensors(module(*args, **kwargs)) if t.requires_grad and not t.is_complex()]
+            if results:
+                torch.stack([t.float().mean().cpu() for t in results]).sum().backward()
+            return [name for name, p in floats.items() if name in tried and p.grad is not None]
+    except Exception as error:  # the model's own backward raises what it likes
+        logger.info("it cannot be told whether gradients reach %s: %s", ", ".join(tried), error)
+        return []
+
+
+@contextlib.contextmanager
+def _trainable(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside, all parameters of floating point train, as in a model that is not frozen; they are given by name."""
     floats = {n: p for n, p in module.named_parameters() if p.is_floating_point() and not is_packed(p)}
     before = {name: (p.requires_grad, p.grad) for name, p in floats.items()}
     try:
         for p in floats.values():
             p.requires_grad_(True)
             p.grad = None
-        with restored_state(module):
-            results = [t for t in find_tensors(module(*args, **kwargs)) if t.requires_grad and not t.is_complex()]
-            if results:
-                torch.stack([t.float().mean().cpu() for t in results]).sum().backward()
-        return [name for name, p in floats.items() if name in tried and p.grad is not None]
-    except Exception as error:  # the model's own backward raises what it likes
-        logger.info("it cannot be told whether gradients reach %s: %s", ", ".join(tried), error)
-        return []
+        yield floats
     finally:
         for name, p in floats.items():
             p.requires_grad_(before[name][0])
             p.grad = before[name][1]
+
+
+@contextlib.contextmanager
+def _own_values(module: nn.Module) -> Iterator[None]:
+    """Inside, parameters have memory of their own as soon as they are written into; afterwards their values are back.
+
+    The memory of a model's parameters is also that of the model which was handed in.
+    """
+    plain = [p for p in module.parameters() if type(p.data) is torch.Tensor and p.layout is torch.strided]
+    before = [(p, p.data) for p in plain if not p.is_meta]
+    try:
+        for p, values in before:
+            p.data = torch._lazy_clone(values)
+        yield
+    finally:
+        for p, values in before:
+            p.data = values

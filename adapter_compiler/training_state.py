@@ -9,6 +9,8 @@ file after, never a part.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,6 +40,7 @@ from adapter_compiler.files import written_beside
 from adapter_compiler.plain_data import FileFormat, copy_state, decode, encode, is_same_state, read_file, read_sites
 from adapter_compiler.random_state import read_random_state, write_random_state
 from passes.compact_ranks import compact_plan
+from passes.plan import AdapterPlan
 
 #: Name of the file in the folder given to :func:`save_training_state`.
 TRAINING_FILE = "training_state.safetensors"
@@ -141,6 +144,47 @@ def load_training_state(
     """
     assert_is_adapted(adapted, "load_training_state")
     path = Path(directory) / TRAINING_FILE
+    saved = _read_fitting(path, adapted, optimizer, budget, others)
+    with _all_or_nothing(path, adapted, optimizer, budget, others):
+        with explained(path, "the adapters"):
+            _put_model(adapted, optimizer, budget, saved)
+        with explained(path, f"the state of the optimizer ({type(optimizer).__name__})"):
+            _put_optimizer(optimizer, saved.state["optimizer"])
+        if budget is not None:
+            with explained(path, "the state of the budget"):
+                budget.load_state_dict(saved.state["budget"])
+        for name, other in others.items():
+            with explained(path, f"the state of {name!r} ({type(other).__name__})"):
+                _put_other(other, saved.state["others"][name])
+        with explained(path, "the states of the random generators"):
+            write_random_state(saved.state["random"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Saved:
+    """What is in a file that fits.
+
+    Attributes:
+        plan: the model's, with the forms of the file.
+        kept: by site that had fewer triplets, as many indices as it had.
+        values: of :func:`find_saved_tensors`.
+        state: the nested states by name, :data:`_STATES`.
+    """
+
+    plan: AdapterPlan
+    kept: Mapping[str, torch.Tensor]
+    values: Mapping[str, torch.Tensor]
+    state: Mapping[str, Any]
+
+
+def _read_fitting(
+    path: Path,
+    adapted: AdaptedModel,
+    optimizer: torch.optim.Optimizer,
+    budget: RankBudget | None,
+    others: Mapping[str, Stateful],
+) -> _Saved:
+    """Read the file and check it against the objects, of which none is changed."""
     header, tensors = read_file(path, _FORMAT)
     sites = read_sites(path, header)
     state = _read_state(path, header, tensors)
@@ -150,28 +194,11 @@ def load_training_state(
     values = {name.removeprefix("values."): t for name, t in tensors.items() if name.startswith("values.")}
     _assert_values_fit(path, values, state["gradients"], targets)
     mine = _describe_optimizer(adapted, optimizer)
-    # Other libraries give these names to tensors of any shape.
-    shapes = targets if type(optimizer).__module__.startswith("torch.optim") else {}
-    _assert_optimizer_fits(path, header.get("optimizer"), state["optimizer"], mine, shapes)
+    _assert_same_optimizer(path, header.get("optimizer"), state["optimizer"], mine)
+    if type(optimizer).__module__.startswith("torch.optim"):  # others give these names to tensors of any shape
+        _assert_moments_fit(path, state["optimizer"], mine, targets)
     _assert_objects_fit(path, state, budget, others)
-    with _all_or_nothing(path, adapted, optimizer, budget, others):
-        with explained(path, "the adapters"):
-            adopt_starts(adapted, plan)
-            if kept and budget is not None:
-                budget.shrink(kept)
-            elif kept:
-                compact_adapters(adapted, kept, optimizer)
-            _put_values(adapted, values, state["gradients"])
-        with explained(path, f"the state of the optimizer ({type(optimizer).__name__})"):
-            _put_optimizer(optimizer, state["optimizer"])
-        if budget is not None:
-            with explained(path, "the state of the budget"):
-                budget.load_state_dict(state["budget"])
-        for name, other in others.items():
-            with explained(path, f"the state of {name!r} ({type(other).__name__})"):
-                _put_other(other, state["others"][name])
-        with explained(path, "the states of the random generators"):
-            write_random_state(state["random"])
+    return _Saved(plan=plan, kept=kept, values=values, state=state)
 
 
 def _read_state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -213,41 +240,43 @@ def _describe_optimizer(adapted: AdaptedModel, optimizer: torch.optim.Optimizer)
     return {"class": type(optimizer).__name__, "parameters": parameters}
 
 
-def _assert_optimizer_fits(
-    path: Path, described: Any, state: Mapping[str, Any], mine: Mapping[str, Any], targets: Mapping[str, Kind]
-) -> None:
+def _assert_same_optimizer(path: Path, described: Any, state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     with explained(path, "the state of the optimizer"):
-        groups = [list(group["params"]) for group in state["param_groups"]]
-        moments = [state["state"].get(index, {}) for group in groups for index in group]
-    saved, own = [len(group) for group in groups], [len(group) for group in mine["parameters"]]
+        saved = [len(group["params"]) for group in state["param_groups"]]
+        for index in itertools.chain(*(group["params"] for group in state["param_groups"])):
+            dict(state["state"].get(index, {}))
+    own = [len(group) for group in mine["parameters"]]
     if saved != own:
         raise CheckpointError(
             f"{path}: the optimizer had groups of {saved} parameters, this one has {own}; make it the same way"
         )
-    # Files of earlier versions do not say it.
-    for key, value in mine.items() if described is not None else ():
-        found = described.get(key) if isinstance(described, dict) else described
-        if found != value:
+    if described is None:  # files of earlier versions do not say it
+        return
+    with explained(path, "the description of the optimizer"):
+        found, expected = ([one["class"], *itertools.chain(*one["parameters"])] for one in (described, mine))
+    for number, (before, now) in enumerate(itertools.zip_longest(found, expected)):
+        if before != now:
+            what = f"the optimizer's parameter {number - 1}" if number else "the optimizer's class"
             raise CheckpointError(
-                f"{path}: the optimizer had {key} {found}, this one has {value}; make the same one, with the "
-                "parameters in the same order"
+                f"{path}: {what} was {before}, expected {now}; make the same optimizer, with the parameters in the "
+                "same order"
             )
-    names = [name for group in mine["parameters"] for name in group]
-    for name, held in zip(names, moments, strict=True):
-        _assert_moments_fit(path, name, held, targets)
 
 
-def _assert_moments_fit(path: Path, name: str | None, held: Any, targets: Mapping[str, Kind]) -> None:
-    """Raise :class:`CheckpointError` if an optimizer's tensors for a parameter are those of another one."""
-    if not isinstance(held, dict):
-        raise CheckpointError(f"{path}: the optimizer's state of {name} is {held!r}, expected a dict; save it again")
-    for key in sorted(_MOMENTS & held.keys()) if name is not None and name in targets else ():
-        found, (expected, _) = getattr(held[key], "shape", None), targets[str(name)]
-        if found is not None and tuple(found) != expected:
-            raise CheckpointError(
-                f"{path}: the optimizer's {key} of {name} has shape {tuple(found)}, expected that of the parameter, "
-                f"{expected}; save the state again"
-            )
+def _assert_moments_fit(
+    path: Path, state: Mapping[str, Any], mine: Mapping[str, Any], targets: Mapping[str, Kind]
+) -> None:
+    """Raise :class:`CheckpointError` if torch's optimizers have tensors for a parameter that are of another shape."""
+    indices = itertools.chain(*(group["params"] for group in state["param_groups"]))
+    for index, name in zip(indices, itertools.chain(*mine["parameters"]), strict=True):
+        held = state["state"].get(index, {})
+        for key in sorted(_MOMENTS & held.keys()) if name in targets else ():
+            found, (expected, _) = getattr(held[key], "shape", None), targets[name]
+            if found is not None and tuple(found) != expected:
+                raise CheckpointError(
+                    f"{path}: the optimizer's {key} of {name} has shape {tuple(found)}, expected that of the "
+                    f"parameter, {expected}; save the state again"
+                )
 
 
 def _assert_objects_fit(
@@ -328,12 +357,18 @@ def _put_back_other(path: Path, name: str, other: Stateful, before: Any) -> None
         ) from error
 
 
-@torch.no_grad()
-def _put_values(
-    adapted: AdaptedModel, values: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor]
+def _put_model(
+    adapted: AdaptedModel, optimizer: torch.optim.Optimizer, budget: RankBudget | None, saved: _Saved
 ) -> None:
+    adopt_starts(adapted, saved.plan)
+    if saved.kept and budget is not None:
+        budget.shrink(saved.kept)
+    elif saved.kept:
+        compact_adapters(adapted, saved.kept, optimizer)
+    gradients = saved.state["gradients"]
     for name, target in find_saved_tensors(adapted).items():
-        target.copy_(values[name])
+        with torch.no_grad():
+            target.copy_(saved.values[name])
         if isinstance(target, torch.nn.Parameter):
             target.grad = gradients[name].to(target.device) if name in gradients else None
 

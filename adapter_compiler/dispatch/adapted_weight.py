@@ -8,9 +8,8 @@ It is a tensor with W's shape and dtype and no memory. Python operators ask ``__
 that (the inside of an ``autograd.Function``, TorchScript, C++) asks ``__torch_dispatch__``, and gets the values; a
 gradient for the whole weight, from wherever, is handed on to the adapters' parameters.
 
-Writes go to W. What replaces the values (``copy_``, ``normal_``, everything of ``torch.nn.init``) gives W these values,
-as loading a state dict does; other changes in place, of the weight or of a view of it (``w.mul_``, ``w[0].zero_``),
-change W so that W + ΔW is the result.
+What is written is what is read: changes in place, of the weight or of a view of it (``w.mul_``, ``w[0].zero_``,
+``w.data = v``, everything of ``torch.nn.init``), change W so that W + ΔW is the result.
 """
 
 from __future__ import annotations
@@ -49,6 +48,8 @@ class AdaptedWeight(torch.Tensor):
         fused: whether functions with a backward of their own may be used.
         site: the weight's qualified name, for messages.
         is_transposed: whether this is (W + ΔW)ᵀ.
+        is_watched: whether somebody wants the gradient of the whole weight, so that it has to exist.
+        slot: what stands at the weight.
     """
 
     base: torch.Tensor
@@ -57,8 +58,11 @@ class AdaptedWeight(torch.Tensor):
     fused: bool
     site: str
     is_transposed: bool
+    is_watched: bool
+    slot: Any = None
     _sum: torch.Tensor | None
     _key: tuple[Any, ...] | None
+    _plain: tuple[torch.Tensor, WeightView] | None
     #: What ``isinstance(weight, nn.Parameter)`` asks for: to users' code it is the parameter that it stands for.
     _is_param = True
 
@@ -82,8 +86,8 @@ class AdaptedWeight(torch.Tensor):
             cls, shape, strides=strides, dtype=base.dtype, device=base.device
         )
         made.base, made.adapters, made.registered = base, adapters, registered
-        made.fused, made.site, made.is_transposed = fused, site, is_transposed
-        made._sum = made._key = None
+        made.fused, made.site, made.is_transposed, made.is_watched = fused, site, is_transposed, False
+        made._sum = made._key = made._plain = None
         return made
 
     def materialize(self) -> torch.Tensor:
@@ -93,6 +97,13 @@ class AdaptedWeight(torch.Tensor):
             total = adapted_sum(self.base, self.adapters)
             self._sum, self._key = total.t() if self.is_transposed else total, key
         return self._sum
+
+    def as_values(self) -> WeightView:
+        """The values as an ordinary tensor, through which writes still find their way to the weight."""
+        total = self.materialize()
+        if self._plain is None or self._plain[0] is not total:
+            self._plain = (total, _view(total, self, is_whole=True))
+        return self._plain[1]
 
     def take_over(self) -> None:
         """Change W so that W + ΔW is what stands in the materialized sum by now."""
@@ -136,12 +147,13 @@ class AdaptedWeight(torch.Tensor):
         if func in _ON_SELF:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if any(isinstance(one, AdaptedWeight) and one.is_watched for one in args) and func not in _HANDLES_WATCHED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if (handler := _HANDLERS.get(func)) is not None and kwargs.keys() <= _ACCEPTED[func]:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if (replaced := _find_replaced(func, args, kwargs)) is not None:
-            return _replace(func, args, kwargs, replaced)
         return run_on_sums(func, args, kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -157,11 +169,11 @@ class AdaptedWeight(torch.Tensor):
         return func(*args, **kwargs)
 
 
-def make_adapted_weight(base: torch.Tensor, adapters: Bound, *, fused: bool, site: str) -> torch.Tensor:
+def make_adapted_weight(base: torch.Tensor, adapters: Bound, *, fused: bool, site: str) -> AdaptedWeight:
     """W + ΔW as a read gives it."""
     if torch.is_grad_enabled():
         parameters = [p for adapter in adapters for p in adapter.parameters.values()]
-        made: torch.Tensor = _WholeWeight.apply(adapters, fused, site, base, *parameters)  # type: ignore[no-untyped-call]
+        made: AdaptedWeight = _WholeWeight.apply(adapters, fused, site, base, *parameters)  # type: ignore[no-untyped-call]
         return made
     return AdaptedWeight(base, adapters, registered=base, fused=fused, site=site)
 
@@ -242,10 +254,14 @@ def _mark(result: torch.Tensor, tracked: Sequence[tuple[AdaptedWeight, torch.Ten
         if result is total:
             return weight
         if type(result) is torch.Tensor and result.layout is torch.strided and _share_memory(result, total):
-            view = result.as_subclass(WeightView)
-            view.weight = weight
-            return view
+            return _view(result, weight)
     return result
+
+
+def _view(values: torch.Tensor, weight: AdaptedWeight, *, is_whole: bool = False) -> WeightView:
+    view = values.as_subclass(WeightView)
+    view.weight, view.is_whole = weight, is_whole
+    return view
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -257,9 +273,11 @@ class WeightView(torch.Tensor):
 
     Attributes:
         weight: the weight.
+        is_whole: whether it stands for the weight itself, so that ``.data`` assigned to it is the weight's.
     """
 
     weight: AdaptedWeight
+    is_whole: bool
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.as_subclass(torch.Tensor))
@@ -269,6 +287,9 @@ class WeightView(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run on plain tensors, and let the weight take over what is written."""
+        if func == _SET_DATA and isinstance(args[0], WeightView) and args[0].is_whole:
+            _write_data(args[0].weight, args[1])
+            return None
         views = [leaf for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, WeightView)]
         weights = {id(view.weight): view.weight for view in views}
         args, kwargs = pytree.tree_map_only(AdaptedWeight, AdaptedWeight.materialize, (tuple(args), dict(kwargs or {})))
@@ -278,33 +299,6 @@ class WeightView(torch.Tensor):
                 return func(*args, **kwargs)
 
         return give_back(func, run, list(weights.values()))
-
-
-def _find_replaced(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> AdaptedWeight | None:
-    """The weight that gets values which do not depend on those it had, if one does."""
-    name = str(getattr(func, "__name__", func))
-    is_start = str(getattr(func, "__module__", "")) == "torch.nn.init" and name.endswith("_")
-    if name not in _REPLACES and not is_start:
-        return None
-    candidates = [*args[:1], *(kwargs[key] for key in ("tensor", "input", "self") if key in kwargs)]
-    return next((one for one in candidates if isinstance(one, AdaptedWeight)), None)
-
-
-def _replace(func: Callable[..., Any], args: Any, kwargs: Any, weight: AdaptedWeight) -> AdaptedWeight:
-    """Let W take the values. They get memory of their own: that of W may be the memory of the model handed in."""
-    _assert_writable(weight)
-    with torch.inference_mode(False), torch.no_grad():
-        target = weight.base.detach().clone()
-        values = target.t() if weight.is_transposed else target
-        args, kwargs = pytree.tree_map_only(
-            AdaptedWeight, lambda one: values if one is weight else one.materialize(), (tuple(args), dict(kwargs))
-        )
-        func(*args, **kwargs)
-        weight.registered.data = target
-        if weight.base is not weight.registered:
-            weight.base = weight.registered.detach()
-    weight._key = None
-    return weight
 
 
 def _assert_writable(weight: AdaptedWeight) -> None:
@@ -454,8 +448,18 @@ def _copy_deeply(weight: AdaptedWeight, memo: dict[int, Any]) -> torch.Tensor:
 
 
 def _write_data(weight: AdaptedWeight, values: torch.Tensor) -> None:
-    weight.registered.data = values.t() if weight.is_transposed else values
-    weight._key = None
+    weight._sum = values
+    weight.take_over()
+
+
+def _watch(name: str) -> Callable[..., Any]:
+    def run(weight: AdaptedWeight, *args: Any, **kwargs: Any) -> Any:
+        """From now on products go through the weight itself, so that its gradient exists."""
+        weight.is_watched = True
+        with torch._C.DisableTorchFunctionSubclass():
+            return getattr(torch.Tensor, name)(weight, *args, **kwargs)
+
+    return run
 
 
 def _require_grad(weight: AdaptedWeight, requires_grad: bool = True) -> AdaptedWeight:
@@ -464,7 +468,19 @@ def _require_grad(weight: AdaptedWeight, requires_grad: bool = True) -> AdaptedW
 
 
 def _read_grad(weight: AdaptedWeight) -> torch.Tensor | None:
-    return weight.registered.grad
+    if not weight.is_watched:
+        return weight.registered.grad
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.grad
+
+
+def _is_a_leaf(weight: AdaptedWeight) -> bool:
+    """As the parameter that it stands for, also where modules ask before they register it."""
+    return True
+
+
+def _has_no_history(weight: AdaptedWeight) -> None:
+    """Likewise."""
 
 
 def _write_grad(weight: AdaptedWeight, gradient: torch.Tensor | None) -> None:
@@ -483,19 +499,17 @@ def _setter(name: str) -> Any:
     return getattr(torch.Tensor, name).__set__
 
 
+_SET_DATA = _setter("data")
+
 #: What a read tells of itself without its values.
 _ON_SELF = {
-    *map(_getter, ("shape", "dtype", "device", "ndim", "layout", "is_leaf", "grad_fn", "is_cuda")),
+    *map(_getter, ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
     *map(_getter, ("is_meta", "is_sparse", "is_quantized", "itemsize", "is_cpu", "is_mps", "is_xpu", "_version")),
     torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.ndimension, torch.Tensor.__len__,
     torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.stride, torch.Tensor.is_contiguous,
     torch.Tensor.element_size, torch.Tensor.get_device, torch.Tensor.nelement, torch.Tensor.__hash__,
     torch.is_floating_point, torch.is_complex, torch.numel, torch.Tensor.storage_offset,
 }  # fmt: skip
-
-#: What gives a tensor values that do not depend on those it had.
-_REPLACES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "log_normal_",
-             "geometric_", "cauchy_", "set_"}  # fmt: skip
 
 #: What runs in place of an operator, if it applies; its parameters have the names that torch's have.
 _HANDLERS: Mapping[Any, Callable[..., Any]] = {
@@ -524,8 +538,12 @@ _HANDLERS: Mapping[Any, Callable[..., Any]] = {
     _getter("T"): _transpose,
     _getter("mT"): _transpose,
     _getter("data"): _read_data,
-    _setter("data"): _write_data,
+    _SET_DATA: _write_data,
     _getter("grad"): _read_grad,
+    _getter("is_leaf"): _is_a_leaf,
+    _getter("grad_fn"): _has_no_history,
+    torch.Tensor.register_hook: _watch("register_hook"),
+    torch.Tensor.retain_grad: _watch("retain_grad"),
     _setter("grad"): _write_grad,
     _getter("requires_grad"): _requires_grad,
     _setter("requires_grad"): _require_grad,
@@ -549,3 +567,9 @@ def _find_accepted(handler: Callable[..., Any]) -> frozenset[str]:
 
 
 _ACCEPTED: Mapping[Any, frozenset[str]] = {func: _find_accepted(handler) for func, handler in _HANDLERS.items()}
+
+#: What a watched weight answers itself; everything else runs on it as on any tensor with a history.
+_HANDLES_WATCHED = frozenset({_getter(n) for n in ("grad", "data", "grad_fn", "is_leaf", "requires_grad")}) | {
+    torch.Tensor.register_hook,
+    torch.Tensor.retain_grad,
+}

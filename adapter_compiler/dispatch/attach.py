@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from adapter_compiler.dispatch.classes import AdaptedModule, make_adapted_class
+from adapter_compiler.dispatch.classes import AdaptedModule, make_adapted_class, set_class
 from adapter_compiler.dispatch.memory import find_frugal_forward
 from adapter_compiler.dispatch.options import AttachOptions
 from adapter_compiler.dispatch.scope import Token
@@ -51,7 +51,7 @@ def attach_adapters(
             child.__dict__[SLOTS] = slots  # before the class, so that a thread that reads meanwhile finds them
             made = make_adapted_class(cls, frozenset(slots), is_checkpointed=child in checkpointed, forward=frugal)
             if type(child) is not made:
-                object.__setattr__(child, "__class__", made)
+                set_class(child, made)
         else:
             _restore(child)
 
@@ -164,7 +164,7 @@ def _find_users_class(module: nn.Module) -> type[nn.Module]:
 def _restore(module: nn.Module) -> None:
     if not isinstance(module, AdaptedModule):
         return
-    object.__setattr__(module, "__class__", module.users_class)
+    set_class(module, module.users_class)
     module.__dict__.pop(SLOTS, None)
     if isinstance(module, nn.RNNBase):
         with torch.no_grad():

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from adapter_compiler.dispatch.adapted_weight import make_adapted_weight, multiply
+from adapter_compiler.dispatch.adapted_weight import AdaptedWeight, make_adapted_weight, multiply
 from adapter_compiler.dispatch.memory import find_again
-from adapter_compiler.dispatch.scope import same_scope
+from adapter_compiler.dispatch.scope import remembered, same_scope
 from adapter_compiler.dispatch.slots import SLOTS, Slot, read_registered
-from passes.apply_adapters import adapted_sum, is_transformed
+from passes.apply_adapters import BoundAdapter, adapted_sum, is_transformed
+from passes.packed_weights import is_packed
 
 #: Torch's own code, as it was when this was imported: it may be patched later.
 _LINEAR_FORWARD, _LINEAR = nn.Linear.forward, F.linear
@@ -44,19 +45,31 @@ class AdaptedModule:
         pass
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Another class of the user's gets the adapters, too."""
+        """Another class of the user's gets the adapters; an adapted weight that is assigned takes its own along."""
         if name == "__class__" and not issubclass(value, AdaptedModule):
             leaves, is_checkpointed, _ = self.made_with
-            value = make_adapted_class(value, leaves, is_checkpointed=is_checkpointed)
-            object.__setattr__(self, name, value)
-        else:
+            set_class(self, make_adapted_class(value, leaves, is_checkpointed=is_checkpointed))
+            return
+        if not isinstance(value, AdaptedWeight) or value.is_transposed or value.slot is None:
             super().__setattr__(name, value)
+            return
+        slots = {**self.__dict__[SLOTS], name: value.slot}
+        super().__setattr__(name, value.registered)
+        _, is_checkpointed, forward = self.made_with
+        self.__dict__[SLOTS] = slots
+        made = make_adapted_class(self.users_class, frozenset(slots), is_checkpointed=is_checkpointed, forward=forward)
+        set_class(self, made)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
         if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__ and reduced[1] == (type(self),):  # type: ignore[attr-defined]
             return (_rebuild, (self.users_class, *self.made_with), *reduced[2:])
         return reduced
+
+
+def set_class(module: Any, cls: type) -> None:
+    """Change the class of a module, past what a class of ours makes of that."""
+    object.__setattr__(module, "__class__", cls)
 
 
 _made: weakref.WeakKeyDictionary[type, dict[Any, type]] = weakref.WeakKeyDictionary()
@@ -125,14 +138,21 @@ def _make_property(leaf: str) -> property:
 def read_weight(module: nn.Module, leaf: str, weight: torch.Tensor | None) -> torch.Tensor | None:
     """What the module's attribute gives: W + ΔW, or the registered W where there are no adapters to be seen."""
     slot: Slot | None = module.__dict__.get(SLOTS, {}).get(leaf)
-    if slot is None or weight is None:
-        return weight
+    if slot is None or weight is None or leaf not in module._parameters:
+        return weight  # what is computed into the attribute was computed from W + ΔW
     adapters = slot.bind(module, leaf, weight)
     if adapters is None:
         return weight
     if is_transformed() or (slot.is_summed_without_grad and not torch.is_grad_enabled()):
         return adapted_sum(weight, adapters)
-    return make_adapted_weight(weight, adapters, fused=slot.fused, site=slot.weight)
+    made = remembered(slot.token, slot.weight, weight, adapters, lambda: _make(slot, weight, adapters))
+    return made if slot.fused or is_packed(weight) else made.as_values()
+
+
+def _make(slot: Slot, weight: torch.Tensor, adapters: tuple[BoundAdapter, ...]) -> AdaptedWeight:
+    made = make_adapted_weight(weight, adapters, fused=slot.fused, site=slot.weight)
+    made.slot = slot
+    return made
 
 
 def _call_linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
@@ -142,8 +162,9 @@ def _call_linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         return users_forward(module, input)
     weight = read_registered(module, "weight")
     slot: Slot | None = module.__dict__.get(SLOTS, {}).get("weight")
-    adapters = None if slot is None or weight is None else slot.bind(module, "weight", weight)
-    is_plain = type(input) in (torch.Tensor, nn.Parameter) and F.linear is _LINEAR
+    is_there = slot is not None and weight is not None and "weight" in module._parameters
+    adapters = slot.bind(module, "weight", weight) if is_there else None  # type: ignore[union-attr,arg-type]
+    is_plain = type(input) in (torch.Tensor, nn.Parameter) and F.linear is _LINEAR and not input.is_nested
     if adapters is None or slot is None or weight is None or not is_plain:
         return F.linear(input, module.weight, module.bias)
     again = find_again(input) if slot.recompute else None

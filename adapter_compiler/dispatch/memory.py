@@ -33,7 +33,7 @@ def find_again(x: torch.Tensor) -> Again | None:
     if x.numel() < _LARGE or is_transformed() or is_kept_elsewhere():
         return None
     node = x.grad_fn
-    if node is None:
+    if node is None or x._version:  # written into since: an operator's fresh output has version 0
         return None
     shape = None
     if node.name() in ("ViewBackward0", "UnsafeViewBackward0") and node.next_functions[0][0] is not None:

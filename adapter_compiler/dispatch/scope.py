@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class Token:
@@ -30,9 +33,18 @@ class Token:
         return Token, ()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of a model that runs in this thread, and what reads in it have given."""
+
+    token: Token
+    exchanged: frozenset[tuple[int, str]]
+    reads: dict[tuple[str, bool, bool], Any] = dataclasses.field(default_factory=dict)
+
+
 class _Scope(threading.local):
     hidden: tuple[Token, ...] = ()
-    calls: tuple[tuple[Token, frozenset[tuple[int, str]]], ...] = ()
+    calls: tuple[_Call, ...] = ()
 
 
 _scope = _Scope()
@@ -109,7 +121,7 @@ def calling(token: Token, exchanged: frozenset[tuple[int, str]]) -> Iterator[Non
         token: the model's.
         exchanged: weights in whose place something else stood when the call began, by module and name.
     """
-    before, _scope.calls = _scope.calls, (*_scope.calls, (token, exchanged))
+    before, _scope.calls = _scope.calls, (*_scope.calls, _Call(token, exchanged))
     try:
         yield
     finally:
@@ -119,5 +131,33 @@ def calling(token: Token, exchanged: frozenset[tuple[int, str]]) -> Iterator[Non
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def is_exchanged_in_call(token: Token, module: object, leaf: str) -> bool:
     """Whether what stands in a weight's place came there after the present call of the model began."""
-    found = next((exchanged for called, exchanged in _scope.calls if called is token), None)
-    return found is not None and (id(module), leaf) not in found
+    call = _find_call(token)
+    return call is not None and (id(module), leaf) not in call.exchanged
+
+
+def remembered(token: Token, weight: str, base: Any, adapters: Any, make: Callable[[], T]) -> T:
+    """What a read gave before in the present call of the model, if nothing of it is another by now; else a new one."""
+    call = _find_call(token)
+    if call is None:
+        return make()
+    key = (weight, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    known = call.reads.get(key)
+    if known is not None and known.base is base and _are_same(known.adapters, adapters):
+        found: T = known
+        return found
+    made = call.reads[key] = make()
+    return made
+
+
+def _are_same(known: Any, adapters: Any) -> bool:
+    pairs = zip(known, adapters, strict=True) if len(known) == len(adapters) else ()
+    same = [
+        one.planned is other.planned and all(p is other.parameters[n] for n, p in one.parameters.items())
+        for one, other in pairs
+    ]
+    return len(same) == len(adapters) and all(same)
+
+
+def _find_call(token: Token) -> _Call | None:
+    """The outermost call of the model in this thread."""
+    return next((call for call in _scope.calls if call.token is token), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -204,15 +205,15 @@ def _read_site(
     if not tensors:
         raise CheckpointError(f"{path}: no parameters for site {name}; save the adapters again")
     shape = tuple(entry["shape"])
-    left = next((shapes[tensors[name]] for name in ("P", "B") if name in tensors), shape)
+    right = next((shapes[tensors[name]] for name in ("Q", "A") if name in tensors), ())
     site = AdapterSite(
         name=name,
         shape=shape,
         dtype=torch.float32,
         transposed=bool(entry["transposed"]),
         rows=tuple(entry["rows"]) if entry.get("rows") else None,
-        # The rows of ΔW tell a convolution's kernel from a stack of matrices.
-        op="convolution" if len(shape) > 2 and left[0] == shape[0] else "linear",
+        # The columns of ΔW tell a convolution's kernel from a stack of matrices.
+        op="convolution" if len(shape) > 2 and right[1:] == (math.prod(shape[1:]),) else "linear",
     )
     site = dataclasses.replace(site, aliases=tuple(aliases.get(site.weight, ())))
     form, rank, scale = find_form(entry["form"]), entry["rank"], float(entry["scale"])

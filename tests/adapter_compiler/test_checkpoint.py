@@ -426,3 +426,22 @@ def test_an_adapter_that_is_refused_late_is_not_there(
     assert list(trained.state_dict()) == before
     trained.load_adapter("other", tmp_path)
     trained.use("other")
+
+
+def test_adapters_for_parts_of_a_kernel_are_told_from_those_of_stacked_matrices(tmp_path: Path) -> None:
+    """A file does not say which a weight of three dimensions is."""
+    torch.manual_seed(0)
+    model, x = nn.Conv1d(4, 6, 3), torch.randn(2, 4, 9)
+    config = ac.AdapterConfig(rank=1, alpha=1, sites="weight", rules=(ac.AdapterRule(name="weight", split=2),))
+    adapted = ac.compile_with_adapters(model, (x,), config=config)
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.normal_()
+    adapted.save(tmp_path)
+    adapted.load_adapter("other", tmp_path)
+    expected = adapted(x)
+    adapted.use("other")
+    assert torch.equal(adapted(x), expected)
+    fold(adapted, tmp_path)
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor("weight"), adapted.fold().state_dict()["weight"])

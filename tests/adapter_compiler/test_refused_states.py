@@ -246,7 +246,7 @@ def check_stops(own: dict[str, Any], folder: Path, share: float) -> None:
 
 
 def test_wherever_loading_stops_everything_is_as_it_was(situation: tuple[dict[str, Any], Path]) -> None:
-    check_stops(*situation, share=0.05)
+    check_stops(*situation, share=0.02)
 
 
 @pytest.mark.slow
@@ -392,11 +392,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "another optimizer": (
         lambda h, _: h["optimizer"].update({"class": "SGD"}),
-        "the optimizer had class SGD, this one has AdamW; make the same one, with the parameters in the same order",
+        "the optimizer's class was SGD, expected AdamW; make the same optimizer, with the parameters in the same order",
     ),
     "another order": (
         swap_parameters,
-        "the optimizer had parameters .*adapters.*; make the same one, with the parameters",
+        r"the optimizer's parameter 0 was adapters\.down\.weight\.P, expected adapters\.up\.weight\.P; make the",
     ),
     "no groups": (
         lambda h, _: h["state"]["optimizer"].pop("param_groups"),
@@ -404,7 +404,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "moments that are none": (
         lambda h, _: h["state"]["optimizer"].update(state={"__items__": [[0, 3]]}),
-        r"the optimizer's state of adapters\.up\.weight\.P is 3, expected a dict",
+        "the state of the optimizer could not be taken over .TypeError",
     ),
     "moments of another shape": (
         change_tensor("optimizer.state.0.exp_avg", lambda t: torch.zeros(5)),
