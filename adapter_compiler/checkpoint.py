@@ -97,9 +97,7 @@ def load_adapters(adapted: AdaptedModel, directory: str | Path) -> None:
         adopt_starts(adapted, plan)
         if kept:
             compact_adapters(adapted, kept)
-        with torch.no_grad():
-            for name, target in find_saved_tensors(adapted).items():
-                target.copy_(values[name])
+        write_values(adapted, values)
 
 
 def assert_is_adapted(adapted: object, function: str) -> None:
@@ -228,6 +226,13 @@ def find_saved_tensors(adapted: AdaptedModel, name: str | None = None) -> dict[s
         **{f"adapters.{key}": p for key, p in store.named_parameters()},
         **{f"module.{key}": tensor for key, tensor in tensors.items()},
     }
+
+
+@torch.no_grad()
+def write_values(adapted: AdaptedModel, values: Mapping[str, torch.Tensor]) -> None:
+    """Give the tensors of :func:`find_saved_tensors` these values."""
+    for name, target in find_saved_tensors(adapted).items():
+        target.copy_(values[name])
 
 
 def _describe(adapted: AdaptedModel, name: str | None) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from adapter_compiler.checkpoint import (
     find_targets,
     fit_tensors,
     match_starts,
+    write_values,
 )
 from adapter_compiler.compaction import compact_adapters
 from adapter_compiler.errors import CheckpointError
@@ -365,10 +366,9 @@ def _put_model(
         budget.shrink(saved.kept)
     elif saved.kept:
         compact_adapters(adapted, saved.kept, optimizer)
+    write_values(adapted, saved.values)
     gradients = saved.state["gradients"]
     for name, target in find_saved_tensors(adapted).items():
-        with torch.no_grad():
-            target.copy_(saved.values[name])
         if isinstance(target, torch.nn.Parameter):
             target.grad = gradients[name].to(target.device) if name in gradients else None
 

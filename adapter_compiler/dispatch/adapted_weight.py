@@ -224,10 +224,12 @@ def _version_of(tensor: torch.Tensor) -> Any:
     return object() if tensor.is_inference() else tensor._version
 
 
-def run_on_sums(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def run_on_sums(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run an operator on materialized sums; what it writes into them goes to the weights."""
     weights = {id(leaf): leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, AdaptedWeight)}
     args, kwargs = pytree.tree_map_only(AdaptedWeight, AdaptedWeight.materialize, (tuple(args), dict(kwargs)))
+    if weights and kwargs.get("sparse") is True:
+        kwargs["sparse"] = False  # the gradient of a table with an adapter has no zero rows to leave out
     return give_back(func, lambda: func(*args, **kwargs), list(weights.values()))
 
 
@@ -344,6 +346,8 @@ def multiply(
         fused: whether functions with a backward of their own may be used.
         again: how backward can make x once more.
     """
+    if x.is_nested:
+        return NotImplemented
     (first, *others) = adapters
     if not others and first.planned.site.transposed == stored_in_out and (factors := first.factors) is not None:
         return adapted_linear(x, matrix, bias, first, factors, fused=fused, again=again)

@@ -53,7 +53,7 @@ class AdaptedModule:
         if not isinstance(value, AdaptedWeight) or value.is_transposed or value.slot is None:
             super().__setattr__(name, value)
             return
-        slots = {**self.__dict__[SLOTS], name: value.slot}
+        slots = {**self.__dict__.get(SLOTS, {}), name: value.slot}
         super().__setattr__(name, value.registered)
         _, is_checkpointed, forward = self.made_with
         self.__dict__[SLOTS] = slots

@@ -138,7 +138,8 @@ def is_exchanged_in_call(token: Token, module: object, leaf: str) -> bool:
 def remembered(token: Token, weight: str, base: Any, adapters: Any, make: Callable[[], T]) -> T:
     """What a read gave before in the present call of the model, if nothing of it is another by now; else a new one."""
     call = _find_call(token)
-    if call is None:
+    # What a checkpoint computes again in backward must read as often as it did.
+    if call is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return make()
     key = (weight, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     known = call.reads.get(key)
