@@ -130,12 +130,22 @@ def _own_values(module: nn.Module) -> Iterator[None]:
 
     The memory of a model's parameters is also that of the model which was handed in.
     """
-    plain = [p for p in module.parameters() if type(p.data) is torch.Tensor and p.layout is torch.strided]
+    plain = [
+        p for p in module.parameters() if not is_packed(p) and type(p) is nn.Parameter and p.layout is torch.strided
+    ]
     before = [(p, p.data) for p in plain if not p.is_meta]
     try:
         for p, values in before:
-            p.data = torch._lazy_clone(values)
+            p.data = _clone_lazily(values)
         yield
     finally:
         for p, values in before:
             p.data = values
+
+
+def _clone_lazily(values: torch.Tensor) -> torch.Tensor:
+    """A copy that takes memory when one of both is written into, or at once where memory is not torch's own."""
+    try:
+        return torch._lazy_clone(values)
+    except RuntimeError:  # as of files that are mapped into memory
+        return values.clone()
