@@ -55,10 +55,11 @@ def discover_uses(
             return _find_exported_uses(module, args, kwargs)
         recorded = _find_recorded_uses(module, args, kwargs) if is_recorded else {}
         found = {name: list(uses) for name in weights if (uses := recorded.get(name) or watch.uses.get(name))}
-        doubtful = {name: p for name, p in weights.items() if not any(u.has_gradient for u in found.get(name, ()))}
-        for name in _find_differentiated(module, args, kwargs, doubtful):
-            seen = found.get(name, [WeightUse(op="torch.func")])
-            found[name] = [dataclasses.replace(use, has_gradient=True) for use in seen]
+        certain = {name for name, uses in recorded.items() if any(use.has_gradient for use in uses)}
+        doubtful = {name: p for name, p in weights.items() if name not in certain}
+        for name, is_reached in _find_differentiated(module, args, kwargs, doubtful).items():
+            seen = found.get(name, [WeightUse(op="torch.func")] if is_reached else [])
+            found[name] = [dataclasses.replace(use, has_gradient=is_reached) for use in seen]
         return {name: found[name] for name in weights if name in found}
 
 
@@ -88,24 +89,26 @@ def _find_exported_uses(
 
 def _find_differentiated(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], weights: Mapping[str, nn.Parameter]
-) -> list[str]:
-    """Weights that get a gradient, though no operator was seen that would give one.
+) -> dict[str, bool]:
+    """Whether the results give each of these weights a gradient; empty where that cannot be told.
 
-    Inside ``torch.vmap`` operators see other tensors than the weights; a reentrant checkpoint runs without gradients
-    and computes again with them.
+    A recording does not show it where ``torch.vmap`` gives operators other tensors than the weights, or where a
+    reentrant checkpoint runs without gradients and computes again with them. Watching does not show it where the
+    product does not reach a result.
     """
     tried = {name for name, p in weights.items() if not (p.is_meta or is_packed(p))}
     if not tried:
-        return []
+        return {}
     try:
         with restored_state(module), _own_values(module), _trainable(module) as floats:
-            results = [t for t in find_tensors(module(*args, **kwargs)) if t.requires_grad and not t.is_complex()]
+            results = [t for t in find_tensors(module(*args, **kwargs)) if t.requires_grad]
             if results:
-                torch.stack([t.float().mean().cpu() for t in results]).sum().backward()
-            return [name for name, p in floats.items() if name in tried and p.grad is not None]
+                real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in results]
+                torch.stack([t.float().mean().cpu() for t in real]).sum().backward()
+            return {name: floats[name].grad is not None for name in tried if name in floats}
     except Exception as error:  # the model's own backward raises what it likes
         logger.info("it cannot be told whether gradients reach %s: %s", ", ".join(tried), error)
-        return []
+        return {}
 
 
 @contextlib.contextmanager

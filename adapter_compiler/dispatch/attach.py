@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from adapter_compiler.dispatch.classes import AdaptedModule, make_adapted_class, set_class
+from adapter_compiler.dispatch.classes import AdaptedModule, find_restored_class, make_adapted_class, set_class
 from adapter_compiler.dispatch.memory import find_frugal_forward
 from adapter_compiler.dispatch.options import AttachOptions
 from adapter_compiler.dispatch.scope import Token
@@ -158,13 +158,13 @@ def _find_choosing(module: nn.Module) -> Collection[nn.Module]:
 
 
 def _find_users_class(module: nn.Module) -> type[nn.Module]:
-    return module.users_class if isinstance(module, AdaptedModule) else type(module)
+    return find_restored_class(type(module)) if isinstance(module, AdaptedModule) else type(module)
 
 
 def _restore(module: nn.Module) -> None:
     if not isinstance(module, AdaptedModule):
         return
-    set_class(module, module.users_class)
+    set_class(module, find_restored_class(type(module)))
     module.__dict__.pop(SLOTS, None)
     if isinstance(module, nn.RNNBase):
         with torch.no_grad():

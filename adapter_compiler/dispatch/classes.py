@@ -23,11 +23,15 @@ from adapter_compiler.dispatch.adapted_weight import AdaptedWeight, make_adapted
 from adapter_compiler.dispatch.memory import find_again
 from adapter_compiler.dispatch.scope import remembered, same_scope
 from adapter_compiler.dispatch.slots import SLOTS, Slot, read_registered
+from adapter_compiler.errors import SiteError
 from passes.apply_adapters import BoundAdapter, adapted_sum, is_transformed
 from passes.packed_weights import is_packed
 
 #: Torch's own code, as it was when this was imported: it may be patched later.
 _LINEAR_FORWARD, _LINEAR = nn.Linear.forward, F.linear
+
+#: Where a module remembers the adapted weights that were deleted from it.
+_DELETED = "_deleted_adapted_weights"
 
 
 class AdaptedModule:
@@ -59,6 +63,28 @@ class AdaptedModule:
         self.__dict__[SLOTS] = slots
         made = make_adapted_class(self.users_class, frozenset(slots), is_checkpointed=is_checkpointed, forward=forward)
         set_class(self, made)
+
+    def __delattr__(self, name: str) -> None:
+        weight = self.__dict__.get("_parameters", {}).get(name)
+        super().__delattr__(name)
+        if weight is not None and name in self.__dict__.get(SLOTS, {}):
+            self.__dict__.setdefault(_DELETED, {})[name] = weakref.ref(weight)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of ``nn.Module``.
+
+        Raises:
+            SiteError: an adapted weight is moved to another name, where its adapter would not be seen.
+        """
+        for leaf, deleted in self.__dict__.get(_DELETED, {}).items():
+            if param is not None and name != leaf and deleted() is param:
+                del self.__dict__[_DELETED][leaf]
+                super().register_parameter(leaf, param)  # type: ignore[misc]
+                raise SiteError(
+                    f"{leaf} of {self.users_class.__name__} has an adapter and cannot become {name}; do this before "
+                    "compile_with_adapters, or after fold()"
+                )
+        super().register_parameter(name, param)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -107,6 +133,15 @@ def make_adapted_class(
             members["forward"] = _make_checkpointed(members.get("forward", cls.forward))
         known[key] = types.new_class(cls.__name__, (AdaptedModule, cls), {}, lambda names: names.update(members))
     return known[key]
+
+
+def find_restored_class(cls: type[AdaptedModule]) -> type[nn.Module]:
+    """The class without adapters; what somebody derived from an adapted class, as ``parametrize`` does, is made anew."""
+    if "made_with" in vars(cls):
+        return cls.users_class
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    bases = [find_restored_class(base) if issubclass(base, AdaptedModule) else base for base in cls.__bases__]
+    return types.new_class(cls.__name__, tuple(bases), {}, lambda names: names.update(own))
 
 
 def _rebuild(
@@ -160,10 +195,9 @@ def _call_linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     users_forward: Callable[..., torch.Tensor] = module.users_class.forward  # type: ignore[union-attr]
     if users_forward is not _LINEAR_FORWARD:
         return users_forward(module, input)
-    weight = read_registered(module, "weight")
+    weight = module._parameters.get("weight")
     slot: Slot | None = module.__dict__.get(SLOTS, {}).get("weight")
-    is_there = slot is not None and weight is not None and "weight" in module._parameters
-    adapters = slot.bind(module, "weight", weight) if is_there else None  # type: ignore[union-attr,arg-type]
+    adapters = None if slot is None or weight is None else slot.bind(module, "weight", weight)
     is_plain = type(input) in (torch.Tensor, nn.Parameter) and F.linear is _LINEAR and not input.is_nested
     if adapters is None or slot is None or weight is None or not is_plain:
         return F.linear(input, module.weight, module.bias)

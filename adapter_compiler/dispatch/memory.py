@@ -70,7 +70,8 @@ def _layer_norm_again(node: Any) -> Partial | None:
     raw = (node._raw_saved_input, node._raw_saved_result1, node._raw_saved_result2, node._raw_saved_weight)
     if not _is_plain(*raw, node._raw_saved_bias):
         return None
-    saved = (node._saved_input, node._saved_result1, node._saved_result2, node._saved_weight, node._saved_bias)
+    affine = [None if one is None else one.detach().clone() for one in (node._saved_weight, node._saved_bias)]
+    saved = (node._saved_input, node._saved_result1, node._saved_result2, *affine)
     return normalize_again.__name__, (*saved, len(node._saved_normalized_shape)), {}
 
 

@@ -105,6 +105,7 @@ class Situation:
         has_gradients: whether gradients are compared.
         is_folded: whether the folded model is compared too.
         tolerance: relative and absolute.
+        is_limit: whether docs/how_it_runs.md lists it under "What it cannot see".
     """
 
     name: str
@@ -125,6 +126,7 @@ class Situation:
     has_gradients: bool = True
     is_folded: bool = True
     tolerance: tuple[float, float] = (1e-4, 1e-5)
+    is_limit: bool = False
 
     def shows(self, run: Run) -> bool:
         """Whether the oracle itself must answer otherwise after the change."""
@@ -172,15 +174,18 @@ def params(table: Sequence[Situation]) -> list[Any]:
     names = [situation.name for situation in table]
     assert len(names) == len(set(names))
     pairs = [(one, run) for index, one in enumerate(table) for run in _choose_runs(one.runs, index)]
-    return [pytest.param(one, run, id=f"{one.name}-{run.name}") for one, run in pairs]
+    limit = pytest.mark.xfail(reason="a documented limit: docs/how_it_runs.md", strict=True)
+    return [
+        pytest.param(one, run, id=f"{one.name}-{run.name}", marks=limit if one.is_limit else []) for one, run in pairs
+    ]
 
 
 def _choose_runs(runs: Sequence[Run], index: int) -> list[Run]:
     if IS_NIGHT:
         return [*runs, *([RECORDED] if EVAL in runs else [])]
-    skipped = (CHECKPOINT, LARGE)[index % 2]
-    chosen = [run for run in runs if run is not skipped or len(runs) < len(ALL)]
-    return [RECORDED if run is EVAL and index % 4 == 0 else run for run in chosen]
+    skipped = ((CHECKPOINT,), (LARGE,), (CHECKPOINT, LARGE), (CHECKPOINT, LARGE))[index % 4]
+    chosen = [run for run in runs if run not in skipped or len(runs) < len(ALL)]
+    return [RECORDED if run is EVAL and index % 6 == 0 else run for run in chosen]
 
 
 def seed(number: int) -> None:

@@ -255,7 +255,12 @@ def around(layer: Callable[..., nn.Module], *sizes: int, call: Any = None, **opt
 
 TABLE = [
     *(
-        of(cls.__name__, around(cls, WIDTH, WIDTH), runs=(EVAL, WATCHED, LARGE))
+        of(
+            cls.__name__,
+            around(cls, WIDTH, WIDTH),
+            runs=(EVAL, WATCHED, LARGE),
+            is_limit=cls is AsksForItsClass,
+        )
         for cls in CLASSES
     ),
     of("attention-subclass", around(SelfAttention, WIDTH, 2)),

@@ -143,9 +143,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in ("number", "bias") else pytest.mark.slow) for n in CHANGES]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "number" else pytest.mark.slow) for n in CHANGES])
 def test_a_change_is_seen(name: str) -> None:
     case = Case(make(compute))
     call = compiled(case.adapted)
@@ -202,6 +200,7 @@ def test_adapters_are_disabled_around_the_compiled_call(target: str, is_first_di
             case.assert_right(call)
 
 
+@pytest.mark.slow
 def test_adapters_are_disabled_inside() -> None:
     case = Case(make(compute))
 
@@ -260,6 +259,7 @@ def test_recorded_by_make_fx() -> None:
     assert_close(graph(case.x).detach(), case.oracle.model(case.x).detach())
 
 
+@pytest.mark.slow
 def test_captured() -> None:
     case = Case(make(compute))
     graph = case.adapted.capture(case.x)

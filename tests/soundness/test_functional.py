@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.nn.utils.stateless import _reparametrize_module
 
 import adapter_compiler as ac
-from tests.soundness.common import WIDTH, adapt, make, randomize, seed, treat_all_as_large
+from tests.soundness.common import IS_NIGHT, WIDTH, adapt, make, randomize, seed, treat_all_as_large
 from tests.soundness.oracle import Oracle, assert_close
 
 Tensors = dict[str, Tensor]
@@ -76,7 +76,7 @@ def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         treat_all_as_large(monkeypatch)
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=MODELS if IS_NIGHT else ["loop", "rows"])
 def pair(request: pytest.FixtureRequest) -> Pair:
     return Pair(MODELS[request.param])
 
