@@ -136,7 +136,7 @@ def make_adapted_class(
 
 
 def find_restored_class(cls: type[AdaptedModule]) -> type[nn.Module]:
-    """The class without adapters; what somebody derived from an adapted class, as ``parametrize`` does, is made anew."""
+    """The class without adapters; one that was derived from an adapted class, as by ``parametrize``, is made anew."""
     if "made_with" in vars(cls):
         return cls.users_class
     own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}

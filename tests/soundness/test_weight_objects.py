@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
+from adapter_compiler.errors import SiteError
 from tests.soundness.common import EVAL, LARGE, TRAIN, WATCHED, WIDTH, Run, Situation, adapt, make, params, seed
 from tests.soundness.oracle import Oracle, assert_close, check
 
