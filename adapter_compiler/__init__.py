@@ -13,20 +13,20 @@ if not getattr(_passes, "ADAPTER_COMPILER_PASSES", False):
         "rename your folder or module 'passes', or run from another directory"
     )
 
-from adapter_compiler.adapted import AdaptedModel
-from adapter_compiler.budget import Allocation, BudgetSchedule, RankBudget
-from adapter_compiler.checkpoint import load_adapters
-from adapter_compiler.compiler import compile_with_adapters
-from adapter_compiler.config import AdapterConfig
+from adapter_compiler.compile import compile_with_adapters
+from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.errors import AdapterCompilerError
-from adapter_compiler.initialise import DataStart, InitialisationReport, initialise_adapters
-from adapter_compiler.lazy import import_on_demand
-from adapter_compiler.realign import Realigner, rediagonalise
+from adapter_compiler.lazy_imports import import_on_demand
+from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.report.ranks import plot_ranks
-from adapter_compiler.static_allocation import StaticAllocation, allocate_ranks
-from adapter_compiler.training_state import load_training_state, save_training_state
-from passes.plan import AdapterPlan
-from passes.rules import AdapterRule
+from adapter_compiler.saving.adapters import load_adapters
+from adapter_compiler.training.budget import Allocation, BudgetSchedule, RankBudget
+from adapter_compiler.training.calibration.allocate_ranks import StaticAllocation, allocate_ranks
+from adapter_compiler.training.calibration.realign import Realigner, rediagonalize
+from adapter_compiler.training.calibration.start_from_data import DataStart, InitializationReport, initialize_adapters
+from adapter_compiler.training.training_state import load_training_state, save_training_state
+from passes.planning.plan import AdapterPlan
+from passes.planning.rules import AdapterRule
 
 if TYPE_CHECKING:
     from adapter_compiler.onnx import ExportReport, OnnxAdapters, export_onnx, save_onnx_adapter
@@ -44,7 +44,7 @@ __all__ = [
     "BudgetSchedule",
     "DataStart",
     "ExportReport",
-    "InitialisationReport",
+    "InitializationReport",
     "OnnxAdapters",
     "RankBudget",
     "Realigner",
@@ -52,11 +52,11 @@ __all__ = [
     "allocate_ranks",
     "compile_with_adapters",
     "export_onnx",
-    "initialise_adapters",
+    "initialize_adapters",
     "load_adapters",
     "load_training_state",
     "plot_ranks",
-    "rediagonalise",
+    "rediagonalize",
     "save_onnx_adapter",
     "save_training_state",
 ]

@@ -112,15 +112,15 @@ def measure_passes(nodes: int) -> dict[str, float]:
     """CPU seconds of each pass on a graph of about ``nodes`` nodes."""
     import torch
 
-    from adapter_compiler.store import AdapterStore
-    from passes.compact_ranks import CompactRanksPass, compact_plan
-    from passes.fold_adapters import FoldAdaptersPass
+    from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
+    from passes.adapt.compact_ranks import CompactRanksPass, compact_plan
+    from passes.adapt.fold_adapters import FoldAdaptersPass
+    from passes.adapt.insert_adapters import InsertAdaptersPass
+    from passes.analysis.weight_uses import find_parameter_aliases, find_weight_uses
     from passes.forms import SvdForm
-    from passes.fuse_adapters import FuseAdaptersPass
-    from passes.insert_adapters import InsertAdaptersPass
-    from passes.plan import AdapterPlan, PlannedAdapter
-    from passes.sites import SiteSelection, find_sites
-    from passes.weight_uses import find_parameter_aliases, find_weight_uses
+    from passes.fuse.fuse_adapters import FuseAdaptersPass
+    from passes.planning.find_sites import SiteSelection, find_sites
+    from passes.planning.plan import AdapterPlan, PlannedAdapter
 
     graph_module, base = make_long_graph(nodes)
     aliases = find_parameter_aliases(base)
@@ -138,18 +138,20 @@ def measure_passes(nodes: int) -> dict[str, float]:
             PlannedAdapter(site=site, form=SvdForm(), rank=2, scale=1.0, dtype=torch.float32) for site in sites
         )
     )
-    store = AdapterStore(plan, {name: p.device for name, p in base.named_parameters()})
+    adapter_parameters = AdapterParameters(plan, {name: p.device for name, p in base.named_parameters()})
     with torch.no_grad():
-        for parameter in store.parameters():
+        for parameter in adapter_parameters.parameters():
             parameter.normal_(0, 0.02)
-    graph_module.add_submodule("adapters", store)
+    graph_module.add_submodule("adapters", adapter_parameters)
     take("insert", lambda: InsertAdaptersPass(plan=plan, aliases=aliases)(graph_module))
     kept = {adapter.site.name: torch.tensor([0]) for adapter in plan}
     take("compact", lambda: CompactRanksPass(plan=plan, kept=kept)(graph_module))
     plan = compact_plan(plan, kept)
     take("fuse", lambda: FuseAdaptersPass()(graph_module))
     graph_module, base = make_long_graph(nodes)
-    graph_module.add_submodule("adapters", AdapterStore(plan, {name: p.device for name, p in base.named_parameters()}))
+    graph_module.add_submodule(
+        "adapters", AdapterParameters(plan, {name: p.device for name, p in base.named_parameters()})
+    )
     InsertAdaptersPass(plan=plan, aliases=aliases)(graph_module)
     take("fold", lambda: FoldAdaptersPass(plan=plan)(graph_module))
     return seconds

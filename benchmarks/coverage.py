@@ -74,7 +74,7 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> list[str]:
+def summarize(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Totals over some rows, as lines of Markdown."""
     lines = ["| check | models right | of |", "|---|---:|---:|"]
     for check in (*CHECKS, "reach", "onnx"):
@@ -106,7 +106,7 @@ def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
         ("Architectures of transformers", [row for row in rows if row.get("group") != "awkward"]),
         ("Awkward modules", [row for row in rows if row.get("group") == "awkward"]),
     ):
-        lines += [f"## {title}", "", *summarise(chosen), "", *_table(chosen), ""]
+        lines += [f"## {title}", "", *summarize(chosen), "", *_table(chosen), ""]
         misses = [f"- **{r['name']}**, {c}: {r[c]}" for r in chosen for c in (*CHECKS, "reach", "onnx") if r.get(c)]
         misses += [f"- **{r['name']}**, not reachable: {text}" for r in chosen for text in r.get("unreachable", [])]
         splits = [f"- **{r['name']}**: {text}" for r in chosen for text in r.get("reasons", [])]
@@ -173,7 +173,7 @@ def main() -> None:
         if row["name"] in exported:
             found = exported[row["name"]]
             row["onnx"] = "" if found["stage"] == "done" else f"{found['stage']}: {found.get('reason', '')[:200]}"
-    print("\n".join(summarise(ordered)))
+    print("\n".join(summarize(ordered)))
     if options.table:
         write_table(ordered, options.table)
     if any(row.get(check) for row in ordered for check in (*CHECKS, "onnx")):

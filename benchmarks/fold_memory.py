@@ -55,7 +55,7 @@ def make_files(folder: Path, layers: int, width: int) -> None:
 
 
 def fold_streaming(folder: Path) -> None:
-    from adapter_compiler.interop.fold_files import fold_files
+    from adapter_compiler.saving.folding.fold_files import fold_files
 
     fold_files(folder / "base.safetensors", folder / "adapters", folder / "streaming.safetensors")
 
@@ -79,7 +79,7 @@ def fold_through_pytorch(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from adapter_compiler.interop.saved_adapters import read_saved_adapters
+    from adapter_compiler.saving.folders.read_folder import read_saved_adapters
 
     model, saved = load_model(folder), read_saved_adapters(folder / "adapters")
     with torch.no_grad():

@@ -102,7 +102,7 @@ def profile_parts(step: Callable[[], None], ranks: Collection[int], steps: int =
         if part is not None:
             parts[part] = parts.get(part, 0.0) + event.self_cpu_time_total
     stepping = sum(e.cpu_time_total for e in averages if e.key.startswith("Optimizer.step#"))
-    parts["scores, mask, regulariser"] = stepping - parts.get("optimizer's kernel", 0.0)
+    parts["scores, mask, regularizer"] = stepping - parts.get("optimizer's kernel", 0.0)
     parts["everything else"] = total - sum(parts.values())
     return {name: time / total for name, time in parts.items()}
 

@@ -82,7 +82,7 @@ def main(
                 console.print(
                     f"seed {seed} {name:<22} rate {rate:<7g} test {result['test']:.3f}  {result['seconds']:.1f} s"
                 )
-    show(summarise(_select(read_results(out), key)), markdown)
+    show(summarize(_select(read_results(out), key)), markdown)
 
 
 def _select(results: list[Result], wanted: Result) -> list[Result]:
@@ -139,7 +139,7 @@ def _read_lines(path: Path) -> Iterator[Result]:
             continue
 
 
-def summarise(results: list[Result]) -> list[Row]:
+def summarize(results: list[Result]) -> list[Row]:
     """A row a method, at the learning rate that was best on the validation split."""
     best = {}
     for name in dict.fromkeys(result["method"] for result in results):

@@ -21,7 +21,7 @@ from benchmarks.quality_tasks import Examples, Task, draw_batches, loss, measure
 SCALE = 4.0
 #: The peak learning rate of a new head, whatever the adapters' is.
 HEAD_RATE = 1e-3
-#: Batches that initialisers look at.
+#: Batches that initializers look at.
 _LOOKS = 8
 
 
@@ -32,7 +32,7 @@ class Method:
     Attributes:
         rates: which learning rates there are to choose from; "strong" ones move the model more at the same rate.
         options: of ``AdapterConfig``; ``None`` for what is not ours.
-        start: an initialiser that needs data.
+        start: an initializer that needs data.
         peft: ``"lora"`` or ``"adalora"`` for peft's.
         surplus: the rank at the start over that at the end; above 1 a budget prunes.
         grow: share of the budget for pruned triplets.
@@ -121,7 +121,7 @@ def _train_ours(method: Method, task: Task, rank: int, rate: float, batches: lis
     adapted = ac.compile_with_adapters(task.copy_model(), example_kwargs=batches[0][0], config=config)
     if method.start is not None:
         look = ac.DataStart(method=method.start, at_once=len(adapted.sites))
-        ac.initialise_adapters(adapted, look, batches[:_LOOKS], loss)
+        ac.initialize_adapters(adapted, look, batches[:_LOOKS], loss)
     optimizer = _make_optimizer(task, [*adapted.module.named_parameters(), *adapted.adapters.named_parameters()], rate)
     count = sum(p.numel() for p in adapted.adapters.parameters() if p.requires_grad)
     budget = None

@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapter_compiler.demo.data import load_digits, rotate_and_invert
-from adapter_compiler.demo.options import DemoOptions
-from adapter_compiler.demo.training import pretrain
+from adapter_compiler.cli.demo.data import load_digits, rotate_and_invert
+from adapter_compiler.cli.demo.options import DemoOptions
+from adapter_compiler.cli.demo.training import pretrain
 
 #: Inputs by name, and labels.
 Examples = tuple[dict[str, Tensor], Tensor]
 #: One text or two, and the name of their class.
-LabelledText = tuple[tuple[str, ...], str]
+LabeledText = tuple[tuple[str, ...], str]
 _TOKENS = 32
 #: Near the best on the validation splits of all the text tasks.
 _HEAD_DECAY = 1e-2
@@ -144,16 +144,16 @@ class TextClassifier(nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextSource:
-    """Where labelled texts come from, and how they are learnt.
+    """Where labeled texts come from, and how they are learned.
 
     Attributes:
         read: texts to learn from, and others to be measured on.
-        shots: how many of each class are learnt from.
+        shots: how many of each class are learned from.
         batch_size: texts a step.
         steps: optimizer steps.
     """
 
-    read: Callable[[Path], tuple[list[LabelledText], list[LabelledText]]]
+    read: Callable[[Path], tuple[list[LabeledText], list[LabeledText]]]
     shots: int
     batch_size: int = 8
     steps: int = 150
@@ -171,7 +171,7 @@ def make_text(name: str, data: Path, encoder: Path, seed: int, *, tests: int = 5
     by_class = {label: [row for row in order if row[1] == label] for label in classes}
     tokenizer = AutoTokenizer.from_pretrained(encoder)
 
-    def encode(rows: list[LabelledText]) -> Examples:
+    def encode(rows: list[LabeledText]) -> Examples:
         columns = [list(column) for column in zip(*(texts for texts, _ in rows), strict=True)]
         tokens: Any = tokenizer(*columns, padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt")
         inputs = {key: tokens[key] for key in ("input_ids", "attention_mask")}
@@ -223,37 +223,37 @@ def _fit_head(model: TextClassifier, examples: Examples) -> None:
     head.zero_grad()
 
 
-def _read_banking(folder: Path) -> tuple[list[LabelledText], list[LabelledText]]:
-    splits: list[list[LabelledText]] = []
+def _read_banking(folder: Path) -> tuple[list[LabeledText], list[LabeledText]]:
+    splits: list[list[LabeledText]] = []
     for split in ("train", "test"):
         with (folder / f"{split}.csv").open(encoding="utf-8", newline="") as file:
             splits.append([((row["text"],), row["category"]) for row in csv.DictReader(file)])
     return splits[0], splits[1]
 
 
-def _read_clinc(folder: Path) -> tuple[list[LabelledText], list[LabelledText]]:
+def _read_clinc(folder: Path) -> tuple[list[LabeledText], list[LabeledText]]:
     splits = json.loads((folder / "data_full.json").read_text(encoding="utf-8"))
     train, test = ([((text,), label) for text, label in splits[name]] for name in ("train", "test"))
     return train, test
 
 
-def _read_movies(folder: Path) -> tuple[list[LabelledText], list[LabelledText]]:
+def _read_movies(folder: Path) -> tuple[list[LabeledText], list[LabeledText]]:
     """Snippets of reviews that raters found good or bad; those that they were undecided about are left out."""
     lines = (folder / "movieReviewSnippets_GroundTruth.txt").read_text(encoding="utf-8").splitlines()
     rated = [(float(rating), text) for _, rating, text in (line.split("\t", 2) for line in lines)]
-    rows: list[LabelledText] = [((text,), "good" if r > 0 else "bad") for r, text in rated if abs(r) >= 0.5]
+    rows: list[LabeledText] = [((text,), "good" if r > 0 else "bad") for r, text in rated if abs(r) >= 0.5]
     return _split(rows)
 
 
-def _read_med(folder: Path) -> tuple[list[LabelledText], list[LabelledText]]:
+def _read_med(folder: Path) -> tuple[list[LabeledText], list[LabeledText]]:
     """Pairs of sentences: does the first entail the second?"""
     with (folder / "MED.tsv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    pairs: list[LabelledText] = [((row["sentence1"], row["sentence2"]), row["gold_label"]) for row in rows]
+    pairs: list[LabeledText] = [((row["sentence1"], row["sentence2"]), row["gold_label"]) for row in rows]
     return _split(pairs)
 
 
-def _split(rows: list[LabelledText]) -> tuple[list[LabelledText], list[LabelledText]]:
+def _split(rows: list[LabeledText]) -> tuple[list[LabeledText], list[LabeledText]]:
     """One in five by a hash of the text, the same for every seed."""
     held_out = [zlib.crc32("\t".join(texts).encode()) % 5 == 0 for texts, _ in rows]
     train, test = ([r for r, out in zip(rows, held_out, strict=True) if out is wanted] for wanted in (False, True))

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import adapter_compiler as ac
-from passes.calls import sort_keywords, split_call
-from passes.capture import capture_call
+from passes.capture.calls import sort_keywords, split_call
+from passes.capture.capture import capture_call
 
 Step = Callable[[], None]
 

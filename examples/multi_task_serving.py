@@ -2,7 +2,7 @@
 
     ./run python examples/multi_task_serving.py --data DATA
 
-DATA holds banking77 (77 intents of bank customers) and clinc150 (150 intents of an assistant). MiniLM is adapted to
+DATA holds banking77 (77 intents of triplets customers) and clinc150 (150 intents of an assistant). MiniLM is adapted to
 each of them with AdaLoRA, exported once with run-time adapters, and served from one onnxruntime session. The
 accuracies of the served adapters are compared with those of the merged files, which hold one task each.
 """

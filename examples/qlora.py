@@ -68,7 +68,7 @@ def count_kept_for_backward(adapted: ac.AdaptedModel, x: Tensor) -> int:
 
 def adapt(base: nn.Module, kind: str | None, x: Tensor, y: Tensor) -> ac.AdaptedModel:
     """The base in this precision with a trained adapter for each task."""
-    config = ac.AdapterConfig(rank=4, alpha=8, quantise=kind)
+    config = ac.AdapterConfig(rank=4, alpha=8, quantize=kind)
     adapted = ac.compile_with_adapters(base, (x[:2],), config=config)
     for name, change in TASKS.items():
         adapted.add_adapter(name)
@@ -93,7 +93,7 @@ def main() -> None:
         assert kept == 0, f"{kept} bytes of weights are kept for backward"
         adapted.fold()
         assert adapted.fold_report is not None
-        errors = [error.relative for error in adapted.fold_report.quantisation_error.values()] or [0.0]
+        errors = [error.relative for error in adapted.fold_report.quantization_error.values()] or [0.0]
         cells = []
         for name, change in TASKS.items():
             adapted.use(name)

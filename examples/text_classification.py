@@ -58,7 +58,7 @@ class Classifier(nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """Tokenised texts and their classes; gives padded batches."""
+    """Tokenized texts and their classes; gives padded batches."""
 
     tokens: list[list[int]]
     labels: Tensor
@@ -114,12 +114,12 @@ def read_data(folder: Path, tokenizer: Any, limit: int | None, seed: int) -> tup
     if unknown := {category for _, category in test} - set(classes):
         raise SystemExit(f"{folder}: the test split has classes that the training split lacks: {sorted(unknown)[:5]}")
 
-    def tokenise(rows: list[tuple[str, str]]) -> Split:
+    def tokenize(rows: list[tuple[str, str]]) -> Split:
         tokens = tokenizer([text for text, _ in rows], truncation=True, max_length=64)["input_ids"]
         labels = torch.tensor([classes.index(category) for _, category in rows])
         return Split(tokens=tokens, labels=labels, tokenizer=tokenizer)
 
-    return tokenise(train), tokenise(test), classes
+    return tokenize(train), tokenize(test), classes
 
 
 def predict(call: Callable[..., Tensor], split: Split, what: str) -> Tensor:

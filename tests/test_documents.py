@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import adapter_compiler as ac
-from adapter_compiler.cli import app
+from adapter_compiler.cli.main import app
 from tests.documents import ROOT, find_links, read_blocks, read_python
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(str(f.relative_to(ROOT)) for f in sorted(ROOT.glob("docs/*.md")))]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapter_compiler.demo.model import DigitTransformer
+from adapter_compiler.cli.demo.model import DigitTransformer
 from benchmarks.quality_methods import METHODS, get_rates, run_method
 from benchmarks.quality_tasks import Task
 
@@ -53,7 +53,7 @@ def test_every_method_trains_and_ends_with_the_same_rank() -> None:
         assert 12 * 33 <= counts[name] <= 12 * 41
 
 
-def test_results_are_summarised_at_the_best_rate_and_paired_by_seed(
+def test_results_are_summarized_at_the_best_rate_and_paired_by_seed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quality: Any = importlib.import_module("benchmarks.quality")
@@ -69,15 +69,15 @@ def test_results_are_summarised_at_the_best_rate_and_paired_by_seed(
     path.write_text("\n".join([*lines, lines[0][:20]]))
     results = quality.read_results(path)
     assert len(results) == 6
-    lora, dora = quality.summarise(results)
+    lora, dora = quality.summarize(results)
     # The rate that looks better on a seed that the others have not seen is not chosen.
     results.append({**results[0], "rate": 0.3, "seed": 0, "validation": 0.45})
     results.append({**results[0], "rate": 0.3, "seed": 2, "validation": 0.99})
-    assert quality.summarise(results)[0].rate == 0.1
+    assert quality.summarize(results)[0].rate == 0.1
     assert (lora.rate, lora.mean, lora.difference) == (0.1, pytest.approx(55), None)
     assert (dora.mean, dora.difference) == (pytest.approx(58), pytest.approx(3))
     assert dora.difference_error == pytest.approx(1)
-    quality.show(quality.summarise([result for result in results if result["seed"] == 0]), markdown=True)
+    quality.show(quality.summarize([result for result in results if result["seed"] == 0]), markdown=True)
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| dora | 0.1 | 7 | 52.0 | +2.0 | 1 |",
         "| lora | 0.1 | 7 | 50.0 |  | 1 |",

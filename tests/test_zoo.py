@@ -37,7 +37,7 @@ def assert_runs(entry: ZooEntry, *, training: bool) -> None:
             assert any(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_size_of_the_catalogue() -> None:
+def test_size_of_the_catalog() -> None:
     groups = collections.Counter(entry.group for entry in entries())
     assert sum(groups.values()) - groups["awkward"] == len(ARCHITECTURES) >= 74
     assert groups["awkward"] == len(AWKWARD) >= 52

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapter_compiler.lazy import import_on_demand
+from adapter_compiler.lazy_imports import import_on_demand
 
 if TYPE_CHECKING:
-    from adapter_compiler.onnx.adapter_file import save_onnx_adapter
-    from adapter_compiler.onnx.export import export_onnx
-    from adapter_compiler.onnx.report import ExportAttempt, ExportReport, OutputError
-    from adapter_compiler.onnx.session import OnnxAdapters
+    from adapter_compiler.onnx.exporting.export import export_onnx
+    from adapter_compiler.onnx.serving.adapter_file import save_onnx_adapter
+    from adapter_compiler.onnx.serving.session import OnnxAdapters
+    from adapter_compiler.onnx.verification.report import ExportAttempt, ExportReport, OutputError
     from adapter_compiler.onnx.verify_model import FileVerification, verify_onnx
 else:
     _MODULES = {

@@ -12,23 +12,23 @@ import onnxruntime
 import torch
 from torch import nn
 
-from adapter_compiler.adapted import AdaptedModel
 from adapter_compiler.errors import ConfigError, ExportError, VerificationError
-from adapter_compiler.onnx.bisect import describe_first_departure
-from adapter_compiler.onnx.cases import DRAWS, VerificationCase, choose_variety, find_cases
-from adapter_compiler.onnx.compare_files import check_file
-from adapter_compiler.onnx.exportable import NamedOutputs, prepare_call
-from adapter_compiler.onnx.initializers import InitializerFile
-from adapter_compiler.onnx.inputs import spell_names
-from adapter_compiler.onnx.metadata import read_metadata
-from adapter_compiler.onnx.repeatable import open_repeatable
-from adapter_compiler.onnx.report import OutputError
-from adapter_compiler.onnx.runtime import verify_runtime_adapters
-from adapter_compiler.onnx.strategies import find_ladder, write_draft
-from adapter_compiler.onnx.verify import DepartureError, open_session, verify_cases
-from passes.calls import ModuleCall
-from passes.capture import DimensionBound
-from passes.module_state import canonical_kernels
+from adapter_compiler.model.adapted_model import AdaptedModel
+from adapter_compiler.onnx.exporting.runtime_adapters import verify_runtime_adapters
+from adapter_compiler.onnx.translation.exportable import NamedOutputs, prepare_call
+from adapter_compiler.onnx.translation.fallbacks import find_strategies, write_draft
+from adapter_compiler.onnx.verification.bisect import describe_first_departure
+from adapter_compiler.onnx.verification.cases import DRAWS, VerificationCase, choose_variety, find_cases
+from adapter_compiler.onnx.verification.compare_files import check_file
+from adapter_compiler.onnx.verification.fixed_draws import open_with_fixed_draws
+from adapter_compiler.onnx.verification.inputs import spell_names
+from adapter_compiler.onnx.verification.report import OutputError
+from adapter_compiler.onnx.verification.verify import DepartureError, open_session, verify_cases
+from adapter_compiler.saving.onnx_files.initializers import InitializerFile
+from adapter_compiler.saving.onnx_files.metadata import read_metadata
+from passes.capture.calls import ModuleCall
+from passes.capture.capture import DimensionBound
+from passes.capture.module_state import canonical_kernels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,9 @@ def verify_onnx(
         is_traced = str(record.get("strategy", "")).startswith("TorchScript")
         draws, factors = choose_variety(draws, is_traced=is_traced, is_frozen=bool(record.get("frozen")))
         cases = list(find_cases(call, _read_bounds(session, inputs, call), draws=draws, factors=factors))
-        repeatable, reference, _ = open_repeatable(path, session, exporter.named_outputs)
+        fixed_session, reference, _ = open_with_fixed_draws(path, session, exporter.named_outputs)
         try:
-            errors, refused = verify_cases(repeatable, cases, inputs, reference)
+            errors, refused = verify_cases(fixed_session, cases, inputs, reference)
         except DepartureError as error:
             culprit = _find_culprit(error, path, record, exporter, call, cases, inputs, outputs)
             raise VerificationError(f"{path.name}: {error}{culprit}") from error
@@ -158,8 +158,8 @@ def _find_culprit(
 
     Another torch may name nodes otherwise, so nothing is said about a file of one.
     """
-    ladder = {strategy.name: strategy for strategy in find_ladder(exporter.module)}
-    strategy = ladder.get(str(record.get("strategy")))
+    strategies = {strategy.name: strategy for strategy in find_strategies(exporter.module)}
+    strategy = strategies.get(str(record.get("strategy")))
     if strategy is None or record["versions"]["torch"] != torch.__version__:
         return ""
     with tempfile.TemporaryDirectory() as folder:

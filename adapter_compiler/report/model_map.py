@@ -8,8 +8,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from adapter_compiler.adapted import AdaptedModel
-    from passes.sites import AdapterSite
+    from adapter_compiler.model.adapted_model import AdaptedModel
+    from passes.planning.site import AdapterSite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class MapWeight:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MapBlock:
-    """Neighbouring blocks with the same weights: ``count`` of them from number ``first`` on, ``None`` outside."""
+    """Neighboring blocks with the same weights: ``count`` of them from number ``first`` on, ``None`` outside."""
 
     name: str
     weights: tuple[MapWeight, ...]

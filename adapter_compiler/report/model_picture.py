@@ -14,12 +14,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from adapter_compiler.files import written_beside
 from adapter_compiler.report.model_map import MapBlock, MapWeight, map_model
 from adapter_compiler.report.rank_figure import assert_known_format
+from adapter_compiler.saving.primitives.files import written_beside
 
 if TYPE_CHECKING:
-    from adapter_compiler.adapted import AdaptedModel
+    from adapter_compiler.model.adapted_model import AdaptedModel
 
 _INK, _MUTED, _LINE, _PAPER = "#1f2933", "#7b8794", "#c5ccd4", "#f5f7fa"
 _BLUE, _WHITE = "#1f5fa8", "#ffffff"
@@ -48,7 +48,7 @@ def draw_model(adapted: AdaptedModel, path: str | Path) -> Path:
     path = Path(path)
     assert_known_format(path)
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9}):
-        figure = make_figure(map_model(adapted), _summarise(adapted))
+        figure = make_figure(map_model(adapted), _summarize(adapted))
         with written_beside(path) as draft:
             figure.savefig(draft, facecolor="white")
     return path
@@ -76,7 +76,7 @@ def make_figure(blocks: Sequence[MapBlock], title: str) -> Figure:
     return figure
 
 
-def _summarise(adapted: AdaptedModel) -> str:
+def _summarize(adapted: AdaptedModel) -> str:
     report = adapted.report()
     return (
         f"{type(adapted.module).__name__}: {len(report.sites)} weights adapted, "

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from adapter_compiler.errors import ConfigError
-from adapter_compiler.report.ranks import BudgetCurve, RankGrid
+from adapter_compiler.report.rank_grid import BudgetCurve, RankGrid
 
 _INK = "#1f2933"
 _MUTED = "#7b8794"
@@ -38,7 +38,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": _INK,
 }
 
-#: Maps of more cells have a colour bar instead of a number in each cell.
+#: Maps of more cells have a color bar instead of a number in each cell.
 _MOST_NUMBERED_CELLS = 400
 _RIGHT_WIDTH = 5.4
 _RIGHT_HEIGHT = 4.8

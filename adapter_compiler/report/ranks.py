@@ -6,44 +6,15 @@ block (``encoder.layers.3``), the rest is the weight (``attention.query``).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from adapter_compiler.errors import ConfigError
-from adapter_compiler.files import written_beside
-
-if TYPE_CHECKING:
-    from adapter_compiler.budget.checks import MaskingRecord
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RankGrid:
-    """Ranks by block and weight.
-
-    Attributes:
-        blocks: the rows, as in ``blocks.0``.
-        weights: the columns, as in ``attention.query``.
-        ranks: [blocks, weights]; nan where a block has no such weight.
-        elsewhere: ranks of the weights that are in no numbered block, by name.
-    """
-
-    blocks: tuple[str, ...]
-    weights: tuple[str, ...]
-    ranks: npt.NDArray[np.float64]
-    elsewhere: Mapping[str, int]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BudgetCurve:
-    """The triplets that maskings kept: ``triplets[i]`` from ``steps[i]`` on."""
-
-    steps: tuple[int, ...]
-    triplets: tuple[int, ...]
+from adapter_compiler.report.rank_grid import BudgetCurve, RankGrid
+from adapter_compiler.saving.primitives.files import written_beside
+from adapter_compiler.training.budget.masking_record import MaskingRecord
 
 
 def plot_ranks(

@@ -118,7 +118,7 @@ class AdapterForm(abc.ABC):
 
     @property
     def core(self) -> AdapterForm:
-        """The form without what an initialiser has added to it."""
+        """The form without what an initializer has added to it."""
         return self
 
     def is_empty(self, rank: int) -> bool:

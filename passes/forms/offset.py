@@ -1,6 +1,6 @@
 """An update counted from where it started: ΔW = form(θ) − form(θ₀), with θ₀ kept.
 
-Initialisers such as PiSSA and LoRA-GA start with a ΔW that is not zero and take it out of the frozen weight, so
+Initializers such as PiSSA and LoRA-GA start with a ΔW that is not zero and take it out of the frozen weight, so
 that the model starts as it was. Keeping the starting values instead is the same mathematics, and the frozen weight
 stays the user's own: it is not rounded, not copied, and an adapter file fits the original model.
 """

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from passes.adapt.fold_adapters import FoldAdaptersPass
+from passes.adapt.insert_adapters import InsertAdaptersPass
+from passes.analysis.weight_uses import find_parameter_aliases, find_weight_uses
 from passes.base import find_graph_modules
-from passes.calls import split_call
-from passes.capture import CapturedGraph, capture_call
-from passes.fold_adapters import FoldAdaptersPass
+from passes.capture.calls import split_call
+from passes.capture.capture import CapturedGraph, capture_call
 from passes.forms import find_form
-from passes.insert_adapters import InsertAdaptersPass
-from passes.plan import AdapterPlan, PlannedAdapter
-from passes.sites import SiteSearch, SiteSelection, find_sites
-from passes.weight_uses import find_parameter_aliases, find_weight_uses
+from passes.planning.find_sites import SiteSearch, SiteSelection, find_sites
+from passes.planning.plan import AdapterPlan, PlannedAdapter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Workbench:
     def fold(self) -> FoldAdaptersPass:
         return FoldAdaptersPass(plan=self.plan)
 
-    def randomise(self) -> None:
+    def randomize(self) -> None:
         """Give the adapters a ΔW that is not zero."""
         with torch.no_grad():
             for parameter in self.adapters.parameters():

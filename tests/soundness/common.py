@@ -219,10 +219,10 @@ def randomize(adapted: ac.AdaptedModel, std: float = 0.5) -> None:
 
 
 def treat_all_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("passes.slim_ops._SMALL", 0)
-    monkeypatch.setattr("passes.fused_ops._SMALL", 0)
-    monkeypatch.setattr("passes.fused_ops._FEW_ROWS", 0)
-    monkeypatch.setattr("adapter_compiler.dispatch.memory._LARGE", 0)
+    monkeypatch.setattr("passes.fuse.memory_efficient_ops._SMALL", 0)
+    monkeypatch.setattr("passes.fuse.fused_ops._SMALL", 0)
+    monkeypatch.setattr("passes.fuse.fused_ops._FEW_ROWS", 0)
+    monkeypatch.setattr("adapter_compiler.model.dispatch.memory._LARGE", 0)
 
 
 @contextlib.contextmanager

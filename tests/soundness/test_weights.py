@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import adapter_compiler as ac
-from passes.rules import AdapterRule
+from passes.planning.rules import AdapterRule
 from tests.soundness.common import EVAL, LARGE, WATCHED, WIDTH, WITH_EXAMPLE, Run, Situation, make, params
 from tests.soundness.oracle import check
 

@@ -1,4 +1,4 @@
-"""A catalogue of small models, as plain data, for tests and benchmarks.
+"""A catalog of small models, as plain data, for tests and benchmarks.
 
     for entry in entries(group="encoder"):
         torch.manual_seed(0)
@@ -26,10 +26,10 @@ def entries(group: str | None = None, names: Collection[str] | None = None) -> t
     from tests.zoo.architectures import ARCHITECTURES
     from tests.zoo.awkward import AWKWARD
 
-    catalogue = {entry.name: entry for entry in (*ARCHITECTURES, *AWKWARD)}
-    chosen = tuple(catalogue.values()) if names is None else tuple(catalogue[name] for name in names)
+    catalog = {entry.name: entry for entry in (*ARCHITECTURES, *AWKWARD)}
+    chosen = tuple(catalog.values()) if names is None else tuple(catalog[name] for name in names)
     if group is None:
         return chosen
-    if group not in {entry.group for entry in catalogue.values()}:
+    if group not in {entry.group for entry in catalog.values()}:
         raise KeyError(group)
     return tuple(entry for entry in chosen if entry.group == group)

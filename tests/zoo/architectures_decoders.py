@@ -1,4 +1,4 @@
-"""Text decoders: dense, routed to experts, and recurrent ones; language modelling throughout."""
+"""Text decoders: dense, routed to experts, and recurrent ones; language modeling throughout."""
 
 from __future__ import annotations
 

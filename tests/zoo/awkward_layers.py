@@ -1,4 +1,4 @@
-"""Awkward layers: tied, shared, idle, parametrised, of other dtypes, convolutions."""
+"""Awkward layers: tied, shared, idle, parametrized, of other dtypes, convolutions."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ class Hypernetwork(nn.Module):
         return torch.bmm(weights, self.scale(x).unsqueeze(2)).squeeze(2)
 
 
-class Normalised(nn.Module):
-    """Three parametrised layers: weight norm, spectral norm, orthogonal."""
+class Normalized(nn.Module):
+    """Three parametrized layers: weight norm, spectral norm, orthogonal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class ComplexWeights(nn.Module):
         return self.out(torch.fft.ifft(spectrum, dim=1).real)
 
 
-class Quantised(nn.Module):
+class Quantized(nn.Module):
     """Weights rounded to a grid, with a straight-through gradient."""
 
     def __init__(self) -> None:
@@ -259,13 +259,13 @@ LAYERS = (
     describe_awkward("unused-weight", UnusedWeight, rows, "no-gradient"),
     describe_awkward("masked-linear", MaskedLinear, rows, "buffers"),
     describe_awkward("hypernetwork", Hypernetwork, two_rows),
-    describe_awkward("parametrizations", Normalised, rows, "parametrization", "buffers"),
+    describe_awkward("parametrizations", Normalized, rows, "parametrization", "buffers"),
     describe_awkward("hooked-spectral-norm", HookedNorm, rows, "hooks", "buffers"),
     describe_awkward("convolutions", Convolutions, signals, "convolution"),
     describe_awkward("video-convolution", VideoConvolution, clips, "convolution"),
     describe_awkward("dual-dtype", DualDtype, rows, "dtype"),
     describe_awkward("complex-weights", ComplexWeights, sequences, "complex"),
-    describe_awkward("quantised", Quantised),
+    describe_awkward("quantized", Quantized),
     describe_awkward("task-weights", TaskWeights, rows_and_tasks),
     describe_awkward("parameter-containers", Containers),
     describe_awkward("frozen-base", FrozenBase, rows, "no-gradient"),

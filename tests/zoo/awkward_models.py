@@ -116,7 +116,7 @@ class ClickModel(nn.Module):
 
 
 class GraphConvolution(nn.Module):
-    """Nodes average their neighbours by a dense adjacency matrix; messages are also scattered by edges."""
+    """Nodes average their neighbors by a dense adjacency matrix; messages are also scattered by edges."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class PointNet(nn.Module):
         return self.head(self.lift(points @ transform).amax(1))
 
 
-class VectorQuantised(nn.Module):
+class VectorQuantized(nn.Module):
     """The nearest vector of a codebook replaces each hidden state, with a straight-through gradient."""
 
     def __init__(self) -> None:
@@ -196,9 +196,9 @@ class VectorQuantised(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         hidden = self.encode(x)
         nearest = torch.cdist(hidden, self.codes.weight.unsqueeze(0)).argmin(-1)
-        quantised = self.codes(nearest)
-        commitment = F.mse_loss(hidden, quantised.detach()) + F.mse_loss(quantised, hidden.detach())
-        decoded = self.decode(hidden + (quantised - hidden).detach())
+        quantized = self.codes(nearest)
+        commitment = F.mse_loss(hidden, quantized.detach()) + F.mse_loss(quantized, hidden.detach())
+        decoded = self.decode(hidden + (quantized - hidden).detach())
         return {"loss": F.mse_loss(decoded, x) + commitment, "decoded": decoded, "codes": nearest}
 
 
@@ -235,5 +235,5 @@ MODELS = (
     describe_awkward("siamese", Siamese, two_rows, "shared-layers"),
     describe_awkward("continuous-depth", ContinuousDepth, rows, "shared-layers"),
     describe_awkward("pointnet", PointNet, sequences),
-    describe_awkward("vector-quantised", VectorQuantised, sequences),
+    describe_awkward("vector-quantized", VectorQuantized, sequences),
 )

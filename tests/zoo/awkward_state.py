@@ -66,7 +66,7 @@ class PythonCounter(nn.Module):
 
 
 class BatchNorms(nn.Module):
-    """Batch normalisation of rows and of images, with dropout of values and of channels."""
+    """Batch normalization of rows and of images, with dropout of values and of channels."""
 
     def __init__(self) -> None:
         super().__init__()

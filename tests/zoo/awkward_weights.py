@@ -39,7 +39,7 @@ def use_function(m: Any, x: Tensor) -> Any:
     return LinearFunction.apply(x, m.w).relu() @ m.w  # type: ignore[no-untyped-call]
 
 
-def standardise(weight: Tensor) -> Tensor:
+def standardize(weight: Tensor) -> Tensor:
     """The weight with mean zero and variance one along each row."""
     return (weight - weight.mean(1, keepdim=True)) / (weight.std(1, keepdim=True) + 1e-5)
 
@@ -129,9 +129,9 @@ WEIGHTS = (
         right=(8, WIDTH),
     ),
     describe_weights(
-        "standardised-weight",
-        "the weight is standardised on every call",
-        lambda m, x: F.linear(x, standardise(m.w)),
+        "standardized-weight",
+        "the weight is standardized on every call",
+        lambda m, x: F.linear(x, standardize(m.w)),
         w=(HIDDEN, WIDTH),
     ),
     describe_weights(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import adapter_compiler as ac
 from adapter_compiler.errors import CaptureError, SiteError
-from passes.module_state import without_fast_path
+from passes.capture.module_state import without_fast_path
 from tests.zoo.entry import ZooEntry, find_tensors, loss_of
 
 #: (relative to the largest value, absolute) by dtype of an output or gradient.
@@ -67,7 +67,7 @@ def check_entry(entry: ZooEntry, *, onnx: bool = False, graphs: bool = False) ->
     if adapted is not None:
         _attempt(outcome, "identity_eval", lambda: _check_identity(adapted, entry, training=False))
         _attempt(outcome, "identity_train", lambda: _check_identity(adapted, entry, training=True))
-        _randomise(adapted)
+        _randomize(adapted)
         _attempt(outcome, "outputs_eval", lambda: _check_outputs(adapted, entry, entry.example, "eval"))
         _attempt(outcome, "outputs_train", lambda: _check_outputs(adapted, entry, entry.example, "train"))
         _attempt(outcome, "other_size", lambda: _check_other_size(adapted, entry))
@@ -126,7 +126,7 @@ def compile_entry(model: nn.Module, entry: ZooEntry, sites: str = "all-linear") 
     return compile_entry(model, entry, "*")
 
 
-def _randomise(adapted: ac.AdaptedModel) -> None:
+def _randomize(adapted: ac.AdaptedModel) -> None:
     """A ΔW of about a tenth of a weight's size, so that it shows and nothing overflows."""
     _seed(11)
     with torch.no_grad():
@@ -251,7 +251,7 @@ def _check_reach(outcome: Outcome, model: nn.Module, entry: ZooEntry) -> None:
     outcome.used_weights = len(used)
     outcome.reachable_weights = len(used & sites)
     outcome.unreachable = [f"{name}: {adapted.rejected.get(name)}" for name in sorted(used - sites)]
-    _randomise(adapted)
+    _randomize(adapted)
     for mode in ("eval", "train"):
         _check_outputs(adapted, entry, entry.example, mode)
     _check_fold(adapted, entry)

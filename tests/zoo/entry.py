@@ -51,7 +51,7 @@ class ZooEntry:
 
 
 def in_float64(entry: ZooEntry) -> ZooEntry:
-    """The same model in float64: normalised over so few values that float32 gives other gradients at each order."""
+    """The same model in float64: normalized over so few values that float32 gives other gradients at each order."""
 
     def widen(made: Any) -> Any:
         return pytree.tree_map_only(Tensor, lambda t: t.double() if t.dtype == torch.float32 else t, made)

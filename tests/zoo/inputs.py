@@ -77,7 +77,7 @@ def text_with_span(batch: int, length: int) -> dict[str, Any]:
 
 
 def text_to_continue(batch: int, length: int) -> dict[str, Any]:
-    """Padded tokens that are their own labels: causal or masked language modelling."""
+    """Padded tokens that are their own labels: causal or masked language modeling."""
     inputs = text(batch, length)
     return inputs | {"labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from adapter_compiler.discovery import discover_uses
-from passes.roles import find_roles
+from adapter_compiler.model.weight_use_analysis import analyze_weight_uses
+from passes.analysis.roles import find_roles
 from tests.zoo.entry import ZooEntry
 from tests.zoo.role_names import find_named_role
 
@@ -38,7 +38,7 @@ def score_roles(entry: ZooEntry) -> RoleScore:
     torch.manual_seed(0)
     model = entry.build().eval()
     args, kwargs = entry.example()
-    roles = find_roles(discover_uses(model, args, kwargs))
+    roles = find_roles(analyze_weight_uses(model, args, kwargs))
     named = {name: role for name in roles if (role := find_named_role(name)) is not None}
     wrong = {name: (roles[name], role) for name, role in named.items() if roles[name] != role}
     return RoleScore(name=entry.name, roles=roles, known=len(named), wrong=wrong)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import adapter_compiler as ac
-from adapter_compiler.budget.checks import MaskingRecord
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.report.rank_figure import draw_ranks
 from adapter_compiler.report.ranks import arrange_ranks, trace_budget
+from adapter_compiler.training.budget.masking_record import MaskingRecord
 
 RANKS = {
     "embedding.weight": 3,
@@ -69,7 +69,7 @@ def test_weights_outside_blocks_alone_are_drawn() -> None:
     ]
 
 
-def test_many_cells_have_a_colour_scale_instead_of_numbers() -> None:
+def test_many_cells_have_a_color_scale_instead_of_numbers() -> None:
     ranks = {f"layers.{i}.{name}.weight": i % 5 for i in range(101) for name in ("q", "k", "v", "o")}
     figure = draw_ranks(
         arrange_ranks(ranks), trace_budget([MaskingRecord(step=1, budget=1, live=1, ranks=ranks)]), (), ""

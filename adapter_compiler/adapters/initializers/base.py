@@ -1,0 +1,112 @@
+"""What an initializer gives, and how it becomes the parameters of any form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+
+from adapter_compiler.config.start_options import StartOptions
+from passes.forms.dora import MAGNITUDE, measure_rows
+from passes.forms.offset import START
+from passes.planning.plan import PlannedAdapter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StartingFactors:
+    """Directions that an adapter starts with, and how much of each is there.
+
+    Attributes:
+        left: [out, r], what P or B is made from; ``None`` for LoRA's start, B = 0, or P = 0 and λ = 1.
+        right: [r, in], what Q or A is made from.
+        values: [r], so that ΔW = s · left diag(values) right at the start; ``None`` for ΔW = 0, by B = 0 or λ = 0.
+            Where it is not zero, the start is taken out of the frozen weight (see :class:`passes.forms.OffsetForm`).
+    """
+
+    left: torch.Tensor | None
+    right: torch.Tensor
+    values: torch.Tensor | None = None
+
+
+#: Draws the factors for a weight [out, in], which is in the adapter's dtype, float32 at least.
+Draw = Callable[[PlannedAdapter, torch.Tensor, StartOptions], StartingFactors]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Initializer:
+    """An initializer that needs no data.
+
+    Attributes:
+        draw: gives the factors.
+        is_shifted: whether ΔW is not zero at the start, so that the form must keep where it started.
+    """
+
+    draw: Draw
+    is_shifted: bool = False
+
+
+def draw_orthonormal(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[rows, columns] with orthonormal columns, uniformly distributed, from torch's global generator.
+
+    Needs ``rows >= columns``. Computed in float32 at least: there is no QR decomposition of half precision.
+    """
+    normal = torch.empty(rows, columns, dtype=torch.promote_types(dtype, torch.float32), device=device).normal_()
+    basis, upper = torch.linalg.qr(normal)
+    signs = upper.diagonal().sgn()  # else the distribution depends on how QR is done
+    drawn: torch.Tensor = basis * signs
+    return drawn.to(dtype)
+
+
+def widen(weight: torch.Tensor, adapter: PlannedAdapter) -> torch.Tensor:
+    """The weight, or a gradient of its shape, as [out, in] in the adapter's dtype, float32 at least."""
+    return adapter.site.to_matrix(weight.detach()).to(torch.promote_types(adapter.dtype, torch.float32))
+
+
+@torch.no_grad()
+def write_start(
+    adapter: PlannedAdapter,
+    parameters: Mapping[str, torch.Tensor],
+    weight: torch.Tensor,
+    factors: StartingFactors | None,
+) -> None:
+    """Put the factors into an adapter's parameters, and what a form derives from them and from the weight.
+
+    Args:
+        adapter: the plan for the site; its form keeps the start if ``factors`` have values.
+        parameters: the adapter's parameters by name.
+        weight: the frozen weight, in its own shape.
+        factors: ``None`` for an adapter of rank 0.
+    """
+    if factors is not None:
+        (_write_triplets if "lam" in parameters else _write_product)(parameters, factors)
+    for name, parameter in parameters.items():
+        if name.endswith(START):
+            parameter.copy_(parameters[name.removesuffix(START)])
+        elif name == MAGNITUDE:
+            parameter.copy_(measure_rows(adapter.site.to_matrix(weight.detach()).to(parameter.dtype)))
+
+
+def _write_triplets(parameters: Mapping[str, torch.Tensor], factors: StartingFactors) -> None:
+    parameters["Q"].copy_(factors.right)
+    if factors.left is None:
+        parameters["P"].zero_()
+        parameters["lam"].fill_(1)
+        return
+    parameters["P"].copy_(factors.left)
+    if factors.values is None:
+        parameters["lam"].zero_()
+    else:
+        parameters["lam"].copy_(factors.values)
+
+
+def _write_product(parameters: Mapping[str, torch.Tensor], factors: StartingFactors) -> None:
+    """B = left √v and A = √v right; without values B = 0."""
+    if factors.values is None:
+        parameters["B"].zero_()
+        parameters["A"].copy_(factors.right)
+        return
+    assert factors.left is not None
+    root = factors.values.sqrt()
+    parameters["B"].copy_(factors.left * root)
+    parameters["A"].copy_(root.unsqueeze(1) * factors.right)

@@ -1,0 +1,131 @@
+"""Several adapters on one model: one is active, the others rest beside it.
+
+A inactive adapter keeps its parameters, and its own values of what else training changes in the model: the
+fully trained parameters and the persistent buffers. The frozen weights exist once. Switching puts other
+adapters into the graphs that there are; nothing is captured anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from adapter_compiler.adapters.adapter_set import FIRST_NAME, InactiveTensors
+from adapter_compiler.adapters.adapter_state import AdapterState
+from adapter_compiler.adapters.initializers import prepare_start, start_adapter
+from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
+from adapter_compiler.adapters.planning import match_plan, plan_adapters
+from adapter_compiler.config.adapter_config import AdapterConfig
+from adapter_compiler.errors import ConfigError, SiteError
+from passes.planning.find_sites import search_known_sites
+from passes.planning.plan import AdapterPlan
+from passes.planning.site import AdapterSite
+
+
+def add_adapter(
+    adapted: AdapterState, name: str, *, config: AdapterConfig | None = None, plan: AdapterPlan | None = None
+) -> None:
+    """Add a fresh adapter that rests; see :meth:`AdaptedModel.add_adapter`."""
+    adapted.adapter_set.assert_free(name)
+    config = adapted.options if config is None else config
+    if plan is None:
+        selection = _with_trainable(config, adapted.options).selection
+        plan = plan_adapters(search_known_sites(find_known_sites(adapted).values(), adapted.module, selection), config)
+    else:
+        plan = match_plan(plan, adapted.module)
+    if not plan.adapters:
+        raise SiteError(
+            f"adapter {name!r} would have no site (sites={config.sites!r}), expected at least one; change sites or "
+            "exclude in its config"
+        )
+    plan = prepare_start(plan, config.start)
+    adapter_parameters = add_inactive(adapted, name, plan, find_module_tensors(adapted))
+    for adapter in plan:
+        weight = adapted.base_weight(adapter.site.weight)
+        start_adapter(adapter, adapter_parameters.parameters_of(adapter), weight, config.start)
+
+
+def use_adapter(adapted: AdapterState, name: str) -> None:
+    """Make another adapter the active one; see :meth:`AdaptedModel.use`."""
+    own = adapted.adapter_set
+    own.assert_known(name)
+    if name == own.active:
+        return
+    adapted.adapters.requires_grad_(False)
+    live = find_module_tensors(adapted)
+    own.inactive._modules[own.active] = InactiveTensors(live)
+    own.active = name
+    for adapter in adapted.plan:
+        for parameter, tensor in adapted.adapters.parameters_of(adapter).items():
+            tensor.requires_grad_(parameter not in adapter.form.frozen)
+    write_module_tensors(adapted, own.find_inactive(name) or {})
+    del own.inactive._modules[name]
+    adapted.rebuild(adapted.plan)
+
+
+def remove_adapter(adapted: AdapterState, name: str) -> None:
+    """Forget a inactive adapter; see :meth:`AdaptedModel.remove_adapter`."""
+    own = adapted.adapter_set
+    own.assert_known(name)
+    if name == own.active:
+        raise ConfigError(f"adapter {name!r} is active, expected one that rests; call use(...) with another name first")
+    del own.plans[name], own.inactive._modules[name]
+    if name == FIRST_NAME:
+        del adapted._modules["adapters"]
+    else:
+        del own.added._modules[name]
+
+
+def find_module_tensors(adapted: AdapterState) -> dict[str, torch.Tensor]:
+    """What training changes in the model besides adapters: fully trained parameters and persistent buffers."""
+    state = adapted.module.state_dict(keep_vars=True)
+    parameters = {name: p for name, p in adapted.module.named_parameters() if p.requires_grad}
+    return {**parameters, **{name: b for name, b in adapted.module.named_buffers() if name in state}}
+
+
+@torch.no_grad()
+def write_module_tensors(adapted: AdapterState, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give fully trained parameters and buffers these values; gradients that belong to the old ones go."""
+    for name, target in find_module_tensors(adapted).items():
+        if name in tensors:
+            target.copy_(tensors[name])
+            target.grad = None
+
+
+@torch.no_grad()
+def fill_parameters(
+    adapter_parameters: AdapterParameters, plan: AdapterPlan, values: Mapping[str, Mapping[str, torch.Tensor]]
+) -> None:
+    """Give every adapter parameter its value, by site and name."""
+    for adapter in plan:
+        for key, parameter in adapter_parameters.parameters_of(adapter).items():
+            parameter.copy_(values[adapter.site.name][key])
+
+
+def add_inactive(
+    adapted: AdapterState, name: str, plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]
+) -> AdapterParameters:
+    """A new inactive adapter of zeros with these values of the model's own tensors; its parameters."""
+    own = adapted.adapter_set
+    adapter_parameters = AdapterParameters(plan, {key: p.device for key, p in adapted.module.named_parameters()})
+    adapter_parameters.requires_grad_(False)
+    own.plans[name] = plan
+    own.added._modules[name] = adapter_parameters
+    own.inactive._modules[name] = InactiveTensors(tensors)
+    return adapter_parameters
+
+
+def _with_trainable(config: AdapterConfig, compiled: AdapterConfig) -> AdapterConfig:
+    """The options with what the whole model trains fully: that is the same for all of its adapters."""
+    return dataclasses.replace(config, trainable=compiled.trainable)
+
+
+def find_known_sites(adapted: AdapterState) -> dict[str, AdapterSite]:
+    """Every weight that can carry an adapter, as a site for all of it, by each of its names, in model order."""
+    plans = adapted.adapter_set.plans.values()
+    sites = [*adapted.unadapted_sites, *(adapter.site for plan in plans for adapter in plan)]
+    found = {site.weight: dataclasses.replace(site, name=site.weight, rows=None) for site in sites}
+    ordered = {name: found[name] for name, _ in adapted.module.named_parameters() if name in found}
+    return ordered | {alias: site for site in ordered.values() for alias in site.aliases}

@@ -1,0 +1,1 @@
+"""The adapters' numbers and how they lie in memory."""

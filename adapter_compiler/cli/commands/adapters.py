@@ -1,0 +1,130 @@
+"""``adapter-compiler adapters``: list, inspect and convert folders of trained adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from adapter_compiler.cli.commands.output import reported_errors, write_json, write_text
+
+adapters_app = typer.Typer(no_args_is_help=True, help="List, inspect and convert folders of trained adapters.")
+
+_AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@adapters_app.command("list")
+def list_adapters(
+    folder: Annotated[Path, typer.Argument(help="A folder; the folders below it are searched.")],
+    as_json: _AsJson = False,
+) -> None:
+    """List the folders of adapters in a folder, with kind, number of sites and live rank.
+
+    Example: adapter-compiler adapters list runs/
+    """
+    with reported_errors(as_json=as_json):
+        rows = [_summarize(path) for path in _find_folders(folder)]
+        if as_json:
+            write_json(rows)
+            return
+        table = Table("folder", "kind", "sites", "average live rank", "values")
+        for row in rows:
+            table.add_row(row["folder"], row["kind"], *(str(row[key]) for key in ("sites", "average_rank", "values")))
+        write_text(table)
+
+
+@adapters_app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A folder of AdaptedModel.save or of PEFT.")],
+    as_json: _AsJson = False,
+) -> None:
+    """Show each adapted weight with its shape, form, rank, live triplets, scale and the size of its update.
+
+    Example: adapter-compiler adapters inspect adapters/
+    """
+    with reported_errors(as_json=as_json):
+        rows = _describe_sites(folder)
+        if as_json:
+            write_json({**_summarize(folder), "weights": rows})
+            return
+        table = Table("weight", "shape", "form", "rank", "live", "scale", "norm of the update")
+        for row in rows:
+            shape = "×".join(map(str, row["shape"]))
+            cells = (row["rank"], row["live"], f"{row['scale']:.3g}", f"{row['update_norm']:.3g}")
+            table.add_row(row["weight"], shape, row["form"], *map(str, cells))
+        write_text(table)
+
+
+@adapters_app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="A folder of AdaptedModel.save or of PEFT.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="native, peft-lora (of the live ranks) or peft-adalora.")],
+    as_json: _AsJson = False,
+) -> None:
+    """Write adapters in another format: this tool's, or PEFT's LoRA or AdaLoRA.
+
+    Example: adapter-compiler adapters convert adapters/ -o peft/ --to peft-lora
+    """
+    from adapter_compiler.saving.convert import convert_adapters
+
+    with reported_errors(as_json=as_json):
+        written = convert_adapters(folder, out, to=to)
+        if as_json:
+            write_json(_summarize(written))
+        else:
+            write_text(f"wrote {written}")
+
+
+def _find_folders(folder: Path) -> list[Path]:
+    from adapter_compiler.errors import CheckpointError
+    from adapter_compiler.saving.folders.saved_adapters import PEFT_CONFIG
+    from adapter_compiler.saving.primitives.adapter_file import FILE_NAME
+
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder")
+    return sorted({path.parent for name in (FILE_NAME, PEFT_CONFIG) for path in folder.rglob(name)})
+
+
+def _summarize(folder: Path) -> dict[str, Any]:
+    from adapter_compiler.saving.folders.read_folder import read_saved_adapters
+
+    saved = read_saved_adapters(folder)
+    rows = _describe_sites(folder)
+    live = sum(row["live"] for row in rows)
+    return {
+        "folder": str(folder),
+        "kind": saved.kind,
+        "sites": len(rows),
+        "average_rank": round(live / max(1, len(rows)), 2),
+        "values": sum(row["values"] for row in rows),
+        "trained_fully": list(saved.replacements),
+    }
+
+
+def _describe_sites(folder: Path) -> list[dict[str, Any]]:
+    import torch
+
+    from adapter_compiler.saving.folders.read_folder import read_saved_adapters
+
+    saved = read_saved_adapters(folder)
+    rows = []
+    for name, adapter in saved.adapters.items():
+        parameters = saved.parameters_of(name)
+        delta = adapter.planned.form.delta({k: v.double() for k, v in parameters.items()}, adapter.planned.scale)
+        rank = next((len(parameters[key]) for key in ("lam", "A") if key in parameters), adapter.planned.rank)
+        rows.append(
+            {
+                "weight": name,
+                "shape": list(adapter.planned.site.shape),
+                "form": adapter.planned.form.name,
+                "rank": rank,
+                "live": int(torch.count_nonzero(parameters["lam"])) if "lam" in parameters else rank,
+                "scale": adapter.planned.scale,
+                "values": sum(value.numel() for value in parameters.values()),
+                "update_norm": float(delta.norm()),
+            }
+        )
+    return rows

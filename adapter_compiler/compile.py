@@ -1,0 +1,209 @@
+"""The pipeline: copy the model, capture it, find sites, plan, insert."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from adapter_compiler.adapters.copies import (
+    assert_not_lazy,
+    clone_parameter,
+    copy_module,
+    replace_at,
+    share_parameter,
+)
+from adapter_compiler.adapters.initializers import prepare_start, start_adapter
+from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
+from adapter_compiler.adapters.planning import match_plan, plan_adapters
+from adapter_compiler.config.adapter_config import AdapterConfig
+from adapter_compiler.config.attach_options import AttachOptions
+from adapter_compiler.errors import AdapterCompilerError, CaptureError, ConfigError, SiteError
+from adapter_compiler.model.adapted_model import AdaptedModel
+from adapter_compiler.model.quantized.bitsandbytes_models import adopt_bitsandbytes_linears, has_bitsandbytes_linears
+from adapter_compiler.model.weight_use_analysis import analyze_weight_uses
+from passes.analysis.weight_uses import WeightUse, find_parameter_aliases
+from passes.capture.calls import describe_refusal
+from passes.capture.module_state import is_without_memory
+from passes.planning.find_sites import SiteSearch, find_module_sites, find_sites
+from passes.planning.plan import AdapterPlan
+from passes.planning.site import abbreviate, find_matching_glob
+
+logger = logging.getLogger(__name__)
+
+
+def compile_with_adapters(
+    model: nn.Module,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    config: AdapterConfig | None = None,
+    plan: AdapterPlan | None = None,
+) -> AdaptedModel:
+    """Insert adapters into a model: AdaLoRA's unless ``config.kind`` says otherwise.
+
+    With an example, one call is recorded as a graph now, in the model's present training mode, and sites are found by
+    what the graph does with each weight. Without one, sites are the weights of linear layers and their kin. Calls run
+    the model's own Python, in which every read of an adapted weight gives W + ΔW.
+
+    Args:
+        model: any module. It keeps its weights, buffers, flags and mode (unless ``config.inplace``);
+            the adapted model shares its weights' storage.
+        example_args: positional arguments of one call.
+        example_kwargs: keyword arguments of one call.
+        config: which weights are adapted, and how.
+        plan: the adapters, made before, perhaps on a model without weights; it then decides in place of
+            ``config`` which weights have which rank, scale and dtype.
+
+    A model on the meta device is planned without memory for its weights: the result reports sites, ranks and sizes and
+    holds the plan.
+
+    Returns:
+        A module that is called like ``model``, in which only adapters and ``config.trainable`` train.
+
+    Raises:
+        CaptureError: the model itself fails on the example.
+        SiteError: nothing can be adapted, a glob or rule matches nothing, or the plan is for another model.
+        ConfigError: the arguments are not of the expected kinds.
+    """
+    config = AdapterConfig() if config is None else config
+    example = _check_arguments(model, example_args, example_kwargs, config, plan)
+    assert_not_lazy(model)
+    untied = _find_untied(model, config.untie)
+    aliases = {**find_parameter_aliases(model), **{name: name for name in untied}}
+    flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    trainable = _find_trainable(aliases, config)
+
+    def own_parameter(name: str, parameter: nn.Parameter) -> nn.Parameter:
+        if name in trainable:
+            return clone_parameter(parameter, requires_grad=True)
+        return share_parameter(parameter)
+
+    own = model if config.inplace else copy_module(model, own_parameter)
+    for name in untied:
+        replace_at(own, name, own_parameter(name, own.get_parameter(name)))
+    if has_bitsandbytes_linears(model):
+        adopt_bitsandbytes_linears(own, model)
+    for name, parameter in own.named_parameters():
+        parameter.requires_grad_(name in trainable and parameter.is_floating_point())
+    attaching = config.attaching(own)
+    if example is None:
+        search = find_module_sites(own, config.selection)
+    else:
+        uses = _analyze(own, *_on_device_of(own, example), is_recorded=config.capture != "off")
+        search = find_sites(uses, own, config.selection)
+    planned = plan_adapters(search, config) if plan is None else match_plan(plan, own)
+    planned = prepare_start(planned, config.start)
+    adapted = _assemble(own, search, planned, config, flags, attaching)
+    if config.quantize is not None and not is_without_memory(own):
+        adapted.quantize_base(config.quantize)
+    return adapted
+
+
+def _on_device_of(model: nn.Module, example: tuple[Any, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example, without memory if the model has none."""
+    if not is_without_memory(model):
+        return example
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), example)
+    return moved
+
+
+def _analyze(
+    own: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_recorded: bool
+) -> dict[str, list[WeightUse]]:
+    try:
+        return analyze_weight_uses(own, args, kwargs, is_recorded=is_recorded)
+    except AdapterCompilerError:
+        raise
+    except Exception as error:  # the model's own code raises what it likes
+        raise CaptureError(describe_refusal(own, args, kwargs, error)) from error
+
+
+def _assemble(
+    own: nn.Module,
+    search: SiteSearch,
+    plan: AdapterPlan,
+    config: AdapterConfig,
+    flags: Mapping[str, bool],
+    attaching: AttachOptions,
+) -> AdaptedModel:
+    if not plan.adapters:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(search.rejected.items())[:8])
+        reasons = reasons or "it has no weights of two or more dimensions"
+        raise SiteError(
+            f"{type(own).__name__} has no weight to adapt (sites={config.sites!r}), expected at least one; "
+            f"change sites, exclude or trainable in the AdapterConfig; {reasons}"
+        )
+    adapter_parameters = AdapterParameters(plan, {name: p.device for name, p in own.named_parameters()})
+    weights = dict(own.named_parameters())
+    for adapter in plan:
+        start_adapter(adapter, adapter_parameters.parameters_of(adapter), weights[adapter.site.weight], config.start)
+    logger.info("%d sites in %s, %d weights without adapter", len(plan), type(own).__name__, len(search.rejected))
+    planned = plan.by_weight
+    search = dataclasses.replace(
+        search, rejected={name: reason for name, reason in search.rejected.items() if name not in planned}
+    )
+    return AdaptedModel(
+        own,
+        plan=plan,
+        adapter_parameters=adapter_parameters,
+        options=config,
+        search=search,
+        gradient_flags=flags,
+        attaching=attaching,
+    )
+
+
+def _find_untied(model: nn.Module, globs: Sequence[str]) -> list[str]:
+    """Further names of tied parameters that are to have parameters of their own.
+
+    Raises:
+        SiteError: a glob matches no such name.
+    """
+    tied = [name for name, first in find_parameter_aliases(model).items() if name != first]
+    for pattern in globs:
+        if find_matching_glob(tied, (pattern,)) is None:
+            raise SiteError(
+                f"untie={pattern!r} matches no further name of a tied parameter, expected a glob that does; mend it or "
+                f"leave it out; there are: {abbreviate(tied)}"
+            )
+    return [name for name in tied if find_matching_glob([name], globs) is not None]
+
+
+def _find_trainable(aliases: Mapping[str, str], config: AdapterConfig) -> frozenset[str]:
+    """First qualified names of the parameters that ``config.trainable`` names."""
+    trainable = config.selection.trainable
+    for pattern in trainable:
+        if find_matching_glob(aliases, (pattern,)) is None:
+            raise SiteError(
+                f"trainable={pattern!r} matches no parameter, expected a glob that does; mend it or leave it out; "
+                f"there are: {abbreviate(list(aliases))}"
+            )
+    return frozenset(first for name, first in aliases.items() if find_matching_glob([name], trainable))
+
+
+def _check_arguments(
+    model: object, args: Any, kwargs: Any, config: object, plan: object
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The example call, or ``None`` if none was given."""
+    if not isinstance(model, nn.Module) or isinstance(model, AdaptedModel):
+        raise ConfigError(
+            f"model is a {type(model).__name__}, expected a torch.nn.Module without adapters; give the model itself "
+            "(of an AdaptedModel, what fold() returns)"
+        )
+    if plan is not None and not isinstance(plan, AdapterPlan):
+        raise ConfigError(f"plan is a {type(plan).__name__}, expected an AdapterPlan, as AdapterPlan.from_json gives")
+    if not isinstance(config, AdapterConfig):
+        raise ConfigError(f"config is a {type(config).__name__}, expected options, as in AdapterConfig(rank=8)")
+    if isinstance(args, torch.Tensor) or not isinstance(args, Sequence) or isinstance(args, str):
+        raise ConfigError(f"example_args is a {type(args).__name__}, expected a tuple of arguments, as in (x,)")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ConfigError(
+            f"example_kwargs is a {type(kwargs).__name__}, expected a dict of arguments, as in {{'x': x}}"
+        )
+    return (tuple(args), dict(kwargs or {})) if args or kwargs else None

@@ -1,0 +1,1 @@
+"""What a user decides, as validated data; nothing here runs a model."""

@@ -1,0 +1,218 @@
+"""What a user decides about adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapter_compiler.config.attach_options import AttachOptions
+from adapter_compiler.config.peft_options import translate_peft_options
+from adapter_compiler.config.start_options import StartOptions, assert_known_start
+from adapter_compiler.config.validation import (
+    accept_aliases,
+    assert_boolean,
+    assert_choice,
+    assert_integer,
+    assert_number,
+)
+from adapter_compiler.errors import ConfigError
+from passes.capture.submodules import find_named_modules, find_repeated_modules
+from passes.forms import FORMS
+from passes.planning.find_sites import ALL_LINEAR, SiteSelection
+from passes.planning.rules import AdapterRule
+from passes.planning.site import AdapterSite
+
+#: Whether an example may be recorded as a graph.
+CAPTURES = ("auto", "off")
+
+#: What ``AdapterConfig(quantize=...)`` may say.
+QUANTIZED_KINDS = ("nf4", "int8")
+
+#: How ``alpha`` and ``rank`` give the scale.
+SCALINGS = ("alpha/r", "rslora")
+
+
+@accept_aliases(
+    translate_peft_options,
+    r="rank",
+    init_r="rank",
+    lora_alpha="alpha",
+    orth_reg_weight="gamma",
+    target_modules="sites",
+    exclude_modules="exclude",
+    modules_to_save="trainable",
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Which weights are adapted, and how. PEFT's names for the options are accepted too.
+
+    Attributes:
+        rank: triplets each site starts with (AdaLoRA's initial rank); a weight with a smaller
+            dimension gets as many as fit.
+        alpha: ΔW = alpha / rank · P diag(λ) Q. The scale stays as it is when ranks shrink.
+        kind: what an adapter computes: ``"svd"`` (AdaLoRA, P diag(λ) Q), ``"lora"`` (B A), ``"dora"`` (LoRA and a
+            magnitude for each row) or ``"dora-svd"``. Ranks can be pruned where there is a λ.
+        scaling: ``"alpha/r"``, or ``"rslora"`` for alpha / √rank (arXiv 2312.03732).
+        init: how adapters start, see :mod:`adapter_compiler.adapters.initializers`; by default ``"orthogonal"`` for the
+            kinds with λ and ``"kaiming"`` for the others. Both draw Q or A and start at B = 0, or P = 0 with λ = 1;
+            ``"gaussian"`` is the start of AdaLoRA's paper, with λ = 0. What needs data is done by
+            :func:`~adapter_compiler.initialize_adapters` afterwards.
+        gamma: weight γ of the orthogonality regularizer ‖PᵀP − I‖² + ‖QQᵀ − I‖² (paper, eq. 4), which
+            :class:`~adapter_compiler.RankBudget` adds. By default 0.1 where all λ are zero at the budget's first
+            step, and else none: P = 0 is not to be pulled to length one.
+        sites: ``"all-linear"``, or a glob or globs over weight names. Naming a weight that is not
+            used by matrix products only (an embedding, a convolution) adapts it too.
+        exclude: a glob or globs of weights that are left alone.
+        trainable: a glob or globs of other parameters trained fully, such as a new head.
+        untie: a glob or globs of further names of tied parameters (``lm_head.weight``): each gets a parameter of its
+            own, with the same values, so that it can have an adapter of its own or none. A folded model then holds
+            two weights; tell its code not to tie them again (transformers: ``config.tie_word_embeddings``).
+        rules: which weights by name, role, module, depth or size get which rank and alpha, or none; the first
+            rule that matches a weight decides, and ``sites`` decides where none does.
+        init_std: standard deviation of P and Q, or of A, at the start with ``init="gaussian"``.
+        dtype: dtype of the adapters; by default the weight's, but float32 for half-precision weights.
+        fused: run each adapter and its base layer as one function; the numbers differ by rounding only.
+        recompute: where ``fused``, compute large activations that are cheap to get (GELU, SiLU, layer
+            normalization) again in backward instead of keeping them; the numbers are the same.
+        inplace: adapt the given model itself instead of a copy that shares its weights' storage.
+        capture: ``"auto"`` records an example call as a graph, in which sites, roles and blocks are found;
+            ``"off"`` traces nothing: sites are found by watching the example run, or by their modules. Calls
+            run the model's own Python either way.
+        regions: submodules that ``checkpoint`` works on, as classes or globs over names; by default the blocks that
+            the model repeats, or the whole model where it repeats none.
+        checkpoint: compute the activations inside each region again in backward instead of keeping them.
+        quantize: keep the frozen weight under each adapter in ``"nf4"`` (about 4 bits a value, double quantization)
+            or ``"int8"``, through bitsandbytes. The given model keeps its own weights: drop it to free
+            their memory, or adapt it ``inplace``.
+
+    Raises:
+        ConfigError: a value cannot work, or an option is unknown.
+    """
+
+    rank: int = 12
+    alpha: float = 16.0
+    kind: str = "svd"
+    scaling: str = "alpha/r"
+    init: str | None = None
+    gamma: float | None = dataclasses.field(default=None, metadata={"example": 0.1})
+    sites: str | tuple[str, ...] = ALL_LINEAR
+    exclude: str | tuple[str, ...] = ()
+    trainable: str | tuple[str, ...] = ()
+    untie: str | tuple[str, ...] = ()
+    rules: tuple[AdapterRule, ...] = ()
+    init_std: float = 0.02
+    dtype: torch.dtype | None = None
+    fused: bool = True
+    recompute: bool = True
+    inplace: bool = False
+    capture: str = "auto"
+    regions: tuple[str | type[nn.Module], ...] = ()
+    checkpoint: bool = False
+    quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        assert_choice(self, "kind", tuple(FORMS))
+        assert_choice(self, "scaling", SCALINGS)
+        assert_known_start(self.init)
+        assert_integer(self, "rank", least=1)
+        assert_choice(self, "capture", CAPTURES)
+        assert_number(self, "alpha", above=0)
+        if self.gamma is not None:
+            assert_number(self, "gamma", least=0)
+        assert_number(self, "init_std", above=0)
+        assert_boolean(self, "fused")
+        assert_boolean(self, "recompute")
+        assert_boolean(self, "inplace")
+        assert_boolean(self, "checkpoint")
+        if self.quantize is not None:
+            assert_choice(self, "quantize", QUANTIZED_KINDS)
+        if self.dtype is not None and not getattr(self.dtype, "is_floating_point", False):
+            raise ConfigError(
+                f"AdapterConfig(dtype={self.dtype!r}): expected a floating-point torch.dtype or None, "
+                "as in dtype=torch.float32"
+            )
+        for name in ("exclude", "trainable", "untie"):
+            object.__setattr__(self, name, _as_globs(self, name))
+        object.__setattr__(self, "regions", _as_regions(self.regions))
+        object.__setattr__(self, "rules", _as_rules(self.rules))
+        if not isinstance(self.sites, str):
+            object.__setattr__(self, "sites", _as_globs(self, "sites"))
+        if not self.sites:
+            raise ConfigError(
+                f"AdapterConfig(sites={self.sites!r}) selects nothing; expected 'all-linear' or globs, "
+                "as in sites='*.query'"
+            )
+
+    @property
+    def scale(self) -> float:
+        """S in ΔW = s · P diag(λ) Q, where no rule says otherwise."""
+        return self.scale_for(self.alpha, self.rank)
+
+    def scale_for(self, alpha: float, rank: int) -> float:
+        """The scale for an alpha and a rank."""
+        return alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
+
+    @property
+    def selection(self) -> SiteSelection:
+        """The options that choose sites."""
+        return SiteSelection(
+            sites=self.sites,
+            exclude=_as_globs(self, "exclude"),
+            trainable=_as_globs(self, "trainable"),
+            rules=self.rules,
+        )
+
+    def attaching(self, model: nn.Module) -> AttachOptions:
+        """How adapted weights of a model compute.
+
+        Raises:
+            SiteError: an entry of ``regions`` matches no submodule.
+        """
+        named = find_named_modules(model, self.regions)
+        return AttachOptions(
+            fused=self.fused,
+            recompute=self.recompute,
+            checkpointed=tuple(named or find_repeated_modules(model) or [""]) if self.checkpoint else (),
+        )
+
+    @property
+    def start(self) -> StartOptions:
+        """The options that say how adapters start."""
+        return StartOptions(name=self.init, std=self.init_std)
+
+    def dtype_for(self, site: AdapterSite) -> torch.dtype:
+        """The dtype of the adapter at ``site``."""
+        if self.dtype is not None:
+            return self.dtype
+        return torch.float32 if site.dtype.itemsize < torch.float32.itemsize else site.dtype
+
+
+def _as_globs(config: AdapterConfig, name: str) -> tuple[str, ...]:
+    value = getattr(config, name)
+    globs = (value,) if isinstance(value, str) else value
+    if not isinstance(globs, (tuple, list, set, frozenset)) or not all(isinstance(g, str) and g for g in globs):
+        raise ConfigError(
+            f"AdapterConfig({name}={value!r}): expected a glob or globs, as in {name}=('*.query', 'head.*')"
+        )
+    return tuple(sorted(globs) if isinstance(globs, (set, frozenset)) else globs)
+
+
+def _as_regions(value: Any) -> tuple[str | type[nn.Module], ...]:
+    entries = (value,) if isinstance(value, (str, type)) else tuple(value)
+    for entry in entries:
+        if not (isinstance(entry, str) and entry) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+            raise ConfigError(
+                f"AdapterConfig(regions={value!r}): expected globs over names or classes of torch.nn.Module"
+            )
+    return entries
+
+
+def _as_rules(value: Any) -> tuple[AdapterRule, ...]:
+    rules = (value,) if isinstance(value, AdapterRule) else value
+    if not isinstance(rules, (tuple, list)) or not all(isinstance(rule, AdapterRule) for rule in rules):
+        raise ConfigError(f"AdapterConfig(rules={value!r}): expected a sequence of AdapterRule")
+    return tuple(rules)

@@ -1,0 +1,1 @@
+"""The adapted model: how a call gives W + ΔW, and how it folds back."""

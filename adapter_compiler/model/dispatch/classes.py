@@ -1,0 +1,238 @@
+"""Subclasses of users' module classes whose adapted weights read as W + ΔW, as ``parametrize`` of torch makes them.
+
+Parameters stay registered under their own names: ``named_parameters``, state dicts, optimizers and
+``torch.func.functional_call`` see the plain weights. Only reading the attribute gives the sum. Two kinds of modules
+need more: ``nn.Linear``, whose own ``forward`` is so frequent that it has a quick one, and recurrent ones, which keep a
+list of their weights.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from adapter_compiler.errors import SiteError
+from adapter_compiler.model.dispatch.adapted_weight import AdaptedWeight, make_adapted_weight, multiply
+from adapter_compiler.model.dispatch.memory import find_recomputation
+from adapter_compiler.model.dispatch.scope import remembered, same_scope
+from adapter_compiler.model.dispatch.slots import SLOTS, Slot, read_registered
+from passes.adapt.apply_adapters import BoundAdapter, adapted_sum, is_transformed
+from passes.quantize.packed_weights import is_packed
+
+#: Torch's own code, as it was when this was imported: it may be patched later.
+_LINEAR_FORWARD, _LINEAR = nn.Linear.forward, F.linear
+
+#: Where a module remembers the adapted weights that were deleted from it.
+_DELETED = "_deleted_adapted_weights"
+
+
+class AdaptedModule:
+    """Base of all such subclasses; it keeps a user's ``__init_subclass__`` from hearing of them.
+
+    Attributes:
+        users_class: the class that the module had.
+        made_with: what :func:`make_adapted_class` was given.
+    """
+
+    users_class: type[nn.Module]
+    made_with: tuple[frozenset[str], bool, Callable[..., Any] | None]
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Another class of the user's gets the adapters; an adapted weight that is assigned takes its own along."""
+        if name == "__class__" and not issubclass(value, AdaptedModule):
+            leaves, is_checkpointed, _ = self.made_with
+            set_class(self, make_adapted_class(value, leaves, is_checkpointed=is_checkpointed))
+            return
+        if not isinstance(value, AdaptedWeight) or value.is_transposed or value.slot is None:
+            super().__setattr__(name, value)
+            return
+        slots = {**self.__dict__.get(SLOTS, {}), name: value.slot}
+        super().__setattr__(name, value.registered)
+        _, is_checkpointed, forward = self.made_with
+        self.__dict__[SLOTS] = slots
+        made = make_adapted_class(self.users_class, frozenset(slots), is_checkpointed=is_checkpointed, forward=forward)
+        set_class(self, made)
+
+    def __delattr__(self, name: str) -> None:
+        weight = self.__dict__.get("_parameters", {}).get(name)
+        super().__delattr__(name)
+        if weight is not None and name in self.__dict__.get(SLOTS, {}):
+            self.__dict__.setdefault(_DELETED, {})[name] = weakref.ref(weight)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of ``nn.Module``.
+
+        Raises:
+            SiteError: an adapted weight is moved to another name, where its adapter would not be seen.
+        """
+        for leaf, deleted in self.__dict__.get(_DELETED, {}).items():
+            if param is not None and name != leaf and deleted() is param:
+                del self.__dict__[_DELETED][leaf]
+                super().register_parameter(leaf, param)  # type: ignore[misc]
+                raise SiteError(
+                    f"{leaf} of {self.users_class.__name__} has an adapter and cannot become {name}; do this before "
+                    "compile_with_adapters, or after fold()"
+                )
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__ and reduced[1] == (type(self),):  # type: ignore[attr-defined]
+            return (_rebuild, (self.users_class, *self.made_with), *reduced[2:])
+        return reduced
+
+
+def set_class(module: Any, cls: type) -> None:
+    """Change the class of a module, past what a class of ours makes of that."""
+    object.__setattr__(module, "__class__", cls)
+
+
+_made: weakref.WeakKeyDictionary[type, dict[Any, type]] = weakref.WeakKeyDictionary()
+
+
+def make_adapted_class(
+    cls: type[nn.Module],
+    leaves: frozenset[str],
+    *,
+    is_checkpointed: bool = False,
+    forward: Callable[..., Any] | None = None,
+) -> type:
+    """The subclass of a user's class in which these parameters read as sums; one for equal arguments.
+
+    Args:
+        cls: the user's class.
+        leaves: names of parameters.
+        is_checkpointed: whether a call in training keeps its inputs and computes the rest again in backward.
+        forward: a ``forward`` that computes the same.
+    """
+    known = _made.setdefault(cls, {})
+    key = (leaves, is_checkpointed, forward)
+    if key not in known:
+        members: dict[str, Any] = {leaf: _make_property(leaf) for leaf in sorted(leaves)}
+        members |= {"users_class": cls, "made_with": (leaves, is_checkpointed, forward)}
+        members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        if forward is not None:
+            members["forward"] = forward
+        if "weight" in leaves and cls.forward is _LINEAR_FORWARD:
+            members["forward"] = _call_linear
+        if issubclass(cls, nn.RNNBase) and leaves:
+            members["_flat_weights"] = property(_read_flat_weights, _ignore_flat_weights)
+            members["_update_flat_weights"] = _keep_flat_weights
+        if is_checkpointed:
+            members["forward"] = _make_checkpointed(members.get("forward", cls.forward))
+        known[key] = types.new_class(cls.__name__, (AdaptedModule, cls), {}, lambda names: names.update(members))
+    return known[key]
+
+
+def find_restored_class(cls: type[AdaptedModule]) -> type[nn.Module]:
+    """The class without adapters; one that was derived from an adapted class, as by ``parametrize``, is made anew."""
+    if "made_with" in vars(cls):
+        return cls.users_class
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    bases = [find_restored_class(base) if issubclass(base, AdaptedModule) else base for base in cls.__bases__]
+    return types.new_class(cls.__name__, tuple(bases), {}, lambda names: names.update(own))
+
+
+def _rebuild(
+    cls: type[nn.Module], leaves: frozenset[str], is_checkpointed: bool, forward: Callable[..., Any] | None
+) -> nn.Module:
+    """An empty module of the subclass; pickle and deepcopy fill it."""
+    made = make_adapted_class(cls, leaves, is_checkpointed=is_checkpointed, forward=forward)
+    module: nn.Module = object.__new__(made)
+    return module
+
+
+def _make_property(leaf: str) -> property:
+    def read(module: nn.Module) -> Any:
+        weight = read_registered(module, leaf)
+        try:
+            return read_weight(module, leaf, weight)
+        except AttributeError as error:  # which would make nn.Module look for the plain weight
+            raise RuntimeError(f"{leaf} of {type(module).__name__} cannot be read: {error}") from error
+
+    def write(module: nn.Module, value: Any) -> None:
+        module.__dict__[leaf] = value
+
+    def delete(module: nn.Module) -> None:
+        del module.__dict__[leaf]
+
+    return property(read, write, delete)
+
+
+def read_weight(module: nn.Module, leaf: str, weight: torch.Tensor | None) -> torch.Tensor | None:
+    """What the module's attribute gives: W + ΔW, or the registered W where there are no adapters to be seen."""
+    slot: Slot | None = module.__dict__.get(SLOTS, {}).get(leaf)
+    if slot is None or weight is None or leaf not in module._parameters:
+        return weight  # what is computed into the attribute was computed from W + ΔW
+    adapters = slot.bind(module, leaf, weight)
+    if adapters is None:
+        return weight
+    if is_transformed() or (slot.is_summed_without_grad and not torch.is_grad_enabled()):
+        return adapted_sum(weight, adapters)
+    made = remembered(slot.token, slot.weight, weight, adapters, lambda: _make(slot, weight, adapters))
+    return made if slot.fused or is_packed(weight) else made.as_values()
+
+
+def _make(slot: Slot, weight: torch.Tensor, adapters: tuple[BoundAdapter, ...]) -> AdaptedWeight:
+    made = make_adapted_weight(weight, adapters, fused=slot.fused, site=slot.weight)
+    made.slot = slot
+    return made
+
+
+def _call_linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    """``nn.Linear.forward`` with W + ΔW; what somebody has put in place of torch's own code runs instead."""
+    users_forward: Callable[..., torch.Tensor] = module.users_class.forward  # type: ignore[union-attr]
+    if users_forward is not _LINEAR_FORWARD:
+        return users_forward(module, input)
+    weight = module._parameters.get("weight")
+    slot: Slot | None = module.__dict__.get(SLOTS, {}).get("weight")
+    adapters = None if slot is None or weight is None else slot.bind(module, "weight", weight)
+    is_plain = type(input) in (torch.Tensor, nn.Parameter) and F.linear is _LINEAR and not input.is_nested
+    if adapters is None or slot is None or weight is None or not is_plain:
+        return F.linear(input, module.weight, module.bias)
+    again = find_recomputation(input) if slot.recompute else None
+    found = multiply(input, weight, module.bias, adapters, stored_in_out=False, fused=slot.fused, again=again)
+    if found is NotImplemented:
+        return F.linear(input, module.weight, module.bias)
+    output: torch.Tensor = found
+    return output
+
+
+def _read_flat_weights(module: nn.RNNBase) -> list[torch.Tensor | None]:
+    return [_sum_at(module, name) if hasattr(module, name) else None for name in module._flat_weights_names]
+
+
+def _sum_at(module: nn.RNNBase, name: str) -> torch.Tensor | None:
+    weight = read_registered(module, name)
+    slot: Slot | None = module.__dict__.get(SLOTS, {}).get(name)
+    adapters = None if slot is None or weight is None else slot.bind(module, name, weight)
+    return weight if adapters is None or weight is None else adapted_sum(weight, adapters)
+
+
+def _ignore_flat_weights(module: nn.RNNBase, weights: list[Any]) -> None:
+    """The list is made at each read."""
+
+
+def _keep_flat_weights(module: nn.RNNBase) -> None:
+    """There is no list that could be out of date."""
+
+
+def _make_checkpointed(forward: Any) -> Any:
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not module.training or not torch.is_grad_enabled():
+            return forward(module, *args, **kwargs)
+        scope = same_scope()
+        return checkpoint(forward, module, *args, use_reentrant=False, context_fn=lambda: (scope, scope), **kwargs)
+
+    return run

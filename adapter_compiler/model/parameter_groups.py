@@ -1,0 +1,61 @@
+"""LoRA+: the left factor learns faster than the right one (Hayou et al. 2024, arXiv 2402.12354).
+
+With one learning rate for both, a wide model cannot have both factors learn features; the paper sets the rate of B
+to 16 times that of A. In the SVD form P is B, and λ and Q learn at the rate of A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from adapter_compiler.adapters.adapter_state import AdapterState
+from adapter_compiler.errors import ConfigError
+
+#: The parameters that learn faster.
+_LEFT = {"B", "P"}
+#: Decaying these would pull magnitudes away from the weight's norm, and λ out of its ranking.
+_WITHOUT_DECAY = {"magnitude", "lam"}
+
+
+def make_parameter_groups(
+    adapted: AdapterState, lr: float, *, lora_plus_ratio: float = 1.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Groups of all trainable parameters, for any torch optimizer; groups that would be empty are left out.
+
+    Args:
+        adapted: the model.
+        lr: learning rate of A or Q, of λ and magnitudes, and of the fully trained parameters.
+        lora_plus_ratio: that of B or P over ``lr``; the paper recommends 16.
+        weight_decay: for all but λ, magnitudes, and fully trained vectors such as biases.
+
+    Returns:
+        Each group with ``params``, ``lr``, ``weight_decay`` and a ``name``.
+
+    Raises:
+        ConfigError: a value cannot work.
+    """
+    for name, value, least in (("lr", lr, 0.0), ("lora_plus_ratio", lora_plus_ratio, 1.0)):
+        if value < least:
+            raise ConfigError(f"parameter_groups({name}={value!r}): expected a number of at least {least:g}")
+    slow: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    fast = []
+    for (_, name), parameter in adapted.adapters.keyed_parameters.items():
+        if parameter.requires_grad and name in _LEFT:
+            fast.append(parameter)
+        elif parameter.requires_grad:
+            slow[name not in _WITHOUT_DECAY].append(parameter)
+    for parameter in _find_others(adapted):
+        slow[parameter.dim() > 1].append(parameter)
+    groups = [
+        {"name": "left", "params": fast, "lr": lr * lora_plus_ratio, "weight_decay": weight_decay},
+        {"name": "right", "params": slow[True], "lr": lr, "weight_decay": weight_decay},
+        {"name": "without decay", "params": slow[False], "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _find_others(adapted: AdapterState) -> Iterable[nn.Parameter]:
+    return (parameter for parameter in adapted.module.parameters() if parameter.requires_grad)

@@ -1,0 +1,1 @@
+"""The export as a user calls it: translate, verify, cast, write."""

@@ -1,0 +1,52 @@
+"""The map from a model's weights to the initializers of a file, which folding by file goes by."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapter_compiler.onnx.translation.translate import spellings
+from adapter_compiler.saving.onnx_files.initializers import InitializerFile
+from passes.analysis.weight_uses import find_parameter_aliases
+
+#: How many spellings of a name are looked for.
+_SPELLINGS = 3
+
+
+def map_weights(draft: Path, module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Qualified name of each parameter and buffer → where it stands in the file.
+
+    Only weights that stand there whole, in their own layout and bit for bit, are in the map; an exporter
+    may have folded others into something else.
+
+    Returns:
+        By the weight's first name: ``initializer``, its name in the file, and ``aliases``, its other names.
+    """
+    file = InitializerFile(draft)
+    found: dict[str, dict[str, Any]] = {}
+    for name, names, tensor in _named_weights(module):
+        spelled = (spelling for alias in names for spelling in itertools.islice(spellings(alias), _SPELLINGS))
+        stored = next((candidate for candidate in spelled if _holds(file, candidate, tensor)), None)
+        if stored is not None:
+            found[name] = {"initializer": stored, "aliases": [other for other in names if other != name]}
+    return found
+
+
+def _named_weights(module: nn.Module) -> list[tuple[str, list[str], torch.Tensor]]:
+    aliases = find_parameter_aliases(module)
+    parameters = [
+        (name, [alias for alias, first in aliases.items() if first == name], parameter)
+        for name, parameter in module.named_parameters()
+    ]
+    return [*parameters, *((name, [name], buffer) for name, buffer in module.named_buffers())]
+
+
+def _holds(file: InitializerFile, name: str, tensor: torch.Tensor) -> bool:
+    if name not in file or file.shape(name) != tuple(tensor.shape) or file.dtype(name) != tensor.dtype:
+        return False
+    stored = file.read(name)
+    return torch.equal(stored.flatten().view(torch.uint8), tensor.detach().contiguous().flatten().view(torch.uint8))

@@ -1,0 +1,1 @@
+"""Run-time adapters: files that go into a session of onnxruntime, switched per call."""

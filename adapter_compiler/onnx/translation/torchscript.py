@@ -1,0 +1,111 @@
+"""The last strategy: trace the model with TorchScript and let torch's old exporter write the file.
+
+It gets through where torch.export refuses (packed sequences, data-dependent shapes), because it only records
+what one call did: branches and Python loops are frozen as the example took them, silently. So its file counts
+only when it is verified on varied inputs, and what the tracer warned of is handed on.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+import torch
+from torch import nn
+
+from adapter_compiler.errors import ExportError
+from adapter_compiler.onnx.translation.opsets import NEWEST_TRACED_OPSET
+from adapter_compiler.onnx.translation.translate import clean_up, innermost, quiet_exporter
+from passes.capture.calls import ModuleCall
+from passes.capture.capture import DimensionBound
+
+
+class _TracedCall(nn.Module):
+    """Takes the tensors of a call one by one, as the old exporter wants them."""
+
+    def __init__(self, module: nn.Module, call: ModuleCall) -> None:
+        super().__init__()
+        self.module = module
+        self.call = call
+        self.training = module.training
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        args, kwargs = self.call.rebuild(tensors)
+        return self.module(*args, **kwargs)
+
+
+def guess_bounds(call: ModuleCall, dynamic: str) -> tuple[tuple[DimensionBound, ...], ...]:
+    """Which dimensions to leave open, since a trace knows none.
+
+    They are the first one of each tensor and, with ``"all"``, the second one of whole numbers and flags, which
+    is a length. Verification shows whether that is right.
+    """
+    return tuple(
+        tuple(_guess_bound(tensor, dimension, dynamic) for dimension in range(tensor.dim())) for tensor in call.tensors
+    )
+
+
+def _guess_bound(tensor: torch.Tensor, dimension: int, dynamic: str) -> DimensionBound:
+    size = tensor.shape[dimension]
+    is_open = dynamic != "none" and dimension == 0
+    is_open |= dynamic == "all" and dimension == 1 and not tensor.is_floating_point()
+    if not is_open or size < 2:
+        return DimensionBound(symbol=None, least=size, greatest=size)
+    return DimensionBound(symbol=f"dimension_{dimension}_of_{size}", least=2, greatest=float("inf"))
+
+
+def trace_to_file(
+    module: nn.Module,
+    call: ModuleCall,
+    draft: Path,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    bounds: Sequence[Sequence[DimensionBound]],
+    *,
+    opset: int | None,
+) -> tuple[str, ...]:
+    """Trace ``module`` on ``call`` and write the file; the tracer's warnings about values that became constants.
+
+    Raises:
+        ExportError: the model does not trace, an operator has no translation, or the opset is too new.
+    """
+    if opset is not None and opset > NEWEST_TRACED_OPSET:
+        raise ExportError(f"the TorchScript exporter writes opset {NEWEST_TRACED_OPSET} at most, asked was {opset}")
+    axes = {
+        name: {i: f"{bound.symbol}" for i, bound in enumerate(tensor) if bound.symbol is not None}
+        for name, tensor in zip(inputs, bounds, strict=True)
+    }
+    with quiet_exporter(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            torch.onnx.export(
+                _TracedCall(module, call),
+                call.tensors,
+                draft,
+                dynamo=False,
+                do_constant_folding=False,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_axes={name: open_axes for name, open_axes in axes.items() if open_axes},
+                opset_version=opset or NEWEST_TRACED_OPSET,
+            )
+        except Exception as error:  # the tracer raises whatever the model's own code raises
+            raise ExportError(f"the TorchScript exporter fails: {innermost(error)}") from error
+        model = onnx_ir.load(draft)
+        clean_up(model, [f"module.{name}" for name, _ in module.named_parameters()])
+        onnx_ir.save(model, draft)
+    return tuple(_find_frozen(caught))
+
+
+def _find_frozen(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    """Each warning of the tracer once, with the line of the model that caused it."""
+    found = [
+        f"{Path(w.filename).name}:{w.lineno}: {re.split(r'[.] ', ' '.join(str(w.message).split()))[0]}"
+        for w in caught
+        if w.category.__name__ == "TracerWarning"
+    ]
+    return list(dict.fromkeys(found))

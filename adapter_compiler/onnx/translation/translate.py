@@ -1,0 +1,137 @@
+"""One exported program → one ONNX file whose parameters keep their names and their layout.
+
+The exporter's own clean-up folds transposes and slices of weights into new, nameless initializers. Here every
+parameter stays whole, under its state-dict key and apart from others that happen to be equal, so that adapters
+can be folded into the file later and fed to it at run time. onnxruntime does the same clean-up when it loads
+the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+
+import onnx_ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import optimizer
+from torch.export import ExportedProgram
+from torch.onnx import ONNXProgram
+
+from adapter_compiler.errors import ExportError
+from passes.capture.capture import MODULE_PREFIX
+from passes.capture.quiet import quiet_loggers
+from passes.export.decompose_exports import decompose_for_export
+from passes.export.lift_attention import LiftAttentionPass
+
+_FOLDING_ROUNDS = 2
+
+
+def translate_program(
+    program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], *, opset: int | None
+) -> ONNXProgram:
+    """The ONNX program for ``program``, with named inputs and outputs, cleaned up.
+
+    Raises:
+        ExportError: an operator has no translation.
+    """
+    LiftAttentionPass()(program.graph_module)
+    with quiet_exporter(), torch.enable_grad():
+        try:
+            program = decompose_for_export(program)
+            translated = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                optimize=False,
+                opset_version=opset,
+                input_names=inputs,
+                output_names=outputs,
+            )
+        except Exception as error:  # the exporter raises many types
+            raise ExportError(f"torch.onnx has no translation for this model: {innermost(error)}") from error
+        assert translated is not None
+        clean_up(translated.model, _find_weights(program))
+    return translated
+
+
+def clean_up(model: onnx_ir.Model, parameters: Collection[str]) -> None:
+    """Fold constants, but nothing that a parameter goes into; then give parameters the user's names."""
+    kept = set(parameters)
+
+    def may_fold(node: onnx_ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in kept for value in node.inputs) else None
+
+    common.InlinePass()(model)
+    for _ in range(_FOLDING_ROUNDS):
+        optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=may_fold)
+    for one in (
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        common.RemoveUnusedOpsetsPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        one(model)
+    restore_weight_names(model)
+
+
+def _find_weights(program: ExportedProgram) -> list[str]:
+    """Parameters, and buffers that training moves (running statistics)."""
+    named = (*program.named_parameters(), *program.named_buffers())
+    return [name for name, tensor in named if tensor.is_floating_point() or isinstance(tensor, torch.nn.Parameter)]
+
+
+def restore_weight_names(model: onnx_ir.Model) -> None:
+    """Initializers get the user's state-dict keys, without the names of the wrappers around the module.
+
+    A weight that is called like an input or another value gets an underscore: names are unique in a file.
+    """
+    values = (value for node in model.graph.all_nodes() for value in node.outputs)
+    taken = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values(), *values)}
+    for name, value in list(model.graph.initializers.items()):
+        wanted = name.removeprefix(MODULE_PREFIX).removeprefix(MODULE_PREFIX)
+        if wanted != name:
+            value.name = next(spelling for spelling in spellings(wanted) if spelling not in taken)
+            taken.add(value.name)
+
+
+def spellings(name: str) -> Iterator[str]:
+    """A weight's name, and those that it may have where others have that one."""
+    return (name + "_" * count for count in itertools.count())
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Inside, what exporters complain of is not shown: a missing torchvision, their own deprecations, failed graphs."""
+    with (
+        quiet_loggers("torch.onnx._internal.exporter._registration", level=logging.ERROR),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        _quiet_graphs(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_graphs() -> Iterator[None]:
+    """The TorchScript exporter writes a graph that it fails on past Python's streams, thousands of lines long."""
+    was_enabled = torch._C._jit_is_onnx_log_enabled()
+    torch._C._jit_set_onnx_log_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._jit_set_onnx_log_enabled(was_enabled)
+
+
+def innermost(error: BaseException) -> str:
+    """The last cause of a chain of exceptions, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"

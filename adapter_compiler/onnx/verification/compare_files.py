@@ -1,0 +1,138 @@
+"""Compare ONNX files with each other, on random inputs in the ranges that the export recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+
+from adapter_compiler.errors import ExportError, VerificationError
+from adapter_compiler.onnx.verification.report import OutputError
+from adapter_compiler.onnx.verification.values import run_session
+from adapter_compiler.onnx.verification.verify import compare_values, measure_argmax_agreement, open_session
+from adapter_compiler.saving.onnx_files.initializers import InitializerFile
+from adapter_compiler.saving.onnx_files.metadata import read_metadata
+
+#: Share of ones in random flags; the first of each row is always one, so that no row is masked wholly.
+_SHARE_OF_FLAGS = 0.8
+
+Feeds = dict[str, torch.Tensor]
+
+
+def verify_file(path: str | Path, *, against: str | Path | None = None, draws: int = 8) -> list[OutputError]:
+    """Check a file by itself, and compare it with another one if there is one.
+
+    By itself: ``onnx.checker`` accepts it, onnxruntime loads it, and random inputs of the example's sizes
+    give finite values.
+
+    Args:
+        path: a file that this library exported.
+        against: what it should agree with, such as the export of the merged model for a folded file.
+        draws: random inputs.
+
+    Returns:
+        The error of each output on each input; without ``against``, of the file against itself run anew.
+
+    Raises:
+        ExportError: a file is damaged, or neither says what inputs it takes.
+        VerificationError: it does not load, run or give finite values, or the files differ.
+    """
+    path = Path(path)
+    check_file(path)
+    session = open_session(path)
+    reference = session if against is None else open_session(against)
+    errors: list[OutputError] = []
+    for case, feeds in draw_feeds(read_input_ranges(path, against), draws):
+        expected = run_named(reference, feeds, case)
+        found = run_named(session, feeds, case)
+        if missing := sorted(expected.keys() ^ found.keys()):
+            raise VerificationError(f"output {missing[0]} is in one of the two files only")
+        errors += [compare_values(case, name, found[name], want) for name, want in expected.items()]
+    return errors
+
+
+def check_file(path: Path) -> None:
+    """Run ``onnx.checker`` on a file.
+
+    Raises:
+        ExportError: the file is missing or invalid.
+    """
+    if not path.is_file():
+        raise ExportError(f"{path} does not exist; expected an ONNX file")
+    try:
+        onnx.checker.check_model(str(path))
+    except Exception as error:  # the checker raises errors of its own and of protobuf
+        raise ExportError(f"onnx.checker refuses {path.name}: {' '.join(str(error).split())}") from error
+
+
+def read_input_ranges(path: Path, other: str | Path | None = None) -> Mapping[str, Any]:
+    """The inputs that a file takes, as the export recorded them; those of ``other`` if ``path`` has no record.
+
+    Raises:
+        ExportError: neither has.
+    """
+    for candidate in (path, *([] if other is None else [Path(other)])):
+        try:
+            ranges: Mapping[str, Any] = read_metadata(InitializerFile(candidate).header, candidate.name)["inputs"]
+            return ranges
+        except ExportError:
+            continue
+    raise ExportError(f"{path.name} does not say what inputs it takes; expected a file that export_onnx wrote")
+
+
+def draw_feeds(ranges: Mapping[str, Any], draws: int) -> list[tuple[str, Feeds]]:
+    """Random inputs of the example's sizes, by case."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (f"random values {number}", {name: _draw(entry, generator) for name, entry in ranges.items()})
+        for number in range(1, draws + 1)
+    ]
+
+
+def run_named(session: onnxruntime.InferenceSession, feeds: Feeds, case: str) -> Feeds:
+    """The outputs by name.
+
+    Raises:
+        VerificationError: the file does not run.
+    """
+    names = [value.name for value in session.get_outputs()]
+    try:
+        return dict(zip(names, run_session(session, names, feeds), strict=True))
+    except Exception as error:
+        raise VerificationError(f"onnxruntime fails on {case}: {error}") from error
+
+
+def _draw(entry: Mapping[str, Any], generator: torch.Generator) -> torch.Tensor:
+    dtype: torch.dtype = getattr(torch, entry["dtype"])
+    shape: list[int] = entry["shape"]
+    low, high = float(entry["low"]), float(entry["high"])
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float64)
+    is_flag = not dtype.is_floating_point and (low, high) == (0, 1)
+    if is_flag:
+        flags: torch.Tensor = drawn < _SHARE_OF_FLAGS
+        if flags.dim() > 1:
+            flags[..., 0] = True
+        return flags.to(dtype)
+    if dtype.is_floating_point:
+        return (low + (high - low) * drawn).to(dtype)
+    return torch.floor(low + (high - low + 1) * drawn).clamp(low, high).to(dtype)
+
+
+def measure_values(case: str, name: str, found: torch.Tensor, want: torch.Tensor) -> OutputError:
+    """The error of one output, whatever it is."""
+    found, exact = found.double(), want.double()
+    difference = float((found - exact).abs().max()) if exact.numel() else 0.0
+    largest = float(exact.abs().max()) if exact.numel() else 0.0
+    agreement = measure_argmax_agreement(found, exact)
+    relative = difference / largest if largest else 0.0
+    return OutputError(case=case, output=name, max_abs=difference, max_rel=relative, argmax_agreement=agreement)
+
+
+def find_least_agreement(errors: Sequence[OutputError]) -> float | None:
+    """The smallest argmax agreement over all outputs and inputs, if any output has rows."""
+    values = [error.argmax_agreement for error in errors if error.argmax_agreement is not None]
+    return min(values, default=None)

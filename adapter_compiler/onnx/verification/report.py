@@ -1,0 +1,133 @@
+"""What an export tried, what it wrote, and how the file was checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from adapter_compiler.adapters.reports import FoldReport
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputError:
+    """How far one output is from PyTorch's on one input.
+
+    Attributes:
+        case: the input: ``example``, ``batch 5``, ``dimension 1 of size 9``, ``random values 2``.
+        output: the output's name.
+        max_abs: largest absolute difference.
+        max_rel: the same over the largest absolute value that PyTorch gives.
+        argmax_agreement: share of the rows whose largest entry along the last dimension is the same one;
+            ``None`` for outputs that are no rows of floating-point values.
+    """
+
+    case: str
+    output: str
+    max_abs: float
+    max_rel: float
+    argmax_agreement: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportAttempt:
+    """One strategy that was tried, and why it failed (``None`` for the one that wrote the file)."""
+
+    strategy: str
+    reason: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What was exported and how it was checked; ``print`` it or read its fields.
+
+    Attributes:
+        path: the ONNX file.
+        inputs: names of its inputs, in the order of the call's tensors.
+        outputs: names of its outputs, in the order of the model's.
+        dynamic: symbolic dimensions: ``"all"`` that the model allows, ``"first"`` of each tensor, or ``"none"``.
+        dynamic_axes: the dimensions left open, by input.
+        opset: the ONNX operator set.
+        errors: one entry for each output of each input the file was verified on.
+        not_verified: inputs the file could not be compared on, because the model itself refuses them.
+        fold: rounding errors of the fold, if adapters were folded.
+        attempts: the strategies in the order tried, the last one successful.
+        frozen: what is a constant in the file: buffers that a call of the model changes, and branches and loops
+            on values, by their lines or the TorchScript exporter's words, that no verified input has shown to matter.
+        casts: operators that run in float32, because onnxruntime lacks them for the model's dtype.
+        drawing: nodes of the file that draw random numbers; it was compared with PyTorch on draws that are fixed.
+        adapters: ``"merged"``, ``"runtime"``, or ``"none"`` for a model without adapters.
+    """
+
+    path: Path
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dynamic: str
+    dynamic_axes: Mapping[str, tuple[int, ...]]
+    opset: int
+    errors: tuple[OutputError, ...]
+    not_verified: tuple[str, ...]
+    fold: FoldReport | None
+    attempts: tuple[ExportAttempt, ...] = ()
+    frozen: tuple[str, ...] = ()
+    casts: tuple[str, ...] = ()
+    drawing: int = 0
+    adapters: str = "none"
+
+    @property
+    def strategy(self) -> str:
+        """The strategy that wrote the file."""
+        return self.attempts[-1].strategy if self.attempts else ""
+
+    @property
+    def max_abs_error(self) -> float:
+        """Largest absolute difference between onnxruntime and PyTorch over all checks."""
+        return max((error.max_abs for error in self.errors), default=0.0)
+
+    @property
+    def max_rel_error(self) -> float:
+        """Largest difference relative to the largest value of its output, over all checks."""
+        return max((error.max_rel for error in self.errors), default=0.0)
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """The inputs the file was verified on."""
+        return tuple(dict.fromkeys(error.case for error in self.errors))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data for JSON."""
+        data = dataclasses.asdict(self)
+        fold = None if self.fold is None else {"rounding_error": dict(self.fold.rounding_error)}
+        derived = {"strategy": self.strategy, "cases": self.cases}
+        largest = {"max_abs_error": self.max_abs_error, "max_rel_error": self.max_rel_error}
+        return {**data, "path": str(self.path), "fold": fold, **derived, **largest}
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=140, record=True)
+        console.print(self)
+        return console.export_text()
+
+    def __rich_console__(self, console: Console, options: Any) -> Any:
+        table = Table(title=f"{self.path}: verified on {len(self.cases)} inputs", title_justify="left")
+        for heading in ("input", "output"):
+            table.add_column(heading)
+        for heading in ("max abs error", "max rel error", "argmax agrees"):
+            table.add_column(heading, justify="right")
+        for error in self.errors:
+            agreement = "" if error.argmax_agreement is None else f"{error.argmax_agreement:.1%}"
+            table.add_row(error.case, error.output, f"{error.max_abs:.1e}", f"{error.max_rel:.1e}", agreement)
+        yield table
+        yield f"exported by {self.strategy}, opset {self.opset}, open dimensions: {self.dynamic}"
+        yield from (f"tried before: {a.strategy}: {a.reason}" for a in self.attempts if a.reason is not None)
+        yield from (f"not verified on {case}: the model itself refuses it" for case in self.not_verified)
+        yield from (f"frozen: {what}" for what in self.frozen)
+        if self.casts:
+            yield f"run in float32 for want of a kernel: {', '.join(self.casts)}"
+        if self.drawing:
+            yield f"{self.drawing} nodes draw random numbers, and were compared with PyTorch on draws that are fixed"

@@ -1,0 +1,193 @@
+"""Run an ONNX file on onnxruntime and compare every output with PyTorch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import onnxruntime
+import torch
+
+from adapter_compiler.errors import VerificationError
+from adapter_compiler.onnx.verification.cases import VerificationCase
+from adapter_compiler.onnx.verification.report import OutputError
+from adapter_compiler.onnx.verification.values import run_session
+from passes.capture.calls import ModuleCall
+
+logger = logging.getLogger(__name__)
+
+#: Accepted |onnxruntime - PyTorch| is atol + rtol · max|PyTorch|: (rtol, atol) by dtype.
+TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e-6, 1e-8),
+    torch.float32: (1e-4, 1e-5),
+    torch.float16: (1e-2, 1e-3),
+    torch.bfloat16: (4e-2, 1e-2),
+}
+
+#: What PyTorch gives for a call, named as in the file.
+Reference = Callable[[ModuleCall], Sequence[tuple[str, torch.Tensor]]]
+
+
+class DepartureError(VerificationError):
+    """An output departs on one input; keeps which, so that the first departing node can be looked for."""
+
+    def __init__(self, message: str, case: str) -> None:
+        super().__init__(message)
+        self.case = case
+
+
+def open_session(path: str | Path) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CPU.
+
+    Raises:
+        VerificationError: onnxruntime does not load the file.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise VerificationError(f"onnxruntime does not load {Path(path).name}: {error}") from error
+
+
+def verify_cases(
+    session: onnxruntime.InferenceSession,
+    cases: Iterable[VerificationCase],
+    inputs: Sequence[str],
+    reference: Reference,
+    run_options: onnxruntime.RunOptions | None = None,
+) -> tuple[list[OutputError], list[str]]:
+    """Errors of each output on each case, and the names of the cases that the model itself refuses.
+
+    Args:
+        session: the file, opened.
+        cases: the example first; it must give finite values.
+        inputs: names of the inputs, in the order of the call's tensors.
+        reference: what PyTorch gives.
+        run_options: for onnxruntime, for example with an active adapter.
+
+    Raises:
+        VerificationError: the file does not run, or an output departs beyond the tolerance of its dtype.
+    """
+    errors: list[OutputError] = []
+    refused: list[str] = []
+    for case in cases:
+        usable = _find_usable_call(case, reference)
+        if usable is None:
+            refused.append(case.name)
+            continue
+        call, expected = usable
+        feeds = dict(zip(inputs, call.tensors, strict=True))
+        errors += compare_outputs(session, case.name, feeds, expected, run_options)
+    return errors, refused
+
+
+def _find_usable_call(
+    case: VerificationCase, reference: Reference
+) -> tuple[ModuleCall, Sequence[tuple[str, torch.Tensor]]] | None:
+    """The case's call, or its fallback where the model refuses the first; the example is always used."""
+    reason: object = None
+    for call in (case.call, case.fallback):
+        if call is None:
+            continue
+        try:
+            expected = reference(call)
+        except Exception as error:  # the model's own code raises what it likes
+            reason = error
+            continue
+        if case.fallback is None or not _has_empty_output(expected):
+            return call, expected
+        reason = "an output has no finite value"
+    logger.warning("not verified on %s, because the model itself refuses it: %s", case.name, reason)
+    return None
+
+
+def _has_empty_output(expected: Sequence[tuple[str, torch.Tensor]]) -> bool:
+    return any(_has_no_finite_value(tensor) for _, tensor in expected)
+
+
+def assert_comparable(case: str, name: str, exact: torch.Tensor) -> None:
+    """Raise :class:`VerificationError` for an output without any finite value, which nothing could be compared with."""
+    if _has_no_finite_value(exact):
+        raise VerificationError(
+            f"output {name} on {case}: PyTorch gives inf or nan only, so nothing can be compared; expected finite "
+            "values; give an example for which the model computes them"
+        )
+
+
+def _has_no_finite_value(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.numel()) and not bool(tensor.isfinite().any())
+
+
+def compare_outputs(
+    session: onnxruntime.InferenceSession,
+    case: str,
+    feeds: Mapping[str, torch.Tensor],
+    expected: Sequence[tuple[str, torch.Tensor]],
+    run_options: onnxruntime.RunOptions | None = None,
+) -> list[OutputError]:
+    """Errors of each output for one input.
+
+    Args:
+        session: the file, opened.
+        case: what to call the input.
+        feeds: the inputs by name; those that the file has dropped as unused are left out.
+        expected: PyTorch's outputs, named as in the file.
+        run_options: for onnxruntime.
+
+    Raises:
+        VerificationError: the file does not run, or an output departs beyond the tolerance of its dtype.
+    """
+    try:
+        found = run_session(session, [name for name, _ in expected], feeds, run_options)
+    except Exception as error:
+        raise VerificationError(f"onnxruntime fails on {case}: {error}") from error
+    return [
+        compare_values(case, name, value, want.detach().cpu())
+        for (name, want), value in zip(expected, found, strict=True)
+    ]
+
+
+def compare_values(case: str, name: str, found: torch.Tensor, want: torch.Tensor) -> OutputError:
+    """The error of one output.
+
+    Raises:
+        VerificationError: shapes differ, or values beyond the tolerance of the dtype.
+    """
+    if found.shape != want.shape:
+        shapes = f"onnxruntime gives shape {tuple(found.shape)}, PyTorch {tuple(want.shape)}"
+        raise DepartureError(f"output {name} on {case}: {shapes}", case)
+    if not want.is_floating_point() or not want.numel():
+        if not torch.equal(found.to(want.dtype), want):
+            count = f"{int((found != want).sum())} of {want.numel()} values differ"
+            raise DepartureError(f"output {name} on {case}: {count}", case)
+        return OutputError(case=case, output=name, max_abs=0.0, max_rel=0.0)
+    found, exact = found.to(torch.float64), want.to(torch.float64)
+    assert_comparable(case, name, exact)
+    finite = exact.isfinite()
+    same_elsewhere = torch.equal(found[~finite].nan_to_num(), exact[~finite].nan_to_num())
+    difference = float((found - exact)[finite].abs().max())
+    largest = float(exact[finite].abs().max())
+    rtol, atol = TOLERANCES[want.dtype]
+    if not same_elsewhere or not difference <= atol + rtol * largest:
+        raise DepartureError(
+            f"output {name} on {case}: onnxruntime departs from PyTorch by {difference:.3g} (values up to "
+            f"{largest:.3g}), accepted is {atol + rtol * largest:.3g} for {want.dtype}"
+            + ("" if same_elsewhere else "; inf or nan stand in different places"),
+            case,
+        )
+    return OutputError(
+        case=case,
+        output=name,
+        max_abs=difference,
+        max_rel=difference / largest if largest else 0.0,
+        argmax_agreement=measure_argmax_agreement(found, exact),
+    )
+
+
+def measure_argmax_agreement(found: torch.Tensor, exact: torch.Tensor) -> float | None:
+    """Share of rows whose largest value stands in the same place; ``None`` for values without rows."""
+    if exact.dim() < 2 or exact.shape[-1] < 2:
+        return None
+    return float((found.argmax(-1) == exact.argmax(-1)).double().mean())

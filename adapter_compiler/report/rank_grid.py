@@ -1,0 +1,34 @@
+"""Ranks and budgets as data for a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankGrid:
+    """Ranks by block and weight.
+
+    Attributes:
+        blocks: the rows, as in ``blocks.0``.
+        weights: the columns, as in ``attention.query``.
+        ranks: [blocks, weights]; nan where a block has no such weight.
+        elsewhere: ranks of the weights that are in no numbered block, by name.
+    """
+
+    blocks: tuple[str, ...]
+    weights: tuple[str, ...]
+    ranks: npt.NDArray[np.float64]
+    elsewhere: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BudgetCurve:
+    """The triplets that maskings kept: ``triplets[i]`` from ``steps[i]`` on."""
+
+    steps: tuple[int, ...]
+    triplets: tuple[int, ...]

@@ -1,0 +1,1 @@
+"""Folders that hold adapters: ours and PEFT's, read one site at a time."""

@@ -1,0 +1,1 @@
+"""Fold saved adapters into files of weights, without the model's code."""

@@ -1,0 +1,76 @@
+"""Fold saved adapters into a base file: a safetensors checkpoint, a folder with one, or an exported ONNX file."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from adapter_compiler.errors import CheckpointError, ConfigError
+from adapter_compiler.saving.folders.read_folder import read_saved_adapters
+from adapter_compiler.saving.folding.fold_onnx import fold_onnx
+from adapter_compiler.saving.folding.fold_safetensors import INDEX_SUFFIX, Progress, fold_safetensors
+from adapter_compiler.saving.primitives.files import written_beside, written_folder
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".data", ".gguf")
+
+
+def fold_files(
+    base: str | Path, adapters: str | Path, out: str | Path, *, progress: Progress | None = None
+) -> list[str]:
+    """Merge trained adapters into a base file, streaming, without the model's code.
+
+    The result is bit for bit that of folding in PyTorch. Memory holds the largest weight and what its sum
+    takes, whatever the size of the model.
+
+    Args:
+        base: a ``.safetensors`` file, an index of shards, a folder with either (its other files are copied
+            too), or an ``.onnx`` file that :func:`~adapter_compiler.export_onnx` wrote of the base model.
+        adapters: a folder from ``AdaptedModel.save``, or of PEFT.
+        out: what to write: a file, or for a folder or a sharded checkpoint a folder.
+        progress: called after each weight.
+
+    Returns:
+        Names of the tensors that were changed or added.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or base and adapters do not belong together.
+        ExportError: the ONNX file is damaged, or lacks the map of its weights.
+        ConfigError: ``out`` is ``base``, or of another kind.
+    """
+    base, out = Path(base), Path(out)
+    if out.exists() and base.exists() and out.samefile(base):
+        raise ConfigError(f"out={out} is the base itself; give another place")
+    saved = read_saved_adapters(adapters)
+    file = _find_checkpoint(base)
+    if file.suffix == ".onnx":
+        with written_beside(out) as draft:
+            return fold_onnx(file, saved, draft, progress)
+    if base.is_dir() or file.name.endswith(INDEX_SUFFIX):
+        if out.suffix == ".safetensors" or out.is_file():
+            raise ConfigError(f"out={out}: {base} is written as a folder; name one")
+        with written_folder(out) as folder:
+            _copy_other_files(base if base.is_dir() else base.parent, folder)
+            return fold_safetensors(file, saved, folder / file.name, progress)
+    with written_beside(out) as draft:
+        return fold_safetensors(file, saved, draft, progress)
+
+
+def _find_checkpoint(base: Path) -> Path:
+    if base.is_file():
+        if base.suffix in (".safetensors", ".onnx") or base.name.endswith(INDEX_SUFFIX):
+            return base
+        raise CheckpointError(f"{base}: expected a .safetensors, {INDEX_SUFFIX} or .onnx file, or a folder")
+    if not base.is_dir():
+        raise CheckpointError(f"{base} does not exist; expected a .safetensors or .onnx file, or a folder")
+    found = sorted(base.glob("*" + INDEX_SUFFIX)) or sorted(base.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise CheckpointError(f"{base}: expected one safetensors checkpoint, found {names}; name the file itself")
+    return found[0]
+
+
+def _copy_other_files(source: Path, folder: Path) -> None:
+    """Configuration and tokenizer go along; weights do not."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.endswith((*_WEIGHT_SUFFIXES, INDEX_SUFFIX)):
+            shutil.copyfile(path, folder / path.name)

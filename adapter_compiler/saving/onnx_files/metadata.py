@@ -1,0 +1,127 @@
+"""What a file written here says about itself: versions, adapters, names of weights, ranges of inputs.
+
+All of it stands in the model's metadata under one key, as JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from adapter_compiler.adapters.adapter_state import AdapterState
+from adapter_compiler.errors import ExportError
+from adapter_compiler.saving.onnx_files.protobuf_fields import copy_range, read_range, walk_fields
+from passes.capture.calls import ModuleCall
+
+#: Key of the entry in the model's ``metadata_props``.
+METADATA_KEY = "adapter_compiler"
+
+_FORMAT_VERSION = 1
+
+
+def describe_file(
+    model: torch.nn.Module, call: ModuleCall, inputs: Sequence[str], *, adapters: str, strategy: str
+) -> dict[str, Any]:
+    """The description of a file that is about to be written.
+
+    Args:
+        model: what was given to ``export_onnx``.
+        call: the example.
+        inputs: the names of the file's inputs.
+        adapters: ``"merged"``, ``"runtime"`` or ``"none"``.
+        strategy: what wrote it.
+    """
+    packages = ("adapter-compiler", "torch", "onnx", "onnxruntime")
+    description: dict[str, Any] = {
+        "format": _FORMAT_VERSION,
+        "versions": {name: _find_version(name) for name in packages},
+        "adapters": adapters,
+        "strategy": strategy,
+        "inputs": dict(zip(inputs, map(_describe_tensor, call.tensors), strict=True)),
+    }
+    if isinstance(model, AdapterState):
+        description |= {"configuration": hash_configuration(model), "ranks": find_live_ranks(model)}
+    return description
+
+
+def hash_configuration(adapted: AdapterState) -> str:
+    """SHA-256 over the options, and each site's name, shape, form and scale; the same for the same set-up."""
+    sites = [[a.site.name, list(a.site.shape), a.form.name, a.scale] for a in adapted.plan]
+    text = json.dumps([repr(adapted.options), sites], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def find_live_ranks(adapted: AdapterState) -> dict[str, int]:
+    """How many triplets of each site are not zero."""
+    ranks = {}
+    for adapter in adapted.plan:
+        parameters = adapted.adapters.parameters_of(adapter)
+        lam = parameters.get("lam")
+        ranks[adapter.site.name] = adapter.rank if lam is None else int(torch.count_nonzero(lam.detach()))
+    return ranks
+
+
+def write_metadata(path: Path, description: Mapping[str, Any]) -> None:
+    """Put the description into a file, in place; weights are not touched."""
+    model = onnx.load(path, load_external_data=False)
+    set_metadata(model, description)
+    onnx.save(model, path)
+
+
+def copy_with_metadata(source: Path, target: Path, description: Mapping[str, Any]) -> None:
+    """Copy a file under another description, a piece at a time; its graph is not parsed."""
+    entry = onnx.ModelProto()
+    set_metadata(entry, description)
+    with source.open("rb") as old, target.open("wb") as new:
+        for field in walk_fields(old, 0, source.stat().st_size):
+            if field.number == onnx.ModelProto.METADATA_PROPS_FIELD_NUMBER:
+                kept = onnx.StringStringEntryProto.FromString(bytes(read_range(old, field.begin, field.end)))
+                if kept.key == METADATA_KEY:
+                    continue
+            copy_range(old, new, field.start, field.end)
+        new.write(entry.SerializeToString())
+
+
+def set_metadata(model: onnx.ModelProto, description: Mapping[str, Any]) -> None:
+    """Put the description into a loaded model, in place of an earlier one."""
+    kept = [entry for entry in model.metadata_props if entry.key != METADATA_KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    model.metadata_props.add(key=METADATA_KEY, value=json.dumps(description, sort_keys=True))
+
+
+def read_metadata(model: onnx.ModelProto, name: str) -> dict[str, Any]:
+    """The description that a loaded model carries.
+
+    Raises:
+        ExportError: the model was not written by this library; ``name`` says which.
+    """
+    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
+    if text is None:
+        raise ExportError(f"{name} was not exported by adapter-compiler (no {METADATA_KEY!r} in its metadata)")
+    found = json.loads(text)
+    if not isinstance(found, dict) or found.get("format") != _FORMAT_VERSION:
+        raise ExportError(f"{name}: its metadata is of another format; expected format {_FORMAT_VERSION}")
+    return found
+
+
+def _find_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
+    values = tensor.detach().to(torch.float64) if not tensor.is_complex() else tensor.real.double()
+    finite = values[values.isfinite()]
+    low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": list(tensor.shape), "low": low, "high": high}

@@ -1,0 +1,1 @@
+"""What happens between two optimizer steps: budgets, starts from data, resume."""

@@ -1,0 +1,1 @@
+"""Starts and ranks that come from gradients or layer inputs of a few batches."""

@@ -1,0 +1,126 @@
+"""Gradients of frozen weights, averaged over batches, a few weights at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapter_compiler.errors import ConfigError, SiteError
+from adapter_compiler.model.adapted_model import AdaptedModel
+from passes.capture.module_state import restored_state
+from passes.planning.plan import PlannedAdapter
+
+#: Computes the loss of one batch: ``loss(model, batch)``.
+Loss = Callable[[nn.Module, Any], torch.Tensor]
+
+
+def find_weight_gradients(
+    adapted: AdaptedModel,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    at_once: int = 1,
+    with_adapters: bool = False,
+) -> Iterator[tuple[PlannedAdapter, torch.Tensor]]:
+    """∂L/∂W of every adapted weight as [out, in], averaged over the batches.
+
+    With ``at_once=1`` memory never holds more than one gradient, at the price of a pass over the batches for
+    each weight; backward goes only as far back as it must. What running the model leaves behind (random states,
+    buffers) is undone, and every pass sees the same random states.
+
+    Args:
+        adapted: the model; its training mode is left as it is.
+        batches: a sequence, as it is gone through several times.
+        loss: gives the loss of ``loss(model, batch)``, for a model that is called like the user's.
+        at_once: how many gradients may be held at a time.
+        with_adapters: at W + ΔW; otherwise at W.
+
+    Yields:
+        The adapter and the gradient, in model order.
+
+    Raises:
+        ConfigError: there is no batch.
+        SiteError: the loss does not depend on a weight, or its gradient is not finite.
+    """
+    collected = as_batches(batches)
+    plan = list(adapted.plan)
+    for start in range(0, len(plan), at_once):
+        group = plan[start : start + at_once]
+        weights = [adapted.base_weight(adapter.site.weight) for adapter in group]
+        _accumulate(adapted, weights, collected, loss, with_adapters=with_adapters)
+        gradients = [weight.grad for weight in weights]
+        for weight in weights:
+            weight.grad = None
+        # Adapters for different rows of a weight have the same gradient.
+        for gradient in {id(gradient): gradient for gradient in gradients if gradient is not None}.values():
+            gradient.div_(len(collected))
+        for adapter in group:
+            yield adapter, _check(adapter, gradients.pop(0))
+
+
+def assert_adapted(adapted: object, function: str) -> None:
+    """Raise :class:`ConfigError` unless ``function`` was given an adapted model."""
+    if not isinstance(adapted, AdaptedModel):
+        raise ConfigError(
+            f"{function}(adapted=...) is a {type(adapted).__name__}, expected an AdaptedModel; give what "
+            "compile_with_adapters returned"
+        )
+
+
+def as_batches(batches: Iterable[Any]) -> Sequence[Any]:
+    """The batches as a sequence.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    collected = batches if isinstance(batches, Sequence) else list(batches)
+    if not len(collected):
+        raise ConfigError("batches is empty, expected at least one batch; give a list of what your loss takes")
+    return collected
+
+
+def _accumulate(
+    adapted: AdaptedModel, weights: Sequence[nn.Parameter], batches: Sequence[Any], loss: Loss, *, with_adapters: bool
+) -> None:
+    context = contextlib.nullcontext() if with_adapters else adapted.disable_adapters()
+    with _only_these_train(adapted, weights), restored_state(adapted.module), context, torch.enable_grad():
+        for batch in batches:
+            value = loss(adapted, batch)
+            if value.requires_grad:
+                value.backward()
+
+
+@contextlib.contextmanager
+def _only_these_train(adapted: AdaptedModel, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients that were there before are put back afterwards, and so are the flags."""
+    parameters = list(adapted.parameters())
+    before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
+    wanted = {id(weight) for weight in weights}
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(id(parameter) in wanted)
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, (flag, gradient) in zip(parameters, before, strict=True):
+            parameter.requires_grad_(flag)
+            if id(parameter) not in wanted:
+                parameter.grad = gradient
+
+
+def _check(adapter: PlannedAdapter, gradient: torch.Tensor | None) -> torch.Tensor:
+    if gradient is None:
+        raise SiteError(
+            f"site {adapter.site.name}: the loss does not depend on the weight, expected a gradient; compute the loss "
+            "with the model that the function is given, or exclude the weight"
+        )
+    if not bool(torch.isfinite(gradient).all()):
+        raise SiteError(
+            f"site {adapter.site.name}: its gradient has inf or nan, expected finite values; use other batches, or "
+            "float32"
+        )
+    return adapter.site.to_matrix(gradient)

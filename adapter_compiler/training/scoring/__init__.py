@@ -1,0 +1,1 @@
+"""What a triplet is worth, and which ones a budget keeps."""

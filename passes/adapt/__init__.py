@@ -1,0 +1,1 @@
+"""Put adapters into a graph, and take them out."""

@@ -1,0 +1,1 @@
+"""What a graph says about weights: uses, roles, blocks."""

@@ -1,0 +1,1 @@
+"""A call becomes a graph, and the graph is proved."""

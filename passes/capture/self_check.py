@@ -1,0 +1,224 @@
+"""Run a module and its captured graph on the same example under the same random state, and compare.
+
+Outputs, buffers and gradients must agree. Gradients are compared because a graph can be right forward and
+wrong backward: export does not keep the backward of a custom ``autograd.Function``, nor that a reentrant
+checkpoint, which runs without gradients, computes again with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from passes.base import CaptureError
+from passes.capture.calls import ModuleCall, flatten_result
+from passes.capture.module_state import StateChanges, canonical_kernels, find_state_changes, restored_state
+from passes.quantize.packed_weights import PackedWeight
+
+#: Largest accepted departure of a captured graph from eager: (relative, absolute) by dtype.
+TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e-9, 1e-10),
+    torch.complex128: (1e-9, 1e-10),
+    torch.float32: (1e-4, 1e-5),
+    torch.complex64: (1e-4, 1e-5),
+    torch.float16: (1e-2, 1e-3),
+    torch.bfloat16: (2e-2, 1e-2),
+}
+#: Gradients sum over many values, and mixed dtypes meet in them: accepted is this share of the largest.
+_GRADIENT_TOLERANCE = 0.02
+#: Parameters of up to this many values have their gradients compared, and the smallest one in any case.
+_LARGEST_PROBE = 2**14
+
+Observation = Mapping[str, Any]
+
+
+def observe_eager(module: nn.Module, call: ModuleCall) -> Observation:
+    """What the module's own code gives for a call.
+
+    Attributes may change where that makes no difference to any later call, see :func:`_leaves_no_trace`;
+    a graph leaves them as they are.
+
+    Raises:
+        CaptureError: it keeps something between calls which a graph cannot keep.
+    """
+    args, kwargs = call.rebuild(call.tensors)
+    changes = StateChanges()
+
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+
+    def run() -> list[Any]:
+        with find_state_changes(module, changes):
+            return flatten_result(module.forward(*args, **kwargs))[0]
+
+    seen = observe_run(module, call, run)
+    after, spec_after = pytree.tree_flatten((args, kwargs))
+    if changes.attributes and not changes.others and _leaves_no_trace(module, call):
+        changes.attributes.clear()
+    if spec_after != spec or any(a is not b for a, b in zip(leaves, after, strict=True)):
+        changes.others.append("puts other values into its arguments")
+    if changes.first is not None:
+        raise CaptureError(f"{type(module).__name__} {changes.first}, which a graph would not do again")
+    return seen
+
+
+def _leaves_no_trace(module: nn.Module, call: ModuleCall) -> bool:
+    """Whether what a call leaves in attributes is only a place to note something, or a cache.
+
+    A second call must leave all as it is, and a call with other values must return the same before and after.
+    """
+    other = dataclasses.replace(call, tensors=tuple(map(change_values, call.tensors)))
+    again = StateChanges()
+    with canonical_kernels(), restored_state(module), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with restored_state(module):
+                before = _run_seeded(module, other)
+            _run_seeded(module, call)
+            with find_state_changes(module, again):
+                _run_seeded(module, call)
+            after = _run_seeded(module, other)
+        except Exception:  # the module's own code may refuse such values in its own way
+            return False
+    return again.first is None and len(before) == len(after) and all(map(is_identical, before, after))
+
+
+def _run_seeded(module: nn.Module, call: ModuleCall) -> list[Any]:
+    """The leaves of the result, computed with random numbers that are the same each time; the caller restores them."""
+    torch.manual_seed(0)
+    random.seed(0)
+    args, kwargs = copy.deepcopy(call.rebuild(call.tensors))
+    return [_detached(leaf) for leaf in flatten_result(module.forward(*args, **kwargs))[0]]
+
+
+def change_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Values that are surely accepted, and others: half of each, or the least one everywhere."""
+    tensor = tensor.detach()
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor * 0.5
+    if tensor.dtype == torch.bool or not tensor.numel():
+        return tensor.clone()
+    return tensor.new_full(tensor.shape, int(tensor.min()))
+
+
+def is_identical(one: Any, other: Any) -> bool:
+    """Whether two values are the same to the last bit; nan is the same as nan."""
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return type(one) is type(other) and bool(one == other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def observe_run(module: nn.Module, call: ModuleCall, run: Callable[[], list[Any]]) -> Observation:
+    """Outputs of ``run``, the buffers after it and gradients, by name; everything is put back."""
+    with canonical_kernels(), restored_state(module), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _probed(_find_probes(module), call) as probes:
+            leaves = run()
+            seen: dict[str, Any] = {f"output {i}": _detached(leaf) for i, leaf in enumerate(leaves)}
+            seen |= {f"buffer {name}": buffer.detach().clone() for name, buffer in module.named_buffers()}
+            seen |= _read_gradients(leaves, probes)
+    return seen
+
+
+def assert_same(owner: str, found: Observation, expected: Observation) -> float:
+    """Largest departure of outputs and buffers.
+
+    Raises:
+        CaptureError: something departs beyond the tolerance of its dtype.
+    """
+    largest = 0.0
+    for name, want in expected.items():
+        if not name.startswith("gradient"):
+            largest = max(largest, _measure(owner, name, found[name], want))
+        elif found.get(name) is not want:
+            _assert_same_gradient(owner, name, found.get(name), want)
+    return largest
+
+
+def _find_probes(module: nn.Module) -> dict[str, nn.Parameter]:
+    plain = [(n, p) for n, p in module.named_parameters() if not isinstance(p, PackedWeight)]
+    floats = [(n, p) for n, p in plain if p.is_floating_point() and p.is_leaf and not p.is_meta]
+    small = {name: p for name, p in floats if p.numel() <= _LARGEST_PROBE}
+    smallest = min(floats, key=lambda pair: pair[1].numel(), default=None)
+    return small if smallest is None else {smallest[0]: smallest[1], **small}
+
+
+@contextlib.contextmanager
+def _probed(probes: dict[str, nn.Parameter], call: ModuleCall) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside, the probes get gradients; afterwards every leaf has the flag and the gradient that it had."""
+    leaves = [t for t in (*probes.values(), *call.tensors) if t.is_leaf]
+    before = [(leaf, leaf.requires_grad, leaf.grad) for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    for parameter in probes.values():
+        parameter.requires_grad_(True)
+    try:
+        yield probes
+    finally:
+        for leaf, flag, gradient in before:
+            leaf.grad = gradient
+            leaf.requires_grad_(flag)
+
+
+def _read_gradients(leaves: list[Any], probes: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """Gradients of a fixed mixture of all outputs; nothing where the module's own code has no backward."""
+    terms = [_mix(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if not terms:
+        return {f"gradient {name}": None for name in probes}
+    dtype = torch.float32 if any(term.device.type == "mps" for term in terms) else torch.float64
+    total = torch.stack([term.to(terms[0].device, dtype) for term in terms]).sum()
+    try:
+        total.backward()  # not grad(): reentrant checkpoints accept no other
+    except Exception:  # a backward of the module's own raises what it likes
+        return {}
+    return {f"gradient {name}": None if p.grad is None else p.grad.to_dense() for name, p in probes.items()}
+
+
+def _mix(leaf: torch.Tensor) -> torch.Tensor:
+    values = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+    weights = torch.arange(values.numel(), device=values.device, dtype=torch.float32).add(1).cos()
+    return (values.float() * weights.view(values.shape)).nan_to_num(posinf=0.0, neginf=0.0).mean()
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _assert_same_gradient(owner: str, name: str, found: torch.Tensor | None, want: torch.Tensor | None) -> None:
+    zero = torch.zeros(())
+    mine, theirs = (zero if g is None else g.float().nan_to_num() for g in (found, want))
+    largest, difference = float(theirs.abs().max()), float((mine - theirs).abs().max())
+    if difference > 1e-5 + _GRADIENT_TOLERANCE * largest:
+        raise CaptureError(
+            f"{owner}: {name} through the captured graph departs from eager by {difference:.3g} of {largest:.3g}; "
+            "a custom autograd.Function or a reentrant checkpoint does not capture"
+        )
+
+
+def _measure(owner: str, name: str, found: Any, want: Any) -> float:
+    if not isinstance(want, torch.Tensor):
+        if found != want:
+            raise CaptureError(f"{owner}: {name} of the captured graph is {found!r}, eager gives {want!r}")
+        return 0.0
+    if want.is_meta:
+        return 0.0
+    rtol, atol = TOLERANCES.get(want.dtype, (0.0, 0.0))
+    same_kind = found.shape == want.shape and found.dtype == want.dtype
+    if same_kind and torch.allclose(found, want, rtol=rtol, atol=atol, equal_nan=True):
+        difference = (found - want).abs().nan_to_num() if want.dtype.is_floating_point else None
+        return float(difference.max()) if difference is not None and difference.numel() else 0.0
+    detail = f"by up to {float((found - want).abs().max()):.3g}" if same_kind and want.numel() else ""
+    raise CaptureError(
+        f"{owner}: {name} of the captured graph ({found.dtype}, {tuple(found.shape)}) departs from eager "
+        f"({want.dtype}, {tuple(want.shape)}) {detail} beyond rtol {rtol:g}, atol {atol:g} under the same random state"
+    )

@@ -1,0 +1,1 @@
+"""Graph rewrites that only the ONNX export needs."""

@@ -1,0 +1,1 @@
+"""Which weight gets what: sites, rules, plans."""

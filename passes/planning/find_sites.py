@@ -1,0 +1,262 @@
+"""Where adapters can go: one site per weight, found by what the graph does with the weight.
+
+Finding only matches and explains: each weight of two or more dimensions becomes a site or gets the
+reason why it did not. Nothing is edited.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from passes.analysis.blocks import find_layer_numbers
+from passes.analysis.roles import find_roles
+from passes.analysis.weight_uses import GraphUse, WeightUse, find_parameter_aliases
+from passes.base import SiteError
+from passes.planning.rules import AdapterRule
+from passes.planning.site import AdapterSite, abbreviate, find_matching_glob
+
+#: The selection that takes every weight whose every use is a matrix product.
+ALL_LINEAR = "all-linear"
+
+_REGISTRIES = {"_parameters", "_buffers", "_modules"}
+
+_CONV1D = "transformers.pytorch_utils.Conv1D"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteSearch:
+    """What a search found.
+
+    Attributes:
+        sites: the chosen weights in model order.
+        rejected: why each other weight of two or more dimensions is not one.
+        rules: the rule that chose a site, by the site's name, where one did.
+        others: weights that could carry an adapter and were not chosen, in model order.
+    """
+
+    sites: tuple[AdapterSite, ...]
+    rejected: Mapping[str, str]
+    rules: Mapping[str, AdapterRule] = dataclasses.field(default_factory=dict)
+    others: tuple[AdapterSite, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteSelection:
+    """Which weights are wanted.
+
+    Attributes:
+        sites: ``"all-linear"`` or globs over qualified weight names (``*.query.weight``); a glob
+            may also match the name without its last part (``*.query``).
+        exclude: globs of weights that are left alone.
+        trainable: globs of parameters trained fully, which therefore carry no adapter.
+        rules: the first that matches a weight decides about it, before ``sites`` does.
+    """
+
+    sites: str | tuple[str, ...] = ALL_LINEAR
+    exclude: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+    rules: tuple[AdapterRule, ...] = ()
+
+    def find_reason_against(self, names: Sequence[str]) -> str | None:
+        """Why the weight with these names (more than one if tied) is left alone whatever the rules say."""
+        if pattern := find_matching_glob(names, self.trainable):
+            return f"trained fully (trainable={pattern!r})"
+        if pattern := find_matching_glob(names, self.exclude):
+            return f"excluded (exclude={pattern!r})"
+        return None
+
+    def find_reason_against_site(self, site: AdapterSite, rule: AdapterRule | None) -> str | None:
+        """Why a weight that can carry an adapter is not to have one; ``rule`` is the one that matches it."""
+        if rule is not None and rule.exclude:
+            return f"excluded by {rule}"
+        if rule is not None and rule.names_weights:
+            return None
+        if self.sites != ALL_LINEAR:
+            chosen = find_matching_glob((site.name, *site.aliases), self._globs()) is not None
+            return None if chosen else f"not selected (sites={self.sites!r})"
+        if site.op != "linear":
+            return f"used by {site.op}, not only by matrix products (name it in sites to adapt it)"
+        return None
+
+    def assert_globs_match(self, names: Iterable[str]) -> None:
+        """Raise :class:`SiteError` for a glob that no weight's name matches."""
+        names = list(names)
+        for option, globs in (("sites", self._globs()), ("exclude", self.exclude)):
+            for pattern in globs:
+                if find_matching_glob(names, (pattern,)) is None:
+                    raise SiteError(
+                        f"{option}={pattern!r} matches no weight, expected a glob that does; mend it or leave it out; "
+                        f"there are: {abbreviate(names)}"
+                    )
+
+    def _globs(self) -> tuple[str, ...]:
+        if self.sites == ALL_LINEAR:
+            return ()
+        return (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
+
+
+def find_sites(
+    uses: Mapping[str, Sequence[WeightUse]],
+    module: nn.Module,
+    selection: SiteSelection,
+) -> SiteSearch:
+    """Sites by what was seen of each weight.
+
+    Args:
+        uses: every use of each weight, by its first qualified name.
+        module: the module whose parameters name the sites.
+        selection: which weights are wanted.
+
+    Raises:
+        SiteError: a glob of the selection matches no weight.
+    """
+    roles = find_roles(uses)
+    numbers = find_layer_numbers(uses)
+
+    def judge(name: str, weight: nn.Parameter) -> AdapterSite | str:
+        verdict = _judge_uses(name, weight, uses.get(name, []))
+        if isinstance(verdict, str):
+            return verdict
+        return dataclasses.replace(verdict, role=roles[name], depth=numbers.get(name))
+
+    return _search(module, selection, judge)
+
+
+def find_module_sites(module: nn.Module, selection: SiteSelection) -> SiteSearch:
+    """Sites judged by the modules that own the weights, before any graph exists.
+
+    Known owners are ``nn.Linear``, ``nn.MultiheadAttention`` and transformers' ``Conv1D``.
+
+    Raises:
+        SiteError: a glob of the selection matches no weight.
+    """
+    known = dict(_find_linear_weights(module))
+
+    def judge(name: str, weight: nn.Parameter) -> AdapterSite | str:
+        if id(weight) not in known:
+            return "not the weight of a linear layer; pass an example so that the graph can be searched"
+        if not weight.is_floating_point():
+            return f"dtype {weight.dtype} is not a floating-point one"
+        return AdapterSite(name=name, shape=tuple(weight.shape), dtype=weight.dtype, transposed=known[id(weight)])
+
+    return _search(module, selection, judge)
+
+
+def search_known_sites(known: Iterable[AdapterSite], module: nn.Module, selection: SiteSelection) -> SiteSearch:
+    """Choose among weights that an earlier search found able to carry an adapter.
+
+    Raises:
+        SiteError: a glob of the selection matches no weight.
+    """
+    found = {site.name: site for site in known}
+
+    def judge(name: str, weight: nn.Parameter) -> AdapterSite | str:
+        if name not in found:
+            return "it could not carry an adapter when the model was compiled"
+        return dataclasses.replace(found[name], dtype=weight.dtype)
+
+    return _search(module, selection, judge)
+
+
+def _search(
+    module: nn.Module, selection: SiteSelection, judge: Callable[[str, nn.Parameter], AdapterSite | str]
+) -> SiteSearch:
+    weights = {name: weight for name, weight in module.named_parameters() if weight.dim() >= 2}
+    named: dict[str, list[str]] = {name: [] for name in weights}
+    for alias, first in find_parameter_aliases(module).items():
+        if first in weights:
+            named[first].append(alias)
+    selection.assert_globs_match([name for names in named.values() for name in names])
+    kept = _find_kept_parameters(module)
+    rejected: dict[str, str] = {}
+    candidates: dict[AdapterSite, str | None] = {}
+    rules: dict[str, AdapterRule] = {}
+    for name, weight in weights.items():
+        names = named[name]
+        reason = selection.find_reason_against(names)
+        verdict = judge(name, weight)
+        if isinstance(verdict, str):
+            rejected[name] = reason or verdict
+            continue
+        site = dataclasses.replace(verdict, aliases=tuple(other for other in names if other != name))
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if weight_keeper := kept.get(id(weight)):
+            rejected[name] = (
+                reason or f"{weight_keeper} holds it as well, and would give it without what an adapter adds"
+            )
+            continue
+        if isinstance(owner, torch.jit.ScriptModule):
+            rejected[name] = reason or "it belongs to a TorchScript module, whose code in C++ reads the weight itself"
+            continue
+        rule = None if reason else next((rule for rule in selection.rules if rule.matches(site, owner)), None)
+        candidates[site] = reason or selection.find_reason_against_site(site, rule)
+        if rule is not None:
+            rules[name] = rule
+    for rule in selection.rules:
+        rule.assert_decided([name for name, chosen in rules.items() if chosen is rule], list(candidates))
+    reasons = {site.name: reason for site, reason in candidates.items() if reason is not None}
+    against = {**rejected, **reasons}
+    chosen: dict[AdapterSite, AdapterRule | None] = {}
+    for site in (site for site in candidates if site.name not in reasons):
+        rule = rules.get(site.name)
+        chosen |= dict.fromkeys([site] if rule is None else rule.split_site(site), rule)
+    return SiteSearch(
+        sites=tuple(chosen),
+        rejected={name: against[name] for name in weights if name in against},
+        rules={site.name: rule for site, rule in chosen.items() if rule is not None},
+        others=tuple(site for site in candidates if site.name in reasons),
+    )
+
+
+def _find_kept_parameters(module: nn.Module) -> dict[int, str]:
+    """Parameters that stand in plain attributes, lists, tuples or dicts of a module too, by id, and where that is."""
+    found: dict[int, str] = {}
+    for name, child in module.named_modules():
+        for key, value in vars(child).items():
+            if key in _REGISTRIES or key.startswith("_flat_weight"):
+                continue
+            values = value.values() if isinstance(value, dict) else value
+            held = values if isinstance(value, (list, tuple, dict, set)) else (value,)
+            found |= {id(one): f"{name}.{key}" if name else key for one in held if isinstance(one, nn.Parameter)}
+    return found
+
+
+def _judge_uses(name: str, weight: nn.Parameter, uses: Sequence[WeightUse]) -> AdapterSite | str:
+    """The site for a weight with these uses, or the reason why it is none."""
+    if not weight.is_floating_point():
+        return f"dtype {weight.dtype} is not a floating-point one"
+    if not uses:
+        return "the example does not use it; compile with one that does, or without an example, to adapt it"
+    if any(use.is_copied for use in uses):
+        return "its values are written into another tensor in place, which would miss what an adapter adds"
+    if not any(use.reaches_output for use in uses):
+        return "no output depends on it"
+    if not any(use.reaches_output and use.has_gradient for use in uses):
+        return "used under no_grad only, so it gets no gradient"
+    other = next((use.op for use in uses if not use.is_linear), None)
+    on_activations = [use for use in uses if isinstance(use, GraphUse) and use.activation is not None]
+    products = [use for use in on_activations if use.kind == "product"]
+    return AdapterSite(
+        name=name,
+        shape=tuple(weight.shape),
+        dtype=weight.dtype,
+        transposed=bool(products) and products[0].transposed,
+        op=other or "linear",
+    )
+
+
+def _find_linear_weights(module: nn.Module) -> Iterator[tuple[int, bool]]:
+    """``(id of the weight, whether it is stored [in, out])`` of linear layers and their kin."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            yield id(child.weight), False
+        elif isinstance(child, nn.MultiheadAttention):
+            for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                if getattr(child, name) is not None:
+                    yield id(getattr(child, name)), False
+        elif any(f"{cls.__module__}.{cls.__qualname__}" == _CONV1D for cls in type(child).__mro__):
+            yield id(child.weight), True
