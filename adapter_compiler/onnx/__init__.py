@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from adapter_compiler.onnx.verify_model import FileVerification, verify_onnx
 else:
     _MODULES = {
-        "adapter_file": ("save_onnx_adapter",),
-        "export": ("export_onnx",),
-        "report": ("ExportAttempt", "ExportReport", "OutputError"),
-        "session": ("OnnxAdapters",),
+        "serving.adapter_file": ("save_onnx_adapter",),
+        "exporting.export": ("export_onnx",),
+        "verification.report": ("ExportAttempt", "ExportReport", "OutputError"),
+        "serving.session": ("OnnxAdapters",),
         "verify_model": ("FileVerification", "verify_onnx"),
     }
     _PLACES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}

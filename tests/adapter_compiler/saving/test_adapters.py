@@ -421,7 +421,7 @@ def test_an_adapter_that_is_refused_late_is_not_there(
         raise RuntimeError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("adapter_compiler.adapters.named_adapters.fill_parameters", fail)
+        patch.setattr("adapter_compiler.saving.load_adapter.fill_parameters", fail)
         with pytest.raises(RuntimeError, match="no room"):
             trained.load_adapter("other", tmp_path)
     assert trained.adapter_names == ("default",)

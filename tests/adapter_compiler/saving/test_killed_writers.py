@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter_compiler import files
+from adapter_compiler.saving.primitives import files
 from adapter_compiler.saving.primitives.files import written_beside, written_folder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL and no flock")

@@ -26,7 +26,7 @@ SHAPES = ((5, 4, 3), (6, 2, 2), (5, 4, 3))
 def mesh() -> Iterator[DeviceMesh]:
     if not dist.is_available():
         pytest.skip("torch was built without distributed")
-    dist.init_process_group("gloo", adapter_parameters=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
