@@ -1,8 +1,8 @@
-"""What every pass is: a frozen value that turns one graph into another under a contract.
+"""The base class of all passes, the pass manager, and the errors of this package.
 
-The contract of a pass is checked at each run: ``requires`` on the graph that goes in, ``ensures``
-on the graph that comes out. A pass manager runs passes in order and shows each result to an
-observer, so that a compilation can be watched, logged or printed without the passes knowing.
+A pass is an immutable object that turns one graph into another. Its contract is checked at each run: ``requires`` on
+the input graph, ``ensures`` on the result. A pass manager runs passes in order and reports each result to an observer,
+so that a compilation can be logged or printed without changes to the passes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 
 class AdapterCompilerError(Exception):
-    """Root of every error that adapter-compiler raises on purpose."""
+    """Base class of every error that adapter-compiler raises on purpose."""
 
 
 class PassError(AdapterCompilerError):
@@ -25,24 +25,24 @@ class PassError(AdapterCompilerError):
 
 
 class PreconditionError(PassError):
-    """The graph handed to a pass does not satisfy what the pass requires."""
+    """The input graph of a pass does not satisfy what the pass requires."""
 
 
 class PostconditionError(PassError):
-    """The graph a pass returned does not satisfy what the pass promises."""
+    """The graph that a pass returned does not satisfy what the pass ensures."""
 
 
 class CaptureError(AdapterCompilerError):
-    """A module could not be turned into a graph that computes the same numbers."""
+    """A module could not be captured as a graph that gives the same results."""
 
 
 class SiteError(AdapterCompilerError, ValueError):
-    """No site, an unknown site, or a weight that cannot carry an adapter was asked for."""
+    """A request names no site, an unknown site, or a weight that cannot have an adapter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PassResult:
-    """What a pass returns: the graph and whether anything in it was changed."""
+    """What a pass returns: the graph, and whether the pass changed it."""
 
     graph_module: GraphModule
     modified: bool
@@ -51,21 +51,21 @@ class PassResult:
 class GraphPass(abc.ABC):
     """Base of all passes. Subclasses are frozen dataclasses whose fields are their options.
 
-    The graph verifies before and after a pass, not necessarily during it. A pass edits the graph
-    module that it is given and returns it.
+    The graph is valid before and after a pass, not necessarily during it. A pass edits its graph module in place and
+    returns it.
     """
 
     @property
     def name(self) -> str:
-        """The class name, as errors and observers show it."""
+        """The class name, for errors and observers."""
         return type(self).__name__
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
-        """Check the precondition, run, check the postcondition on the result.
+        """Check the precondition, run, check the postcondition, and generate code for a changed graph.
 
         Raises:
-            PreconditionError: the input graph does not meet the contract.
-            PostconditionError: the result does not meet the contract.
+            PreconditionError: the input graph does not satisfy :meth:`requires`.
+            PostconditionError: the result does not satisfy :meth:`ensures`.
         """
         result = self.edit(graph_module)
         if result.modified:
@@ -73,7 +73,7 @@ class GraphPass(abc.ABC):
         return result
 
     def edit(self, graph_module: GraphModule) -> PassResult:
-        """The same without code for the changed graph, which only its last pass needs to generate."""
+        """Run the pass as a call does, with the same errors, but without generating code for a changed graph."""
         _check(self, "requires", graph_module, PreconditionError)
         result = self.call(graph_module)
         _check(self, "ensures", result.graph_module, PostconditionError)
@@ -81,21 +81,23 @@ class GraphPass(abc.ABC):
 
     @abc.abstractmethod
     def call(self, graph_module: GraphModule) -> PassResult:
-        """Do the work."""
+        """Edit the graph; the caller checks the contract."""
 
     def requires(self, graph_module: GraphModule) -> None:
-        """Raise if ``graph_module`` is not one this pass accepts. By default: it lints."""
+        """Raise an error if this pass does not accept the graph; by default, the graph must lint."""
         graph_module.graph.lint()
 
     def ensures(self, graph_module: GraphModule) -> None:
-        """Raise if the result breaks the contract. By default: it and its regions lint."""
+        """Raise an error if the result breaks the contract; by default, the graph and its regions must lint."""
         for body in find_graph_modules(graph_module):
             body.graph.lint()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PassManager(GraphPass):
-    """Runs passes in order; itself a pass. Code is generated once, at the end, or for each result that is observed.
+    """Runs passes in order; it is a pass itself.
+
+    Code is generated once, at the end, or after each pass if there is an observer.
 
     Attributes:
         passes: the passes, first to last.
@@ -106,7 +108,11 @@ class PassManager(GraphPass):
     observer: Callable[[GraphPass, PassResult], None] | None = None
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        """Run the passes; an error names the passes that ran before."""
+        """Run the passes.
+
+        Raises:
+            PassError: a pass failed; the message names it and the passes that ran before.
+        """
         modified = False
         for position, one in enumerate(self.passes):
             try:
@@ -121,14 +127,14 @@ class PassManager(GraphPass):
         return PassResult(graph_module=graph_module, modified=modified)
 
     def requires(self, graph_module: GraphModule) -> None:
-        """Nothing of its own: each pass checks what it is given."""
+        """No check of its own: each pass checks its input."""
 
     def ensures(self, graph_module: GraphModule) -> None:
-        """Nothing of its own: each pass checks what it returns."""
+        """No check of its own: each pass checks its result."""
 
 
 def find_graph_modules(graph_module: GraphModule) -> list[GraphModule]:
-    """The graph module itself and the bodies of the regions inside it; each holds those that it calls."""
+    """The graph module and the bodies of all regions inside it, a body before the bodies that it calls."""
     bodies = {graph_module: None}
     for child in graph_module.children():
         if isinstance(child, GraphModule):
@@ -137,7 +143,7 @@ def find_graph_modules(graph_module: GraphModule) -> list[GraphModule]:
 
 
 def clone_graph_module(graph_module: GraphModule) -> GraphModule:
-    """A graph module whose graphs may be edited without changing the original; parameters are shared."""
+    """A copy whose graphs can be edited without changing the original; parameters are shared."""
     clone = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     for name, child in graph_module.named_children():
         if isinstance(child, GraphModule):
@@ -146,7 +152,7 @@ def clone_graph_module(graph_module: GraphModule) -> GraphModule:
 
 
 def make_containers(root: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted path below ``root``, which an empty path means; made of empty ones where there is none."""
+    """The module at a dotted path below ``root`` (``root`` if the path is empty); missing modules are created empty."""
     for part in path.split(".") if path else ():
         if part not in root._modules:
             root.add_module(part, nn.Module())

@@ -1,11 +1,11 @@
-"""Compute with W + ΔW at once: the arithmetic of :mod:`passes.adapt.insert_adapters` on tensors instead of nodes.
+"""Compute with adapted weights eagerly: the arithmetic of :mod:`passes.adapt.insert_adapters` on tensors, not nodes.
 
-    adapted_linear    x W'ᵀ + b for one SVD or LoRA adapter, the quick way of :mod:`passes.fuse.fused_ops`
+    adapted_linear    x W'ᵀ + b for one SVD or LoRA adapter, by the fused functions of :mod:`passes.fuse.fused_ops`
     adapted_output    any product, stack, lookup or convolution with the whole weight, any form
     adapted_sum       W' itself, for every other operator
 
-Whatever runs is right under autograd, ``create_graph=True``, forward-mode derivatives, ``torch.func`` and compilers:
-where one of those is at work, plain operators take the place of functions with a backward of their own.
+All of these work with autograd, ``create_graph=True``, forward-mode derivatives, ``torch.func`` and compilers. Where
+the fused functions do not, plain operators run instead.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch.autograd import forward_ad
 
 from passes.adapt.emit_rescaled import emit_factor
 from passes.adapt.emit_updates import AdaptedUse, emit_update, fits_activations
+from passes.compat import is_transformed
 from passes.forms.base import OperatorCall, TensorEmitter
 from passes.fuse.fused_ops import Recomputation, fused_linears, plain_linear
 from passes.planning.plan import PlannedAdapter
@@ -31,14 +31,19 @@ _FACTORS: Mapping[str, tuple[str, str | None, str]] = {"svd": ("P", "lam", "Q"),
 
 @dataclasses.dataclass(frozen=True)
 class BoundAdapter:
-    """An adapter and the tensors that are its parameters at the moment."""
+    """An adapter and the tensors that are its parameters at present.
+
+    Attributes:
+        planned: the adapter in the plan.
+        parameters: its parameters by name, of the shapes ``planned.parameter_shapes``.
+    """
 
     planned: PlannedAdapter
     parameters: Mapping[str, torch.Tensor]
 
     @property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None:
-        """P, λ and Q, where the update is their product and covers the whole weight; λ is ``None`` for LoRA."""
+        """P, λ and Q (B, ``None`` and A of LoRA), or ``None`` for other forms and for adapters of some rows only."""
         names = _FACTORS.get(self.planned.form.name)
         if names is None or self.planned.site.rows is not None:
             return None
@@ -47,12 +52,11 @@ class BoundAdapter:
 
 
 def adapted_sum(weight: torch.Tensor, adapters: Sequence[BoundAdapter]) -> torch.Tensor:
-    """W' of W and its adapters, in the dtype of W, whatever autocast says."""
+    """W' for W and its adapters, in the shape and dtype of W, also under autocast."""
     with _without_autocast(weight):
         total = weight
         for adapter in adapters:
-            planned, parameters = adapter.planned, adapter.parameters
-            total = planned.rescale(total + planned.delta(parameters).to(weight.dtype), parameters)
+            total = adapter.planned.add_to(total, adapter.parameters)
         return total
 
 
@@ -64,23 +68,23 @@ def adapted_linear(
     factors: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
     *,
     fused: bool,
-    again: Recomputation | None,
+    recomputation: Recomputation | None,
 ) -> torch.Tensor:
-    """X W'ᵀ + b for W [out, in].
+    """x W'ᵀ + b, [..., out], for one SVD or LoRA adapter.
 
     Args:
         x: [..., in].
-        weight: W.
+        weight: W, [out, in].
         bias: b, [out], or ``None``.
         adapter: an adapter of the whole weight.
-        factors: its P, λ, Q, as :attr:`BoundAdapter.factors` gives them.
+        factors: its :attr:`BoundAdapter.factors`.
         fused: whether the functions of :mod:`passes.fuse.fused_ops` may be used.
-        again: how backward can make x once more, see :func:`passes.fuse.fused_ops.fused_linears`.
+        recomputation: how backward can recompute x, see :func:`passes.fuse.fused_ops.fused_linears`.
     """
     P, lam, Q = factors
     if not fused or is_transformed():
         return plain_linear(x, weight, bias, P, lam, Q, adapter.planned.scale)
-    return fused_linears(x, (adapter.planned.scale,), weight, bias, P, lam, Q, again=again)[0]
+    return fused_linears(x, (adapter.planned.scale,), weight, bias, P, lam, Q, recomputation=recomputation)[0]
 
 
 def adapted_output(
@@ -92,15 +96,15 @@ def adapted_output(
     *,
     transposed: bool,
 ) -> torch.Tensor | None:
-    """What an operator returns with W' in place of the whole weight W; ``None`` if only W' itself will do.
+    """The result of an operator with W' in place of W, or ``None`` if that cannot be computed on activations.
 
     Args:
         kind: ``product``, ``stack``, ``lookup`` or ``convolution``.
-        call: the operator with W.
-        x: what it reads beside the weight.
-        weight: W, as it is stored.
-        adapters: those of the weight.
-        transposed: for products, whether W takes part as stored [in, out]; for stacks, whether it is x Wₑ.
+        call: the operator and its arguments, with W.
+        x: its operand besides the weight.
+        weight: W, in the stored layout.
+        adapters: the adapters of the weight.
+        transposed: for products, whether the operator computes x W and not x Wᵀ; for stacks, x Wₑ and not x Wₑᵀ.
     """
     uses = []
     for adapter in adapters:
@@ -116,16 +120,6 @@ def adapted_output(
         factor = emit_factor(_EMITTER, weight, planned, parameters) if planned.form.rescales else None
         total = total + emit_update(_EMITTER, use, planned, parameters, factor)
     return total
-
-
-def is_transformed() -> bool:
-    """Whether something differentiates, batches, records or compiles in a way that needs plain operators."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
-    )
 
 
 def _without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:

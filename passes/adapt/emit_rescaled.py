@@ -1,8 +1,8 @@
-"""Steps for forms that rescale the rows of the sum, W' = c ∘ (W + ΔW), where an adapter runs on activations.
+"""Operators for forms that rescale the rows of the sum, W' = c ∘ (W + ΔW), where an adapter runs on activations.
 
     y = x Wᵀ + b   →   y + (c - 1) ∘ (y - b) + c ∘ form(x)
 
-so that W' itself never exists, no gradient of its size is made, and the change is exactly zero where c is 1 and ΔW 0.
+W' and its gradient are never computed, and the change is exactly zero where c is 1 and ΔW is 0.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ aten = torch.ops.aten
 
 
 def emit_factor(emitter: Emitter, source: Value, adapter: PlannedAdapter, parameters: Mapping[str, Value]) -> Value:
-    """C of a form that rescales, [out]."""
+    """c, [out], of a form that rescales; ``source`` is W."""
     matrix = emit_matrix(emitter, source, adapter)
     return adapter.form.emit_factor(emitter, matrix, parameters, adapter.scale)
 
 
 def emit_matrix(emitter: Emitter, source: Value, adapter: PlannedAdapter) -> Value:
-    """W as [out, in] in the adapter's dtype."""
+    """W, of the site's shape, as [out, in] in the adapter's dtype."""
     site, matrix = adapter.site, source
     if site.dtype != adapter.dtype:
         matrix = emitter.emit(aten.to.dtype, matrix, adapter.dtype)
@@ -36,7 +36,7 @@ def emit_matrix(emitter: Emitter, source: Value, adapter: PlannedAdapter) -> Val
 
 
 def shape_factor(emitter: Emitter, kind: str, call: Call, factor: Value, adapter: PlannedAdapter) -> Value:
-    """C so that it multiplies the output: along the features, along the channels, or for the entries looked up."""
+    """c in a shape that multiplies the output of a use: per feature, per channel, or per looked-up entry."""
     if kind == "lookup":
         x, *options = call.args[1:]
         columns = emitter.emit(aten.unsqueeze.default, factor, 1)
@@ -47,7 +47,7 @@ def shape_factor(emitter: Emitter, kind: str, call: Call, factor: Value, adapter
 
 
 def emit_without_bias(emitter: Emitter, kind: str, call: Call, output: Value, adapter: PlannedAdapter) -> Value:
-    """Y - b."""
+    """y - b, where y is ``output`` and b the bias in the arguments of ``call``, if there is one."""
     arguments, bias = call.args, None
     if call.target is aten.addmm.default:
         bias, beta = arguments[0], call.kwargs.get("beta", 1)
@@ -63,6 +63,6 @@ def emit_without_bias(emitter: Emitter, kind: str, call: Call, output: Value, ad
 
 
 def emit_rescaled(emitter: Emitter, base: Value, update: Value, factor: Value) -> Value:
-    """C ∘ (base + update) - base, such that it is exactly zero where c is 1 and the update 0."""
+    """c ∘ (base + update) - base, computed so that it is exactly zero where c is 1 and the update is 0."""
     change = emitter.emit(aten.mul.Tensor, base, emitter.emit(aten.sub.Scalar, factor, 1))
     return emitter.emit(aten.add.Tensor, change, emitter.emit(aten.mul.Tensor, update, factor))

@@ -1,11 +1,11 @@
-"""What an adapter adds to the output of an operator that uses its weight, in a graph or at once.
+"""The update that an adapter adds to the output of an operator that uses its weight, in a graph or eagerly.
 
     y = x Wᵀ, x W (product), x Wₑ, x Wₑᵀ (stack)      →   form(x), or reversed
     y = W[x] (lookup), y = x ∗ W (convolution)         →   form(x)
     a form that rescales, W' = c ∘ (W + ΔW)            →   (c - 1) ∘ (y - b) + c ∘ form(x)
 
-An adapter for some rows of W fills its update up with zeros. The steps go to an emitter: one appends nodes to a graph
-(:mod:`passes.adapt.insert_adapters`), the other runs operators at once (:mod:`passes.adapt.apply_adapters`), so both
+The update of an adapter for some rows of W is padded with zeros. The operators go to an emitter, which either appends
+nodes to a graph (:mod:`passes.adapt.insert_adapters`) or runs them (:mod:`passes.adapt.apply_adapters`), so both
 compute the same.
 """
 
@@ -26,14 +26,14 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptedUse:
-    """One use of an adapted weight, whole.
+    """One operator that uses a whole adapted weight.
 
     Attributes:
         kind: ``product``, ``stack``, ``lookup`` or ``convolution``, see :class:`passes.analysis.weight_uses.GraphUse`.
         call: the operator and its arguments.
-        x: what it reads beside the weight.
-        output: what it returns.
-        reverse: a product in the other direction than the site says, or a product x Wₑ of a stack.
+        x: its operand besides the weight.
+        output: its result.
+        reverse: whether a product has the opposite direction to the site's, or a product of a stack is x Wₑ.
     """
 
     kind: str
@@ -44,12 +44,12 @@ class AdaptedUse:
 
 
 def fits_activations(kind: str, adapter: PlannedAdapter, *, reverse: bool) -> bool:
-    """Whether an adapter can run on what a use reads. A convolution with no kernels left has no operator."""
+    """Whether an adapter can run on the activations that a use reads; torch has no convolution with 0 kernels."""
     if adapter.rank == 0 and kind == "convolution":
         return False
     is_reverse = kind == "product" and reverse
     if adapter.form.rescales:
-        # W' in the other direction scales x and not y, so that x W, which is there, is of no use.
+        # In the reverse direction c scales x, not y, so the computed output x W cannot be used.
         return not is_reverse and kind != "stack"
     return adapter.site.rows is None or (kind == "product" and not is_reverse)
 
@@ -61,11 +61,11 @@ def emit_update(
     parameters: Mapping[str, Value],
     factor: Value | None = None,
 ) -> Value:
-    """What is to be added to the use's output, in the output's dtype.
+    """The update to add to the use's output, in the shape and dtype of that output.
 
     Args:
-        emitter: takes the steps.
-        use: the use; :func:`fits_activations` has said that it fits.
+        emitter: runs the operators or appends them to a graph.
+        use: the use; :func:`fits_activations` must be true for it.
         adapter: the adapter.
         parameters: its parameters by name.
         factor: c, [out], where the form rescales.
@@ -98,12 +98,12 @@ def _emit_form(emitter: Emitter, use: AdaptedUse, adapter: PlannedAdapter, param
 
 
 def find_padding(site: AdapterSite) -> list[int]:
-    """How many rows of the weight stand before and behind those of the site."""
+    """The number of the weight's rows before and after those of the site."""
     first, end = site.rows or (0, site.weight_rows)
     return [first, site.weight_rows - end]
 
 
 def find_dtype(value: Value) -> torch.dtype | None:
-    """The dtype of a tensor, or of the one that a node stands for; ``None`` where it is not known."""
+    """The dtype of a tensor, or of a node's value; ``None`` if it is unknown."""
     example = value if isinstance(value, torch.Tensor) else value.meta.get("val")
     return example.dtype if isinstance(example, torch.Tensor) else None

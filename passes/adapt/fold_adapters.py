@@ -1,16 +1,16 @@
-"""Merge each ΔW into its weight and leave no adapter node behind.
+"""Merge each ΔW into its weight and remove all adapter nodes.
 
     y + form(x)  with weight W        →   y  with weight W + ΔW
     op(W + ΔW)   with weight W        →   op(W)  with weight W + ΔW
 
-ΔW and the sum are computed in float64 (float32 where the device has no float64) and cast to the
-weight's dtype once. The parameters in the graph module are replaced, not overwritten, so that the
-module the graph was captured from keeps its own.
+ΔW and the sum are computed in float64 (float32 if the device has no float64) and cast once to the weight's dtype. The
+parameters of the graph module are replaced, not overwritten, so the captured module keeps its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Set
 
 import torch
@@ -39,15 +39,15 @@ class MergedWeight:
 
 
 def merge_weight(weight: torch.Tensor, adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor]) -> MergedWeight:
-    """W + ΔW, rescaled where the form says so, computed in float64 where the device has it and cast once.
+    """W' = W + ΔW, rescaled if the form rescales, computed in float64 if the device has it and cast once.
 
     Args:
-        weight: the frozen weight, of the site's shape.
-        adapter: the plan for it.
+        weight: the frozen weight W, of the site's shape.
+        adapter: its adapter.
         parameters: the adapter's parameters by name.
 
     Raises:
-        SiteError: the weight or the adapter is on the meta device.
+        SiteError: the weight or the adapter is on the meta device, or W' exceeds the range of the weight's dtype.
     """
     if any(tensor.is_meta for tensor in (weight, *parameters.values())):
         raise SiteError(
@@ -58,27 +58,42 @@ def merge_weight(weight: torch.Tensor, adapter: PlannedAdapter, parameters: Mapp
         return _merge_into_rows(weight, adapter, parameters)
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     with torch.no_grad():
-        # In place: a large model is folded weight by weight, and this sum is what memory must hold.
         values = {k: v.detach().to(wide) for k, v in parameters.items()}
-        exact = adapter.rescale(adapter.delta(values).add_(weight.detach()), values)
+        exact = adapter.add_to(weight.detach(), values, dtype=wide)
         merged = exact.to(weight.dtype, copy=True)
         error = float(exact.sub_(merged).abs_().max()) if merged.numel() else 0.0
+        if not math.isfinite(error):
+            _assert_in_range(adapter.site.name, adapter.add_to(weight.detach(), values, dtype=wide), merged)
     return MergedWeight(site=adapter.site.name, weight=merged, rounding_error=error)
+
+
+def _assert_in_range(site: str, exact: torch.Tensor, merged: torch.Tensor) -> None:
+    """Raise :class:`SiteError` if finite values are inf or nan after the cast."""
+    overflows = exact.isfinite() & ~merged.isfinite()
+    if bool(overflows.any()):
+        raise SiteError(
+            f"site {site}: {int(overflows.sum())} of {exact.numel()} values of W + ΔW exceed {merged.dtype}, up to "
+            f"{float(exact[overflows].abs().max()):.6g}, expected at most {torch.finfo(merged.dtype).max:.6g}; fold in "
+            "a wider dtype, as that of a model after model.float()"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FoldAdaptersPass(GraphPass):
     """Fold the adapters of ``plan`` into the weights of a graph.
 
-    Contract: no node is tagged afterwards, the graph module holds no adapter parameter, and the
-    outputs are those of the adapted graph within rounding. Folding what
-    :class:`~passes.adapt.insert_adapters.InsertAdaptersPass` inserted gives back the graph it was given.
+    Contract: afterwards no node is tagged, the graph module has no adapter parameters, and the outputs are those of
+    the adapted graph within rounding. Folding undoes :class:`~passes.adapt.insert_adapters.InsertAdaptersPass`: the
+    nodes are those of the graph before insertion.
+
+    Attributes:
+        plan: all adapters of the graph.
     """
 
     plan: AdapterPlan
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        """Merge the weights, then take the nodes out."""
+        """Merge the weights, then remove the nodes."""
         present = find_adapted_sites(graph_module)
         folded = [adapter for adapter in self.plan if adapter.site.name in present]
         used = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
@@ -92,7 +107,7 @@ class FoldAdaptersPass(GraphPass):
         return PassResult(graph_module=graph_module, modified=bool(folded))
 
     def ensures(self, graph_module: GraphModule) -> None:
-        """Every graph lints and no adapter is left."""
+        """Raise an error unless every graph lints and no adapter node is left."""
         super().ensures(graph_module)
         if left := find_adapted_sites(graph_module):
             raise ValueError(f"adapter nodes are left at {', '.join(sorted(left))}; they are not in the plan")
@@ -113,7 +128,7 @@ def _replace_weight(graph_module: GraphModule, adapter: PlannedAdapter, used: Se
 def _merge_into_rows(
     weight: torch.Tensor, adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor]
 ) -> MergedWeight:
-    """The weight with the sum in the rows that the adapter covers; the others keep their bits."""
+    """The weight with the sum in the rows that the adapter covers; the other rows stay the same bit for bit."""
     merged = weight.detach().clone(memory_format=torch.contiguous_format)
     rows = adapter.site.to_matrix(merged)
     site = dataclasses.replace(adapter.site, shape=tuple(rows.shape), transposed=False, op="linear", rows=None)
@@ -127,7 +142,7 @@ def _parameter(graph_module: GraphModule, adapter: PlannedAdapter, name: str) ->
 
 
 def remove_adapter_nodes(graph_module: GraphModule, sites: Set[str]) -> None:
-    """Take the nodes of these sites' adapters out of one graph; what they stood for takes their place."""
+    """Remove the nodes of these sites' adapters from one graph; users read the base values again."""
     tagged = [node for node in graph_module.graph.nodes if _is_tagged(node, sites)]
     for node in tagged:
         if "adapter_replaces" in node.meta:

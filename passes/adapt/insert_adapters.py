@@ -1,20 +1,20 @@
-"""Emit the planned adapters' subgraphs.
+"""Insert the planned adapters into a graph as nodes.
 
-For each weight of the plan that a graph uses:
+For each weight of the plan that the graph uses:
 
     y = x Wᵀ  (linear, matmul, mm, addmm on the whole weight)   →   y + form(x)
     y = x Wₑ  for each e of a stack (bmm, matmul)                →   y + form(x)
     y = W[x]  (embedding), y = x ∗ W (ungrouped convolution)    →   y + form(x)
     any other use, or any use of a part of W                     →   W + ΔW in place of W
 
-One use of the last kind makes the weight form serve all uses of that weight in that graph. An adapter for
-some rows of W fills up with zeros what it adds to a product, or to W. Forms that rescale the rows of the
-sum, W' = c ∘ (W + ΔW), are inserted with c made once a graph and weight:
+One use of the last kind makes the adapter run on the weight for all uses of that weight in the graph. The update of an
+adapter for some rows of W is padded with zeros. Forms that rescale the rows of the sum, W' = c ∘ (W + ΔW), compute c
+once per weight and graph:
 
     y = x Wᵀ + b                                                 →   y + (c - 1) ∘ (y - b) + c ∘ form(x)
 
-Parameters reach the bodies of ``no_grad`` and autocast regions as further operands. Refused: a
-plan whose parameters the graph module does not hold, and weights whose shape differs from the plan.
+Parameters are passed into the bodies of ``no_grad`` and autocast regions as additional operands. Refused: a plan whose
+parameters are not in the graph module, and weights whose shape differs from the plan.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from passes.planning.plan import AdapterPlan, PlannedAdapter
 
 aten = torch.ops.aten
 
-#: Where the adapters' parameters stand in a graph module: ``adapters.<site>.<parameter>``.
+#: Prefix of the adapters' parameters in a graph module: ``adapters.<site>.<parameter>``.
 PARAMETERS_PREFIX = "adapters."
 
 
@@ -43,13 +43,13 @@ PARAMETERS_PREFIX = "adapters."
 class InsertAdaptersPass(GraphPass):
     """Insert the adapters of ``plan`` into a captured graph.
 
-    Contract: where ΔW = 0 the outputs stay bit for bit the same; every node that the pass adds carries
-    ``meta["adapter_site"]``; the last one of each insertion carries ``meta["adapter_replaces"]``, the
-    name of the node whose value it stands for. A site whose adapter is already there is left alone, and so is
-    one whose adapter has rank 0.
+    Contract: where ΔW = 0 the outputs stay the same bit for bit. Every node that the pass adds has
+    ``meta["adapter_site"]``; the last one of each insertion also has ``meta["adapter_replaces"]``, the name of the
+    node whose value it replaces. Nothing is inserted at sites that already have their adapter, and for adapters that
+    change nothing.
 
     Attributes:
-        plan: which weight gets what.
+        plan: which weight gets which adapter.
         aliases: every parameter name → the first name of the same Parameter.
     """
 
@@ -57,7 +57,11 @@ class InsertAdaptersPass(GraphPass):
     aliases: Mapping[str, str]
 
     def requires(self, graph_module: GraphModule) -> None:
-        """The graph lints and holds the plan's weights and parameters in the planned shapes."""
+        """Raise an error unless the graph lints and has the plan's weights and parameters in the planned shapes.
+
+        Raises:
+            PreconditionError: a weight or a parameter is missing or has another shape.
+        """
         super().requires(graph_module)
         used = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
         targets: dict[str, list[str]] = {}
@@ -70,7 +74,7 @@ class InsertAdaptersPass(GraphPass):
                     _assert_shape(graph_module, _parameter_target(adapter, name), shape, adapter)
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        """Insert each adapter that is not there yet."""
+        """Insert each adapter that is not in the graph yet."""
         present = find_adapted_sites(graph_module)
         uses = find_weight_uses(graph_module, self.aliases)
         wanted = [a for a in self.plan if uses.get(a.site.weight) and a.site.name not in present and not a.is_empty]
@@ -79,7 +83,7 @@ class InsertAdaptersPass(GraphPass):
         return PassResult(graph_module=graph_module, modified=bool(wanted))
 
     def ensures(self, graph_module: GraphModule) -> None:
-        """Every graph lints and every planned weight that the graph uses has its adapter."""
+        """Raise an error unless every graph lints and every planned weight that the graph uses has its adapter."""
         super().ensures(graph_module)
         used = {name for name, found in find_weight_uses(graph_module, self.aliases).items() if found}
         wanted = {a.site.name for a in self.plan if not a.is_empty and a.site.weight in used}
@@ -111,17 +115,17 @@ def _insert(graph_module: GraphModule, adapter: PlannedAdapter, uses: Sequence[G
 
 
 def _fits_activations(use: GraphUse, adapter: PlannedAdapter) -> bool:
-    """Whether an adapter can run on what the use reads."""
+    """Whether an adapter can run on the activations that the use reads."""
     return use.activation is not None and fits_activations(use.kind, adapter, reverse=is_reversed(use, adapter))
 
 
 def is_reversed(use: GraphUse, adapter: PlannedAdapter) -> bool:
-    """Whether the use multiplies by the weight in the other direction than the site, or a stack by Wₑ."""
+    """Whether a product has the opposite direction to the site's, or a product of a stack is x Wₑ."""
     return use.transposed if use.kind == "stack" else use.transposed != adapter.site.transposed
 
 
 def _fetch_parameters(graph_module: GraphModule, adapter: PlannedAdapter) -> dict[str, Node]:
-    """``get_attr`` nodes for the adapter's parameters at the head of the outermost graph."""
+    """``get_attr`` nodes for the adapter's parameters, at the start of the outermost graph."""
     graph = graph_module.graph
     fetched: dict[str, Node] = {}
     anchor = next(node for node in graph.nodes if node.op != "placeholder")
@@ -168,7 +172,7 @@ def _insert_on_weight(source: Node, adapter: PlannedAdapter, parameters: Mapping
 
 
 def _substitute(emitter: NodeEmitter, node: Node, update: Node) -> None:
-    """Let ``node + update`` stand wherever ``node`` stood, in other adapters too."""
+    """Replace ``node`` by ``node + update`` in all its users, those in other adapters included."""
     total = emitter.emit(aten.add.Tensor, node, update)
     total.meta["adapter_replaces"] = node.name
     if "val" in node.meta:
@@ -177,7 +181,7 @@ def _substitute(emitter: NodeEmitter, node: Node, update: Node) -> None:
 
 
 def _bring_into(regions: Sequence[Node], value: Node, adapter: PlannedAdapter) -> Node:
-    """``value`` as seen inside nested regions, passed along as one more operand of each."""
+    """The placeholder of ``value`` inside nested regions, to each of which it is passed as an additional operand."""
     for region in regions:
         owner = region.graph.owning_module
         assert owner is not None

@@ -1,4 +1,4 @@
-"""Check what must hold of an adapted graph: it lints, is tagged, its base is frozen, λ = 0 changes nothing."""
+"""Check the invariants of an adapted graph that no other pass checks."""
 
 from __future__ import annotations
 
@@ -13,26 +13,33 @@ from passes.planning.plan import AdapterPlan
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyAdaptersPass(GraphPass):
-    """Changes nothing; raises if the adapted graph breaks an invariant.
+    """Raises an error if the adapted graph breaks an invariant; changes nothing.
 
-    Checked: only sites of the plan are tagged; every adapter parameter requires grad, but the starting values
-    that some forms keep; every insertion is read by something.
+    Checked: only sites of the plan are tagged; every adapter parameter requires grad, except the starting values
+    that some forms keep; the result of every insertion is used.
+
+    Attributes:
+        plan: all adapters of the graph.
     """
 
     plan: AdapterPlan
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        """Run the checks."""
+        """Run the checks.
+
+        Raises:
+            PostconditionError: one of them fails; the message names the site or the parameter.
+        """
         present = find_adapted_sites(graph_module)
-        if strangers := present - {adapter.site.name for adapter in self.plan}:
-            raise PostconditionError(f"sites {', '.join(sorted(strangers))} are adapted but not planned")
+        if unplanned := present - {adapter.site.name for adapter in self.plan}:
+            raise PostconditionError(f"sites {', '.join(sorted(unplanned))} are adapted but not planned")
         for adapter in (adapter for adapter in self.plan if adapter.site.name in present):
             for name in adapter.parameter_shapes:
                 target = f"{PARAMETERS_PREFIX}{adapter.site.name}.{name}"
                 is_frozen = name in adapter.form.frozen
                 if graph_module.get_parameter(target).requires_grad == is_frozen:
                     reason = "requires grad, but must not train" if is_frozen else "does not require grad"
-                    raise PostconditionError(f"{target} {reason}; leave the flags of adapters as they are")
+                    raise PostconditionError(f"{target} {reason}; do not change requires_grad of adapters")
         for body in find_graph_modules(graph_module):
             _assert_insertions_are_read(body)
         return PassResult(graph_module=graph_module, modified=False)

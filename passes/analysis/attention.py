@@ -1,10 +1,10 @@
-"""Find attention in a graph, however it is written, and which weights make its queries, keys and values.
+"""Find attention in a graph, in any notation, and the operators that make its queries, keys and values.
 
     scaled_dot_product_attention(q, k, v)                       as one operator
     softmax(mask(q · kᵀ)) · v                                   as matmul, bmm, baddbmm or einsum
-    irfft(rfft(q) ⊙ conj(rfft(k)))                              delays by autocorrelation; values are not followed
+    irfft(rfft(q) ⊙ conj(rfft(k)))                              autocorrelation (Autoformer); values are not matched
 
-Both products must be of two values that depend on inputs, so a softmax over classes or experts is none.
+Both products must be of two values that depend on inputs, so a softmax over classes or experts does not match.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Iterator
 from torch.fx import Graph, Node
 
 from passes.analysis.dataflow import operator_name
-from passes.analysis.provenance import ATTENTIONS, PRODUCTS, OriginTrace
+from passes.analysis.provenance import ATTENTIONS, PRODUCTS, ProvenanceTrace
 
 _SOFTMAXES = {"softmax", "_softmax", "_safe_softmax"}
 _INVERSE_TRANSFORMS = {"fft_irfft"}
 _CONJUGATES = {"conj", "_conj", "resolve_conj"}
-#: What stands between the product of queries and keys, the softmax, and the product with the values.
+#: Most nodes to search between the product of queries and keys, the softmax, and the product with the values.
 _WINDOW = 96
 
 
@@ -31,14 +31,14 @@ class Attention:
 
     Attributes:
         node: the operator that gives its result.
-        operands: which operators make its ``query``, ``key`` and ``value``.
+        operands: the operators that make its ``query``, ``key`` and ``value``, by these names.
     """
 
     node: Node
     operands: dict[str, set[Node]]
 
 
-def find_attentions(graph: Graph, trace: OriginTrace) -> list[Attention]:
+def find_attentions(graph: Graph, trace: ProvenanceTrace) -> list[Attention]:
     """Every attention of the graph, in graph order."""
     found: list[Attention] = []
     for node in graph.nodes:
@@ -53,12 +53,12 @@ def find_attentions(graph: Graph, trace: OriginTrace) -> list[Attention]:
     return found
 
 
-def _describe(node: Node, *operands: object, trace: OriginTrace) -> Attention:
+def _describe(node: Node, *operands: object, trace: ProvenanceTrace) -> Attention:
     named = zip(("query", "key", "value"), operands, strict=True)
-    return Attention(node=node, operands={name: trace.sources(value) for name, value in named})
+    return Attention(node=node, operands={name: trace.source_nodes(value) for name, value in named})
 
 
-def _match_softmax(softmax: Node, trace: OriginTrace) -> Iterator[Attention]:
+def _match_softmax(softmax: Node, trace: ProvenanceTrace) -> Iterator[Attention]:
     scores = _find_scores(softmax, trace)
     result = _find_result(softmax, trace)
     if scores is not None and result is not None:
@@ -67,22 +67,22 @@ def _match_softmax(softmax: Node, trace: OriginTrace) -> Iterator[Attention]:
         yield _describe(result, query, key, value, trace=trace)
 
 
-def _match_correlation(inverse: Node, trace: OriginTrace) -> Iterator[Attention]:
+def _match_correlation(inverse: Node, trace: ProvenanceTrace) -> Iterator[Attention]:
     (spectrum,) = inverse.all_input_nodes[:1]
     conjugates = [v for v in spectrum.all_input_nodes if operator_name(v) in _CONJUGATES]
     others = [v for v in spectrum.all_input_nodes if v not in conjugates]
     if operator_name(spectrum) == "mul" and len(conjugates) == len(others) == 1:
-        operands = {"query": trace.sources(others[0]), "key": trace.sources(conjugates[0])}
+        operands = {"query": trace.source_nodes(others[0]), "key": trace.source_nodes(conjugates[0])}
         yield Attention(node=inverse, operands=operands)
 
 
-def _find_scores(softmax: Node, trace: OriginTrace) -> Node | None:
-    """The first product of queries and keys before the softmax; further ones add relative positions."""
+def _find_scores(softmax: Node, trace: ProvenanceTrace) -> Node | None:
+    """The first product of queries and keys before the softmax; later ones add relative positions."""
     products = _search(softmax, lambda node: node.all_input_nodes, lambda node: _is_product(node, trace))
     return min(products, default=None)
 
 
-def _find_result(softmax: Node, trace: OriginTrace) -> Node | None:
+def _find_result(softmax: Node, trace: ProvenanceTrace) -> Node | None:
     products = _search(softmax, lambda node: list(node.users), lambda node: _is_product(node, trace))
     return next((p for p in products if sum(not _depends_on(v, softmax) for v in _operands(p)) == 1), None)
 
@@ -90,7 +90,7 @@ def _find_result(softmax: Node, trace: OriginTrace) -> Node | None:
 def _search(
     start: Node, neighbors: Callable[[Node], Iterable[Node]], is_wanted: Callable[[Node], bool]
 ) -> Iterator[Node]:
-    """Breadth first; does not go on behind what is wanted, nor further than a window."""
+    """The wanted nodes by breadth-first search, which stops at them and after :data:`_WINDOW` nodes."""
     seen, queue = {start}, deque(neighbors(start))
     while queue and len(seen) < _WINDOW:
         node = queue.popleft()
@@ -107,15 +107,15 @@ def _depends_on(value: Node, softmax: Node) -> bool:
     return value is softmax or softmax in _search(value, lambda node: node.all_input_nodes, lambda n: n is softmax)
 
 
-def _is_product(node: Node, trace: OriginTrace) -> bool:
+def _is_product(node: Node, trace: ProvenanceTrace) -> bool:
     """Whether it multiplies two values that both depend on inputs."""
     if operator_name(node) not in PRODUCTS or trace.kinds.get(node) != "product":
         return False
-    return len([value for value in _operands(node) if trace.origins[value]]) == 2
+    return len([value for value in _operands(node) if trace.provenance[value]]) == 2
 
 
 def _operands(product: Node) -> list[Node]:
-    """The two factors; a summand of baddbmm and addmm is none."""
+    """The two factors of a product, without the summand of baddbmm and addmm."""
     skipped = 1 if operator_name(product) in ("baddbmm", "addmm") else 0
     if operator_name(product) == "einsum":
         return [value for value in product.args[1] if isinstance(value, Node)]  # type: ignore[union-attr]

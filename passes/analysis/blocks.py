@@ -1,10 +1,9 @@
-"""Find the blocks that a model repeats, from its graph alone, so that layers have numbers whatever they are called.
+"""Find the blocks that a model repeats, and number its layers, from the graph alone.
 
-The operators of a graph stand in the order in which they ran, so equal blocks are equal stretches of that
-order. A stretch starts where the fewest values cross over from the one before it, and counts only if its
-*graph hash* is that of its neighbors: same operators, shapes and dtypes, same edges inside, a chain
-from each to the next. What depends on look-ups only, such as a bias that the first layer makes for all, is
-left out. Time is linear in the number of nodes.
+The operators of a graph are in the order in which they ran, so repeated blocks are equal segments of that order. A
+block begins where the fewest values cross from the one before it. Neighboring blocks must have the same *graph hash*
+(same operators, shapes and dtypes, same edges inside), and each must feed the next. Operators that depend on look-ups
+only, such as a bias that the first layer computes for all layers, are ignored. Time is linear in the number of nodes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from passes.analysis.dataflow import operator_name
 from passes.analysis.provenance import PRODUCTS, is_convolution
 from passes.analysis.weight_uses import GraphUse, WeightUse
 
-#: Distances that are tried as the length of a block, and how many equal operators may lie between.
+#: Number of distances to try as the length of a block, and of equal operators to look back at for each distance.
 _MOST_CANDIDATES = 16
 _MOST_BETWEEN = 8
 
@@ -31,7 +30,8 @@ Block = tuple[Node, ...]
 def find_repeated_blocks(graph: Graph) -> list[tuple[Block, ...]]:
     """Runs of two or more equal blocks, each with a weight and feeding the next, in graph order.
 
-    The last block of a run may lack up to half of its end: a norm that is there before every other block.
+    The last block of a run may lack its end, up to half of the block, as where each block but the last is followed by
+    a norm.
     """
     sequence = _Sequence(_find_spine(graph))
     found: list[tuple[Block, ...]] = []
@@ -51,9 +51,12 @@ def find_repeated_blocks(graph: Graph) -> list[tuple[Block, ...]]:
 
 
 def find_layer_numbers(uses: Mapping[str, Sequence[WeightUse]]) -> dict[str, int]:
-    """The number of the block that each weight is used in, from 0 in each run of equal blocks.
+    """The number of the block that uses each weight, by the weight's name.
 
-    Weights outside blocks have no number.
+    Blocks are numbered from 0 in each run of equal blocks. Weights outside blocks have no number.
+
+    Args:
+        uses: every use of each weight, by its first qualified name.
     """
     by_graph: dict[GraphModule, dict[Node, str]] = {}
     for name, found in uses.items():
@@ -70,14 +73,14 @@ def find_layer_numbers(uses: Mapping[str, Sequence[WeightUse]]) -> dict[str, int
 
 
 def hash_block(block: Sequence[Node]) -> str:
-    """Equal for two blocks with the same operators, shapes and dtypes and the same edges inside."""
+    """A hash that is equal for blocks with the same operators, shapes and dtypes and the same edges inside."""
     places = {node: place for place, node in enumerate(block)}
     edges = [(_describe(node), [places.get(source, -1) for source in node.all_input_nodes]) for node in block]
     return hashlib.sha256(repr(edges).encode()).hexdigest()
 
 
 def _find_blocks_inside(by_graph: Mapping[GraphModule, Mapping[Node, str]]) -> Iterator[list[list[str]]]:
-    """For each run of equal blocks in a graph, the weights of each block."""
+    """For each run of equal blocks in a graph, the names of the weights of each block."""
     runs = {graph: find_repeated_blocks(graph) for graph in {graph_module.graph for graph_module in by_graph}}
     for graph_module, names in by_graph.items():
         for run in runs[graph_module.graph]:
@@ -85,7 +88,7 @@ def _find_blocks_inside(by_graph: Mapping[GraphModule, Mapping[Node, str]]) -> I
 
 
 class _Sequence:
-    """Operators in order, with a number for each kind of operator and whether it multiplies with a weight."""
+    """Operators in order; for each, a number that equal ones share, and whether it multiplies with a weight."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         interned: dict[Hashable, int] = {}
@@ -95,14 +98,14 @@ class _Sequence:
         self.places = {node: place for place, node in enumerate(nodes)}
 
     def is_chain(self, begin: int, period: int) -> bool:
-        """Whether the first of some equal stretches has a weight and feeds the second."""
+        """Whether the first of two or more equal segments has a weight and feeds the second."""
         second = range(begin + period, begin + 2 * period)
         users = (self.places.get(user) for node in self.nodes[begin : begin + period] for user in node.users)
         return any(self.weighted[begin : begin + period]) and any(place in second for place in users if place)
 
 
 def _find_spine(graph: Graph) -> list[Node]:
-    """The operators that compute tensors with, or behind, a product or a convolution with a weight."""
+    """The operators that compute tensors and are, or depend on, a product or a convolution with a weight."""
     spine: dict[Node, None] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
@@ -130,7 +133,7 @@ def _describe(node: Node) -> tuple[Any, ...]:
 
 
 def _shape(node: Node) -> tuple[Any, ...]:
-    """Dtype and sizes; one that is symbolic may be spelled differently in each block."""
+    """Dtype and sizes of a tensor; symbolic sizes, whose names may differ between blocks, are replaced by ``?``."""
     value = node.meta.get("val")
     if isinstance(value, (tuple, list)):
         return (len(value),)
@@ -140,7 +143,7 @@ def _shape(node: Node) -> tuple[Any, ...]:
 
 
 def _find_stretch(sequence: _Sequence, start: int, end: int) -> tuple[int, int, int] | None:
-    """``(begin, stop, period)`` of the longest chain between two places that repeats itself."""
+    """``(begin, stop, period)`` of the longest chain of equal segments between two places."""
     best: tuple[int, int, int] | None = None
     covered = 0
     for period in sorted(_find_periods(sequence, start, end)):
@@ -152,7 +155,7 @@ def _find_stretch(sequence: _Sequence, start: int, end: int) -> tuple[int, int, 
 
 
 def _find_periods(sequence: _Sequence, start: int, end: int) -> list[int]:
-    """The most frequent distances between equal operators with a weight."""
+    """The most frequent distances between equal operators with a weight: candidates for the length of a block."""
     seen: dict[int, list[int]] = {}
     distances: Counter[int] = Counter()
     for place in range(start, end):
@@ -165,7 +168,7 @@ def _find_periods(sequence: _Sequence, start: int, end: int) -> list[int]:
 
 
 def _find_longest_run(numbers: Sequence[int], start: int, end: int, period: int) -> tuple[int, int]:
-    """The longest stretch in which every operator equals the one a period later; its end includes that one."""
+    """``(begin, end)`` of the longest segment in which every operator equals the one a period later."""
     best, begin = (start, start), start
     for place in range(start, end - period):
         if numbers[place] != numbers[place + period]:
@@ -176,7 +179,7 @@ def _find_longest_run(numbers: Sequence[int], start: int, end: int, period: int)
 
 
 def _align(nodes: Sequence[Node], begin: int, stop: int, period: int) -> int:
-    """Where blocks begin: the stretch may be longer than whole blocks; the fewest values cross their borders."""
+    """The begin of the first block in a segment that may be longer than whole blocks: the fewest values cross there."""
     places = {node: place for place, node in enumerate(nodes[begin:stop])}
     crossing = [0] * (stop - begin + 1)
     for node, place in places.items():
@@ -192,7 +195,7 @@ def _align(nodes: Sequence[Node], begin: int, stop: int, period: int) -> int:
 
 
 def _split_by_hash(blocks: Sequence[Block]) -> Iterator[tuple[Block, ...]]:
-    """Runs of equal blocks; a shorter one is equal to as much of the one before it."""
+    """Runs of blocks with equal hashes; a shorter block is compared with the beginning of the one before it."""
     run: list[Block] = []
     for block in blocks:
         if run and hash_block(block) != hash_block(run[-1][: len(block)]):

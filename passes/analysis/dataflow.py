@@ -1,19 +1,20 @@
-"""The fx graph as a networkx DiGraph, and the questions that passes ask of it."""
+"""The dataflow of an fx graph as a networkx DiGraph, and queries on it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import networkx as nx
-import torch
 from torch.fx import Graph, Node
+
+from passes.compat import OpOverload, schema_of
 
 
 def build_dataflow(graph: Graph) -> nx.DiGraph[Node]:
-    """A DiGraph with one vertex a node and one edge for each use of a value.
+    """A DiGraph with one vertex per node and one edge per use of a value.
 
-    A node that writes into its first argument in place gets an edge back to that argument, and to what
-    the argument is a view of, because later readers see what was written.
+    A node that writes into its first argument in place has an edge back to that argument, and to what the argument is
+    a view of, because later users read the written values.
     """
     flow: nx.DiGraph[Node] = nx.DiGraph()
     flow.add_nodes_from(graph.nodes)
@@ -26,7 +27,7 @@ def build_dataflow(graph: Graph) -> nx.DiGraph[Node]:
 
 
 def _find_written(value: object) -> Iterator[Node]:
-    """The value that is written into, and what it is a view of."""
+    """The value that is written into, and the values that it is a view of."""
     while isinstance(value, Node):
         yield value
         value = value.args[0] if _shares_memory(value) and value.args else None
@@ -34,25 +35,25 @@ def _find_written(value: object) -> Iterator[Node]:
 
 def _shares_memory(node: Node) -> bool:
     """Whether the result is a view of the first argument, or the argument itself after a write."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return False
-    return any(result.alias_info is not None for result in node.target._schema.returns)
+    return any(result.alias_info is not None for result in schema_of(node.target).returns)
 
 
 def is_in_place(node: Node) -> bool:
     """Whether the node writes into its first argument."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and bool(node.args)
+    return isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable and bool(node.args)
 
 
 def operator_name(node: Node) -> str:
     """``linear`` for ``aten.linear.default``."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target._schema.name.split("::")[-1])
+    if isinstance(node.target, OpOverload):
+        return str(schema_of(node.target).name.split("::")[-1])
     return node.op if node.op == "output" else str(getattr(node.target, "__name__", node.target))
 
 
 def find_nodes_reaching_output(graph: Graph) -> set[Node]:
-    """Every node that an output of the graph, or a buffer that outlives the call, depends on."""
+    """Every node that an output of the graph depends on, or an in-place change of an input, a buffer or a parameter."""
     reversed_flow = build_dataflow(graph).reverse(copy=False)
     sinks = [graph.output_node()]
     sinks += [node for node in graph.nodes if is_in_place(node) and _outlives_call(node.args[0])]

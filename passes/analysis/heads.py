@@ -1,4 +1,4 @@
-"""Find the heads of a model: the last weights before an output, and the layer in front of them."""
+"""Find the heads of a model: the last products with weights before an output, and the layer before them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Callable, Collection
 
 from torch.fx import Graph, Node
 
-from passes.analysis.provenance import OriginTrace
+from passes.analysis.provenance import ProvenanceTrace
 
 
 def find_heads(
-    graph: Graph, trace: OriginTrace, is_product: Callable[[Node], bool], fixed: Collection[Node]
+    graph: Graph, trace: ProvenanceTrace, is_product: Callable[[Node], bool], fixed: Collection[Node]
 ) -> set[Node]:
-    """Operators behind which no weight follows and whose result is not added to a residual.
+    """Products after which no other weight is used and whose result is not added to a residual stream.
 
-    A product in front of a head, with a non-linearity between and the result of residual blocks before it,
-    belongs to the head, as BERT's pooler does.
+    A product directly before a head, followed by a non-linearity and reading the result of residual blocks, belongs to
+    the head, as in BERT's pooler.
 
     Args:
         graph: the graph of a whole model, or of its last part.
-        trace: the origins in it.
+        trace: the provenance in it.
         is_product: whether an operator is a matrix product with a weight.
         fixed: operators whose role is certain.
     """
@@ -27,17 +27,17 @@ def find_heads(
     weighted = {node for node, kind in trace.kinds.items() if kind == "weighted" and is_product(node)}
     heads = {n for n in weighted if n not in fixed and n not in followed and not _is_residual(n, trace)}
     front = {
-        origin.node
+        source.node
         for head in heads
-        for origin in trace.inputs(head)
-        if origin.is_nonlinear and origin.node in weighted and origin.node not in fixed
-        if all(trace.kinds[before.node] in ("sum", "product", "mixture") for before in trace.inputs(origin.node))
+        for source in trace.inputs(head)
+        if source.is_nonlinear and source.node in weighted and source.node not in fixed
+        if all(trace.kinds[before.node] in ("sum", "product", "mixture") for before in trace.inputs(source.node))
     }
     return heads | {node for node in front if not _is_residual(node, trace)}
 
 
-def _find_followed(graph: Graph, trace: OriginTrace) -> set[Node]:
-    """Nodes on whose value a later operator with a weight depends."""
+def _find_followed(graph: Graph, trace: ProvenanceTrace) -> set[Node]:
+    """Nodes whose value a later operator with a weight depends on."""
     followed: set[Node] = set()
     for node in reversed(graph.nodes):
         if any(user in followed or trace.kinds.get(user) == "weighted" for user in node.users):
@@ -45,8 +45,8 @@ def _find_followed(graph: Graph, trace: OriginTrace) -> set[Node]:
     return followed
 
 
-def _is_residual(node: Node, trace: OriginTrace) -> bool:
-    """Whether the result is added to that of another operator, scalars such as losses apart."""
+def _is_residual(node: Node, trace: ProvenanceTrace) -> bool:
+    """Whether the result is added to that of another operator; sums of scalars, such as losses, do not count."""
     for sink in trace.sinks.get(node, []):
         if trace.kinds[sink.node] == "sum" and sink.node.meta["val"].dim() > 0:
             others = {trace.kinds[o.node] for o in trace.inputs(sink.node) if o.node is not node}

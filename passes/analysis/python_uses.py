@@ -1,7 +1,7 @@
-"""How a model's Python uses weights, seen by watching it run.
+"""Observe how a model's Python code uses its weights while it runs.
 
-For what no recording shows. A torch function mode sees every operation of the code; a weight is followed through
-transposes, casts and slices to what computes with it.
+For models whose operators cannot be recorded as a graph. A torch function mode sees every operation; each weight is
+followed through transposes, casts and slices to the operation that computes with it.
 """
 
 from __future__ import annotations
@@ -12,38 +12,36 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from passes.analysis.weight_uses import WeightUse
+from passes.compat import pytree
+from passes.operators import PRODUCT_NAMES
 
 _FOLLOWED = {
     "T", "__get__", "__getitem__", "chunk", "clone", "contiguous", "expand", "flatten", "float", "half", "double",
     "bfloat16", "mT", "movedim", "narrow", "permute", "reshape", "select", "split", "squeeze", "swapaxes", "t", "to",
     "transpose", "type", "type_as", "unbind", "unflatten", "unsqueeze", "view",
 }  # fmt: skip
-_LINEAR = {
-    "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "addmm", "mv", "bmm", "baddbmm",
-    "multi_head_attention_forward",
-}  # fmt: skip
+_LINEAR = PRODUCT_NAMES | {"__matmul__", "__rmatmul__", "multi_head_attention_forward"}
 
 
 class WatchWeights(TorchFunctionMode):
-    """Collects the uses of weights by the code that runs while it is entered.
+    """Collects the uses of weights by the code that runs inside this context.
 
     Attributes:
-        uses: what was seen, by the weight's first qualified name.
+        uses: the uses of each weight, by its first qualified name.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self.uses: dict[str, list[WeightUse]] = {}
-        # Tensors are kept alive with their names, so that no other one can take their identity.
+        # Tensors are kept alive with their names, so that no other tensor can get the same id.
         self._known: dict[int, tuple[torch.Tensor, str]] = {id(w): (w, name) for name, w in weights.items()}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the operation and note which weights it was given."""
+        """Run the operation and record the weights among its arguments."""
         result = func(*args, **(kwargs or {}))
         self._note(str(getattr(func, "__name__", func)), (args, kwargs or {}), result)
         return result

@@ -1,19 +1,19 @@
-"""Name what each weight is for from what flows where, never from what anything is called.
+"""Find the role of each weight from the dataflow, without looking at names.
 
-    attention.query, .key, .value       flows into that argument of an attention; .qkv, .kv, .qk where packed
-    attention.output                    reads the result of an attention
+    attention.query, .key, .value       its product is that argument of an attention; .qkv, .kv, .qk where packed
+    attention.output                    its product reads the result of an attention
     feed_forward.gate, .up, .gate_up    the branch through a non-linearity, the other branch, both packed
-    feed_forward.down                   reads the product of the branches, or what a non-linearity made of ``up``
-    expert.*                            the same for stacked weights, one matrix an expert
-    router                              decides a top-k, or weighs a whole branch by one number
-    embedding, patch_embedding          a look-up, or values that are added or put in front; a convolution of patches
+    feed_forward.down                   reads the product of the branches, or ``up`` through a non-linearity
+    expert.*                            the same for stacked weights, one matrix per expert
+    router                              decides a top-k, or scales a whole branch by one number
+    embedding, patch_embedding          a look-up, or values that are added or prepended; a convolution of patches
     head                                the last weights before an output
-    convolution, recurrent              other convolutions; LSTM, GRU and their kin
+    convolution, recurrent              other convolutions; LSTM, GRU and other recurrent layers
     linear                              any other matrix product
     other                               any other operator
 
-A graph of a part of a model gives what can be known in it. Heads and patch embeddings stand at the ends of a
-model, so they are looked for in the graph of the whole, and a head also where it is a graph by itself.
+In the graph of a part of a model, roles are those that this part shows. Heads and patch embeddings are only found in
+the graph of a whole model; a head also if it is a graph of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from passes.analysis.attention import find_attentions
 from passes.analysis.dataflow import operator_name
 from passes.analysis.feed_forward import find_feed_forward_roles
 from passes.analysis.heads import find_heads
-from passes.analysis.provenance import OriginTrace, is_convolution, is_recurrent, trace_origins
+from passes.analysis.provenance import ProvenanceTrace, is_convolution, is_recurrent, trace_provenance
 from passes.analysis.weight_uses import GraphUse, WeightUse
 from passes.capture.capture import MODULE_PREFIX
 
@@ -42,7 +42,7 @@ _PARTS = {
     frozenset({"query", "key", "value"}): "qkv",
 }
 _FEED_FORWARD = ("gate", "up", "gate_up", "down")
-#: Every role there is.
+#: All roles.
 ROLES = (
     *(f"attention.{part}" for part in (*_PARTS.values(), "output")),
     *(f"feed_forward.{part}" for part in _FEED_FORWARD),
@@ -56,16 +56,16 @@ _PRODUCTS = {
 }  # fmt: skip
 _CHOICES = {"topk", "argmax"}
 _ADDED = {"add", "add_", "cat"}
-#: Views, casts and resizings that may stand between a weight, or patches, and what makes something new of them.
+#: Most views, casts and resizings to follow from a weight, or from patches, to the operator that uses their values.
 _LONGEST = 16
 
 
 def find_roles(uses: Mapping[str, Sequence[WeightUse]]) -> dict[str, str]:
-    """The role of each weight by name, one of :data:`ROLES`.
+    """The role of each weight, one of :data:`ROLES`, by the weight's name.
 
     Args:
-        uses: every use of each weight, as :func:`passes.analysis.weight_uses.find_weight_uses` gives them for one or
-            more graphs, and as seen in a run.
+        uses: every use of each weight, from :func:`passes.analysis.weight_uses.find_weight_uses` for one or more graphs
+            and from :class:`passes.analysis.python_uses.WatchWeights`.
     """
     views: dict[tuple[GraphModule, Graph], _View] = {}
     for name, found in uses.items():
@@ -93,7 +93,7 @@ def find_roles(uses: Mapping[str, Sequence[WeightUse]]) -> dict[str, str]:
 
 @dataclasses.dataclass
 class _View:
-    """One graph with the operators in it that compute with weights."""
+    """One graph, and the operators in it that compute with weights."""
 
     graph: Graph
     names: dict[Node, list[str]] = dataclasses.field(default_factory=dict)
@@ -102,7 +102,7 @@ class _View:
 
     def find_roles(self, *, is_end: bool) -> dict[Node, str]:
         """The role of each operator that computes with a weight."""
-        trace = trace_origins(self.graph, {node: self._operands(node) for node in self.uses if _makes_new(node)})
+        trace = trace_provenance(self.graph, {node: self._operands(node) for node in self.uses if _makes_new(node)})
         roles = {n: f"attention.{part}" for n, part in self._find_attention_parts(trace).items()}
         roles |= {node: "router" for node in self._find_routers(trace) if node not in roles}
         for node, part in find_feed_forward_roles(trace, self._is_product, roles).items():
@@ -113,18 +113,18 @@ class _View:
         return {node: roles.get(node) or self._name_other(node, trace) for node in self.uses}
 
     def _operands(self, node: Node) -> list[Node]:
-        """What the operator reads besides the weight."""
+        """The operands of an operator without the weight."""
         activation = self.uses[node].activation
         return [activation] if activation is not None else [v for v in node.all_input_nodes if not _is_weight(v)]
 
     def _is_product(self, node: Node) -> bool:
-        """Whether it multiplies with a weight, also as a convolution over one place of a sequence."""
+        """Whether it is a matrix product with a weight, also as a 1-D convolution with kernel size 1."""
         return node in self.uses and (_multiplies(node) or _kernel(node) == (1,))
 
     def _is_stacked(self, node: Node) -> bool:
         return len(_weight_shape(self.uses[node])) == 3 and _multiplies(node)
 
-    def _find_attention_parts(self, trace: OriginTrace) -> dict[Node, str]:
+    def _find_attention_parts(self, trace: ProvenanceTrace) -> dict[Node, str]:
         parts: dict[Node, set[str]] = {}
         outputs: dict[Node, str] = {}
         for attention in find_attentions(self.graph, trace):
@@ -139,25 +139,25 @@ class _View:
     def _may_attend(self, node: Node) -> bool:
         return self._is_product(node) or (node in self.uses and set(_kernel(node)) == {1})
 
-    def _follow_back(self, node: Node, trace: OriginTrace, parts: dict[Node, set[str]]) -> None:
-        """A product that only serves queries, or only keys and values, is one of them in two steps."""
-        for origin in trace.inputs(node):
-            sinks = {sink.node for sink in trace.sinks[origin.node]}
-            is_straight = not origin.is_nonlinear and self._is_product(origin.node)
-            if is_straight and all(sink in parts or trace.kinds[sink] == "product" for sink in sinks):
-                served = parts.get(origin.node, set()).union(*(parts.get(sink, set()) for sink in sinks))
+    def _follow_back(self, node: Node, trace: ProvenanceTrace, parts: dict[Node, set[str]]) -> None:
+        """Give a product that is used only for queries, or only for keys and values, that role: a first projection."""
+        for source in trace.inputs(node):
+            sinks = {sink.node for sink in trace.sinks[source.node]}
+            is_linear = not source.is_nonlinear and self._is_product(source.node)
+            if is_linear and all(sink in parts or trace.kinds[sink] == "product" for sink in sinks):
+                served = parts.get(source.node, set()).union(*(parts.get(sink, set()) for sink in sinks))
                 if len(served) < len(("query", "key", "value")):
-                    parts[origin.node] = served
+                    parts[source.node] = served
 
-    def _find_routers(self, trace: OriginTrace) -> set[Node]:
+    def _find_routers(self, trace: ProvenanceTrace) -> set[Node]:
         chosen = [node.args[0] for node in self.graph.nodes if operator_name(node) in _CHOICES]
-        routers = {node for value in chosen for node in trace.sources(value, "weighted") if self._is_product(node)}
+        routers = {node for value in chosen for node in trace.source_nodes(value, "weighted") if self._is_product(node)}
         for gate in (node for node, kind in trace.kinds.items() if kind == "gate"):
-            bent = {origin.node for origin in trace.inputs(gate) if origin.is_nonlinear}
-            routers |= {node for node in bent if self._is_product(node) and _is_one_number(node)}
+            nonlinear = {source.node for source in trace.inputs(gate) if source.is_nonlinear}
+            routers |= {node for node in nonlinear if self._is_product(node) and _is_one_number(node)}
         return routers
 
-    def _name_other(self, node: Node, trace: OriginTrace) -> str:
+    def _name_other(self, node: Node, trace: ProvenanceTrace) -> str:
         if self._is_stacked(node):
             return "expert"
         if is_convolution(node) and self.is_whole and self._makes_tokens(node, trace):
@@ -165,18 +165,19 @@ class _View:
         role = _name_by_operator(operator_name(node))
         return "embedding" if role == "other" and _is_added(node) else role
 
-    def _makes_tokens(self, node: Node, trace: OriginTrace) -> bool:
-        """Whether a convolution makes tokens of patches: of an input, each place once, or a sequence from then on.
+    def _makes_tokens(self, node: Node, trace: ProvenanceTrace) -> bool:
+        """Whether a convolution turns patches into tokens.
 
-        One that makes a sequence shorter for keys and values only is none: no sum reads what it makes.
+        It either reads each place of an input once, or has a stride and its result becomes a sequence that goes into a
+        sum. A convolution that only shortens the sequence for keys and values does not go into a sum.
         """
-        at_input = all(trace.kinds[origin.node] == "input" for origin in trace.inputs(node))
+        at_input = all(trace.kinds[source.node] == "input" for source in trace.inputs(node))
         is_summed = any(trace.kinds[sink.node] == "sum" for sink in trace.sinks.get(node, []))
         return (at_input and _covers_patches(node)) or (_strides(node) and is_summed and _becomes_a_sequence(node))
 
 
 def _settle(votes: Sequence[str]) -> str:
-    """One role of those that the uses of a weight have."""
+    """The role of a weight whose uses have these roles: the most frequent one, or the union of attention's parts."""
     parts = {name: part for part, name in _PARTS.items()}
     attending = [vote.removeprefix("attention.") for vote in votes if vote.startswith("attention.")]
     if attending and len(attending) == len(votes) and set(attending) <= parts.keys():
@@ -203,7 +204,7 @@ def _is_weight(value: Node) -> bool:
 
 
 def _makes_new(node: Node) -> bool:
-    """Whether the operator gives new features; one that adds, scales or reshapes with a weight does not."""
+    """Whether the operator makes new features; one that adds, scales or reshapes with a weight does not."""
     return _multiplies(node) or is_convolution(node) or is_recurrent(node) or "embedding" in operator_name(node)
 
 
@@ -218,13 +219,13 @@ def _weight_shape(use: GraphUse) -> tuple[int, ...]:
 
 
 def _kernel(node: Node) -> tuple[int, ...]:
-    """The size of a convolution's kernel; empty for anything else."""
+    """The kernel size of a convolution; empty for other operators."""
     weight = node.args[1] if is_convolution(node) and len(node.args) > 1 else None
     return tuple(weight.meta["val"].shape[2:]) if isinstance(weight, Node) and "val" in weight.meta else ()
 
 
 def _covers_patches(node: Node) -> bool:
-    """Whether the convolution reads each place once: it steps by no less than its kernel, which is not 1."""
+    """Whether the convolution reads each place at most once: its stride is at least its kernel size, which is not 1."""
     kernel, stride = _kernel(node), node.args[3] if len(node.args) > 3 else [1]
     steps = list(stride) * len(kernel) if isinstance(stride, (list, tuple)) and len(stride) == 1 else stride
     return any(size > 1 for size in kernel) and all(a <= b for a, b in zip(kernel, steps, strict=True))  # type: ignore[arg-type]
@@ -236,7 +237,7 @@ def _strides(node: Node) -> bool:
 
 
 def _becomes_a_sequence(node: Node) -> bool:
-    """Whether an image or video is flattened to a sequence before anything else is done with it."""
+    """Whether an image or video is flattened to a sequence before any other use."""
     for later in _follow(node):
         if "val" in later.meta and later.meta["val"].dim() == 3:
             return bool(node.meta["val"].dim() > 3)
@@ -244,12 +245,12 @@ def _becomes_a_sequence(node: Node) -> bool:
 
 
 def _is_added(node: Node) -> bool:
-    """Whether values of a weight are added to activations, or put in front of them, as they are or resized."""
+    """Whether a weight's values are added to activations or concatenated with them, possibly resized."""
     return any(operator_name(user) in _ADDED for later in _follow(node) for user in later.users)
 
 
 def _follow(node: Node) -> Iterator[Node]:
-    """The node, and what is made of it alone, as long as that is one thing."""
+    """The node and the chain of operators after it, as long as each has one user and that user has one operand."""
     for _ in range(_LONGEST):
         yield node
         users = [user for user in node.users if "sym" not in operator_name(user)]

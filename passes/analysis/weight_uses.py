@@ -1,8 +1,7 @@
-"""Follow every weight of a captured graph to the operators that consume it.
+"""Weight-use analysis: follow every weight of a captured graph to the operators that use it.
 
-A weight is followed through transposes, casts and slices, and into the bodies of ``no_grad`` and
-autocast regions, until an operator computes with it. What is found is only described here;
-whether an adapter goes there is decided in :mod:`passes.planning.find_sites`.
+A weight is followed through transposes, casts and slices, and into the bodies of ``no_grad`` and autocast regions,
+until an operator computes with it. Whether it can have an adapter is decided in :mod:`passes.planning.find_sites`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.analysis.dataflow import find_nodes_reaching_output, is_in_place, operator_name
 from passes.capture.capture import MODULE_PREFIX
+from passes.compat import SET_GRAD_ENABLED, higher_order_name
+from passes.operators import NAMES_WITH_SUMMAND, PRODUCT_FORMS, PRODUCT_NAMES
 
 aten = torch.ops.aten
 
@@ -52,24 +53,21 @@ _PARTS = {
     aten.permute.default,
     aten.transpose.int,
 }
-#: Operators that are a sum of products of entries of the weight with entries of another operand.
-_PRODUCTS = {"linear", "matmul", "mm", "addmm", "mv", "bmm", "baddbmm", "einsum", "tensordot", "_grouped_mm"}
-_WITH_SUMMAND = {"addmm", "baddbmm"}
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _CONVOLUTIONS |= {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
-#: Regions whose body runs exactly once, with the operands after the body as its inputs.
+#: Regions whose body runs exactly once; its inputs are the operands after the body.
 _SINGLE_BODY_REGIONS = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightUse:
-    """One operation that computes with a weight, in a graph or in the Python between graphs.
+    """One operation that computes with a weight, in a graph or in Python code.
 
     Attributes:
         op: its name, such as ``linear``, ``matmul`` or ``embedding``.
         transposed: whether it computes ``x @ W`` (weight stored [in, out]) and not ``x @ W.T``.
         is_linear: whether the operator is a matrix product with the weight or a part of it.
-        has_gradient: whether gradients flow here; false inside ``no_grad``.
+        has_gradient: whether the weight gets a gradient from it; false inside ``no_grad``.
         reaches_output: whether an output depends on it.
         is_copied: whether values of the weight are written into another tensor in place.
     """
@@ -89,7 +87,7 @@ class GraphUse(WeightUse):
     Attributes:
         graph_module: the captured graph; several may share one graph over different weights.
         node: the operator.
-        source: the node that stands for the whole weight in the outermost graph.
+        source: the node of the whole weight in the outermost graph.
         regions: the region calls that lead from the outermost graph to ``node``, outermost first.
         operand: the position of ``x`` among the operator's arguments where it is a product, a stack, a look-up or
             a convolution with the whole weight, so that an adapter can run on activations; else ``None``.
@@ -106,14 +104,14 @@ class GraphUse(WeightUse):
 
     @property
     def activation(self) -> Node | None:
-        """The node ``x`` as the graph stands now: an adapter inserted upstream may have taken its place."""
+        """The node ``x`` in the present graph; inserting an adapter before this one may have replaced it."""
         x = None if self.operand is None else self.node.args[self.operand]
         return x if isinstance(x, Node) else None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Path:
-    """Where a walk along a weight stands."""
+    """The present state of a walk from a weight to its uses."""
 
     graph_module: GraphModule
     value: Node
@@ -153,10 +151,10 @@ def find_weight_uses(graph_module: GraphModule, aliases: Mapping[str, str]) -> d
 
 
 def _find_without_grad(graph: Graph) -> set[Node]:
-    """The nodes that ran while gradients were switched off, in a graph that notes the switching."""
+    """The nodes that ran without gradients, in a graph that records ``set_grad_enabled``."""
     is_on, found = True, set()
     for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is SET_GRAD_ENABLED:
             is_on = bool(node.args[0])
         elif not is_on:
             found.add(node)
@@ -179,7 +177,7 @@ def _walk(owner: GraphModule, path: _Path, reaching: dict[Graph, set[Node]]) -> 
 
 
 def _follow(user: Node, path: _Path) -> _Path | None:
-    """The walk after ``user`` if that only reshapes or casts the weight."""
+    """The walk after ``user``, if that only casts, transposes, slices or reshapes the weight; else ``None``."""
     target = user.target
     if not user.args or user.args[0] is not path.value:
         return None
@@ -208,14 +206,14 @@ def _swaps_two_dimensions(user: Node) -> bool:
 
 
 def _count_dims(value: Any) -> int:
-    """The number of dimensions if ``value`` is known to be a tensor, else 0; a chunked weight is a list."""
+    """The number of dimensions of a tensor; 0 if it is unknown or the value is a list, as of a chunked weight."""
     example = value.meta.get("val") if isinstance(value, Node) else None
     return example.dim() if isinstance(example, torch.Tensor) else 0
 
 
 def _find_body(owner: GraphModule, user: Node) -> GraphModule | None:
     """The body of a region that runs once, unless two calls share it."""
-    if getattr(user.target, "_name", None) not in _SINGLE_BODY_REGIONS:
+    if higher_order_name(user.target) not in _SINGLE_BODY_REGIONS:
         return None
     reference = find_body_reference(user)
     if len([n for n in owner.graph.find_nodes(op="get_attr", sort=False) if n.target == reference.target]) > 1:
@@ -244,7 +242,7 @@ def _lookup(owner: nn.Module, path: str) -> object:
 def _enter(body: GraphModule, region: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> Iterator[GraphUse]:
     start = region.args.index(find_body_reference(region)) + 1
     placeholders = body.graph.find_nodes(op="placeholder")
-    stops_gradient = getattr(region.target, "_name", None) == "wrap_with_set_grad_enabled" and region.args[0] is False
+    stops_gradient = higher_order_name(region.target) == "wrap_with_set_grad_enabled" and region.args[0] is False
     for operand, inner in zip(region.args[start:], placeholders, strict=True):
         if operand is path.value:
             onward = dataclasses.replace(
@@ -274,7 +272,7 @@ def _describe(user: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> Grap
         operand=operand if path.whole else None,
         kind=kind,
         transposed=stored_in_out != path.transposed,
-        is_linear=op in _PRODUCTS and not (op in _WITH_SUMMAND and user.args[0] is path.value),
+        is_linear=op in PRODUCT_NAMES and not (op in NAMES_WITH_SUMMAND and user.args[0] is path.value),
         has_gradient=path.has_gradient,
         reaches_output=all(_reaches_output(node, reaching) for node in chain),
         is_copied=is_in_place(user) and user.args[0] is not path.value,
@@ -283,31 +281,25 @@ def _describe(user: Node, path: _Path, reaching: dict[Graph, set[Node]]) -> Grap
 
 def _match_product(user: Node, weight: Node) -> tuple[int | None, bool]:
     """``(position of x, weight is stored [in, out])`` if ``user`` multiplies ``x`` by the whole 2-D weight."""
-    arguments = user.args
-    if user.target is aten.linear.default and arguments[1] is weight:
-        operand, stored_in_out = 0, False
-    elif user.target in (aten.matmul.default, aten.mm.default) and arguments[1] is weight:
-        operand, stored_in_out = 0, True
-    elif user.target is aten.addmm.default and arguments[2] is weight and user.kwargs.get("alpha", 1) == 1:
-        operand, stored_in_out = 1, True
-    else:
+    form = PRODUCT_FORMS.get(user.target)
+    if form is None or user.args[form.weight] is not weight or user.kwargs.get("alpha", 1) != 1:
         return None, False
-    once = sum(argument is weight for argument in arguments) == 1
-    is_product = isinstance(arguments[operand], Node) and _count_dims(weight) == 2 and once
-    return (operand, stored_in_out) if is_product else (None, False)
+    once = sum(argument is weight for argument in user.args) == 1
+    is_product = isinstance(user.args[form.x], Node) and _count_dims(weight) == 2 and once
+    return (form.x, form.is_transposed) if is_product else (None, False)
 
 
 def _match_stack(user: Node, weight: Node) -> bool:
     """Whether ``user`` multiplies each matrix of a stack of x by one of the weight.
 
-    Not ``_grouped_mm``: its kernels want rows of 16 bytes or multiples, which a rank seldom gives.
+    ``_grouped_mm`` is excluded: its kernels need rows of a multiple of 16 bytes, which a rank rarely has.
     """
     is_product = user.target in (aten.bmm.default, aten.matmul.default) and user.args[1] is weight is not user.args[0]
     return is_product and _count_dims(weight) == 3 and _count_dims(user.args[0]) >= 2
 
 
 def _match_lookup(user: Node, weight: Node) -> tuple[int | None, str]:
-    """``(position of x, kind)`` if ``user`` looks rows of the weight up or convolves with it, ungrouped."""
+    """``(position of x, kind)`` if ``user`` looks up rows of the weight, or is a convolution without groups."""
     if user.kwargs:
         return None, "product"
     if user.target is aten.embedding.default and user.args[0] is weight:

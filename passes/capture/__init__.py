@@ -1,1 +1,5 @@
-"""A call becomes a graph, and the graph is proved."""
+"""Turn a call of a module into a graph, and check the graph against the module.
+
+Also the state of modules (attributes, buffers, random generators) that captures must restore or refuse. Nothing here
+knows of adapters.
+"""

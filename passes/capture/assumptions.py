@@ -1,9 +1,9 @@
-"""Graphs of modules whose Python asks for values of tensors, with the answers of an example.
+"""Trace modules whose control flow depends on tensor values, with the values of an example.
 
-``if mask.any():`` or ``if labels.max() >= size: raise`` cannot be decided without values. Such a module is traced
-with the values of its example; answers that were true become assertions in the graph, others are lost. Such a graph is
-right for values that answer like the example's, and for nothing that is not checked: exports are the only ones that use
-them, as a last resort, with the lines in their report.
+``if mask.any():`` or ``if labels.max() >= size: raise`` cannot be decided without values. Such a module is traced with
+the values of its example. Conditions that were true become assertions in the graph; the others are lost. The graph is
+only right for values that decide all conditions as the example does, and not all of this is checked. Only exports use
+such graphs, as a last resort, and report the lines.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 import torch
-import torch._functorch.config
-from torch import nn
-from torch._subclasses import meta_utils
 from torch.fx import GraphModule, Node
 
 from passes.base import find_graph_modules
 from passes.capture.quiet import quiet_loggers
+from passes.compat import SHAPE_LOGGER, SUBCLASS_LOGGER, values_in_fake_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -30,48 +28,22 @@ _ASSERT = torch.ops.aten._assert_scalar.default
 
 @contextlib.contextmanager
 def values_of_example() -> Iterator[None]:
-    """Inside, a trace decides what depends on values by those of the example, and asserts them in the graph."""
+    """Inside, a trace decides conditions on values by the example's values, and asserts them in the graph."""
     with (
-        torch._functorch.config.patch(
-            fake_tensor_propagate_real_tensors=True, generate_fake_kernels_from_real_mismatches=True
-        ),
-        _values_of_parameters(),
+        values_in_fake_tensors(),
         _as_in_eager_code(),
-        # They warn of every decision, which is what is wanted here.
-        quiet_loggers("torch.fx.experimental.symbolic_shapes", "torch._subclasses"),
+        # These warn about every decision, which is expected here.
+        quiet_loggers(SHAPE_LOGGER, SUBCLASS_LOGGER),
     ):
         yield
 
 
 @contextlib.contextmanager
-def _values_of_parameters() -> Iterator[None]:
-    """Inside, a trace with values has those of Parameters too.
-
-    PyTorch (2.13) copies the values of plain tensors only; where a Parameter's should be, it leaves whatever the
-    memory held, and a branch is decided by chance.
-    """
-    name = "_safe_copy"
-    original = getattr(meta_utils, name, None)
-    if original is None:
-        yield
-        return
-
-    def copy(target: torch.Tensor, source: torch.Tensor | None) -> None:
-        original(target, source.detach() if isinstance(source, nn.Parameter) else source)
-
-    setattr(meta_utils, name, copy)
-    try:
-        yield
-    finally:
-        setattr(meta_utils, name, original)
-
-
-@contextlib.contextmanager
 def _as_in_eager_code() -> Iterator[None]:
-    """Inside, only PyTorch itself is told that a module is being exported.
+    """Inside, ``torch.compiler.is_exporting()`` is true for PyTorch's own code only.
 
-    Models that ask take another path then, to avoid branches on values. Here these are no obstacle, and the other
-    path may be one that was never run: several models of transformers fail on it.
+    Some models take another path during export, to avoid branches on values. Such branches are no problem here, and
+    the other path may be untested: several models of transformers fail on it.
     """
     original = torch.compiler.is_exporting
 
@@ -87,13 +59,13 @@ def _as_in_eager_code() -> Iterator[None]:
 
 
 def find_assumptions(graph_module: GraphModule) -> tuple[str, ...]:
-    """The lines of the model whose questions for values a graph answers as in the example; each once."""
+    """The lines of the model whose conditions on values a graph assumes as in the example, without duplicates."""
     nodes = [node for body in find_graph_modules(graph_module) for node in body.graph.nodes if node.target is _ASSERT]
     return tuple(dict.fromkeys(_name_line(node) for node in nodes))
 
 
 def _name_line(node: Node) -> str:
-    """``model.py:12: if mask.any():`` by the node's own record, or what the assertion says."""
+    """``model.py:12: if mask.any():`` from the node's stack trace, or the text of the assertion."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     places = [i for i, line in enumerate(lines) if line.startswith('File "')]
     if not places:

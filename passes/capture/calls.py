@@ -1,8 +1,8 @@
-"""A module call as flat tensors plus everything else, and the key under which its graph is kept.
+"""Split a module call into flat tensors and the rest, and compute the key of its signature.
 
-A captured graph is right for one call *signature*: the nesting of the arguments, the dtype, rank
-and device of each tensor, and the value of each argument that is not a tensor. The shapes are not
-part of it; they are guarded separately, because one graph serves many of them.
+A captured graph is valid for one *signature*: the nesting of the arguments, the dtype, rank and device of each tensor,
+and the value of each argument that is not a tensor. Shapes are not part of it; they have separate guards, because one
+graph is valid for many shapes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from passes.base import CaptureError
+from passes.compat import pytree
 
-#: Types of arguments and results that are kept as constants of a graph.
+#: Types of arguments and results that become constants of a graph.
 CONSTANT_TYPES = (
     type(None),
     bool,
@@ -37,12 +37,12 @@ CONSTANT_TYPES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModuleCall:
-    """The arguments of one call, taken apart.
+    """The flattened arguments of one call.
 
     Attributes:
         tensors: the tensors among the arguments, in pytree order.
-        constants: all leaves in pytree order; ``None`` where a tensor stands.
-        positions: where in ``constants`` the tensors belong.
+        constants: all leaves in pytree order, with ``None`` in place of tensors.
+        positions: the indices of the tensors in ``constants``.
         spec: the nesting.
     """
 
@@ -60,20 +60,20 @@ class ModuleCall:
         return tuple(args), dict(kwargs)
 
     def detached(self) -> ModuleCall:
-        """The same call with tensors cut from the graph that computed them."""
+        """The same call with detached tensors, which keep their ``requires_grad``."""
         tensors = tuple(t.detach().requires_grad_(t.requires_grad) for t in self.tensors)
         return dataclasses.replace(self, tensors=tensors)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """For each tensor the argument it came from, as in ``args[0]`` or ``mask``."""
+        """The argument of each tensor, as in ``args[0]`` or ``mask``."""
         args, kwargs = self.rebuild(self.tensors)
         paths = pytree.tree_flatten_with_path((args, kwargs))[0]
         return tuple(_spell(paths[position][0]) for position in self.positions)
 
     @property
     def key(self) -> Hashable:
-        """Equal for two calls that the same graph may serve, shapes apart."""
+        """The signature of the call: equal for calls that can use the same graph if its shape guards hold."""
         described = tuple(
             (t.dtype, t.dim(), t.device, t.is_contiguous() if t.layout is torch.strided else t.layout)
             for t in self.tensors
@@ -83,14 +83,14 @@ class ModuleCall:
 
 
 def split_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModuleCall:
-    """Take a call apart.
+    """Flatten the arguments of a call.
 
     Raises:
-        CaptureError: an argument is neither a tensor, nor a plain constant, nor a container of
-            those that ``torch.utils._pytree`` can take apart.
+        CaptureError: an argument is neither a tensor, nor a plain constant, nor a container of these that
+            ``torch.utils._pytree`` can flatten.
     """
     tree = (tuple(args), dict(kwargs))
-    leaves, spec = _take_apart(tree, "the arguments")
+    leaves, spec = _flatten(tree, "the arguments")
     positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
     constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     if any(not isinstance(leaf, CONSTANT_TYPES) for leaf in constants):
@@ -104,19 +104,19 @@ def split_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModuleCall:
 
 
 def sort_keywords(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments by name, so that their order at the call does not make another signature."""
+    """The keyword arguments sorted by name, so that their order in the call does not change the signature."""
     return {name: kwargs[name] for name in sorted(kwargs)}
 
 
 def describe_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """The tensors of a call for messages, as in ``args[0]: torch.float32 (2, 5)``."""
+    """The tensors of a call, for messages, as in ``args[0]: torch.float32 (2, 5)``."""
     leaves = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))[0]
     tensors = [(path, leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
     return ", ".join(f"{_spell(path)}: {t.dtype} {tuple(t.shape)}" for path, t in tensors) or "no tensors"
 
 
 def describe_refusal(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], error: Exception) -> str:
-    """The message for a call that the user's own model does not run on."""
+    """The message for a call that fails in the user's own model."""
     return (
         f"{type(module).__name__} itself refuses the call with {describe_call(args, kwargs)}: {type(error).__name__}: "
         f"{error}; expected arguments that the model runs on; try them on the model without adapters"
@@ -124,23 +124,23 @@ def describe_refusal(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str
 
 
 def flatten_result(result: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """The leaves of what a module returned: tensors, symbolic numbers and plain constants.
+    """The leaves of a module's result (tensors, symbolic numbers and plain constants) and their nesting.
 
     Raises:
-        CaptureError: a leaf is an object that may hide tensors.
+        CaptureError: a leaf is an object that may contain tensors.
     """
-    leaves, spec = _take_apart(result, "the result")
+    leaves, spec = _flatten(result, "the result")
     symbolic = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
     if any(not isinstance(leaf, symbolic + CONSTANT_TYPES) for leaf in leaves):
         _refuse_unknown_leaves(result, "result", symbolic)
     return leaves, spec
 
 
-def _take_apart(tree: Any, what: str) -> tuple[list[Any], pytree.TreeSpec]:
+def _flatten(tree: Any, what: str) -> tuple[list[Any], pytree.TreeSpec]:
     try:
         return pytree.tree_flatten(tree)
-    except Exception as error:  # classes bring their own code for this
-        raise CaptureError(f"{what} cannot be taken apart: {type(error).__name__}: {error}") from error
+    except Exception as error:  # registered classes run their own code here
+        raise CaptureError(f"{what} cannot be flattened: {type(error).__name__}: {error}") from error
 
 
 def _refuse_unknown_leaves(tree: Any, what: str, also: tuple[type, ...] = ()) -> None:
@@ -155,7 +155,7 @@ def _refuse_unknown_leaves(tree: Any, what: str, also: tuple[type, ...] = ()) ->
 
 
 def _spell(path: Sequence[Any]) -> str:
-    """``args[0]['mask']`` for the path of a leaf in ``(args, kwargs)``; keywords lose their quotes."""
+    """The path of a leaf in ``(args, kwargs)`` as Python writes it, as in ``args[0]['mask']`` or ``mask[0]``."""
     if len(path) < 2 or not isinstance(path[0], pytree.SequenceKey):
         return pytree.keystr(tuple(path)) or "itself"
     if path[0].idx == 0:

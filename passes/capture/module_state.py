@@ -1,7 +1,7 @@
-"""What a module keeps between calls besides weights: random states, buffers and plain attributes.
+"""The state that a module keeps between calls besides weights: random states, buffers and plain attributes.
 
-A graph repeats tensor operations and updates of buffers. It does not repeat a draw from Python's or
-numpy's generator, nor an assignment to an attribute; those are found here, by watching one real run.
+A graph repeats tensor operations and updates of buffers. It does not repeat a draw from Python's or numpy's generator,
+nor an assignment to an attribute. Those are detected here by observing one run in eager mode.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ import torch
 from torch import nn
 
 from passes.capture.quiet import PROCESS_LOCK
+from passes.compat import FLAT_WEIGHT_REFS, FLAT_WEIGHTS, parse_to, version_of
 
-#: The dictionaries in which an nn.Module keeps hooks that run at a call.
+#: The dictionaries of an nn.Module with the hooks that run at a call.
 HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _CONTAINERS = (list, dict, set, deque)
-#: Attributes that torch itself manages: registries are followed elsewhere, the rest are caches of the weights.
-_MANAGED = {"_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs", "forward", *HOOK_KINDS}
-#: Where transformers puts hooks into submodules, which collect what ``output_hidden_states`` and its like ask for.
+#: Attributes that torch manages: registries, which are handled separately, and caches of the weights.
+_MANAGED = {"_parameters", "_buffers", "_modules", FLAT_WEIGHTS, FLAT_WEIGHT_REFS, "forward", *HOOK_KINDS}
+#: The module of transformers whose hooks collect outputs of submodules, as for ``output_hidden_states``.
 _COLLECTING = "transformers.utils.output_capturing"
-#: Attributes that say only that something has been set up, which a first call does and every later one relies on.
+#: Flags that a first call sets to record that something has been set up; later calls only read them.
 _SET_UP = {"_output_capturing_hooks_installed"}
 
 
@@ -44,7 +45,7 @@ def runs_more_than_forward(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def restored_state(module: nn.Module) -> Iterator[None]:
-    """Undo what running a module leaves behind: random states, buffers, hooks and attributes."""
+    """Afterwards, restore everything that running a module may change: random states, buffers, hooks, attributes."""
     in_python = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]
     kinds = ("_buffers", *HOOK_KINDS)
     registries = [(child.__dict__[kind], dict(child.__dict__[kind])) for child in in_python for kind in kinds]
@@ -66,25 +67,30 @@ def restored_state(module: nn.Module) -> Iterator[None]:
 
 @dataclasses.dataclass(kw_only=True)
 class StateChanges:
-    """What a run changed beyond buffers and torch's generators, in words: attributes, and anything else."""
+    """Descriptions of what a run changed, other than buffers and torch's generators.
+
+    Attributes:
+        attributes: changes of plain attributes.
+        others: all other changes.
+    """
 
     attributes: list[str] = dataclasses.field(default_factory=list)
     others: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def first(self) -> str | None:
-        """One of them, if there are any."""
+        """One of the descriptions, or ``None`` if nothing changed."""
         return next(iter((*self.others, *self.attributes)), None)
 
 
 @contextlib.contextmanager
 def find_state_changes(module: nn.Module, found: StateChanges) -> Iterator[None]:
-    """Append to ``found`` what the run inside the block changes."""
+    """Add to ``found`` what the run inside the block changes."""
     attributes = _Attributes(module)
     before = _read_external_generators()
-    versions = {n: (p, p._version) for n, p in module.named_parameters() if not p.is_inference()}
+    versions = {n: (p, version_of(p)) for n, p in module.named_parameters() if not p.is_inference()}
     yield
-    found.others += [f"changes its parameter {n} in place" for n, (p, v) in versions.items() if p._version != v]
+    found.others += [f"changes its parameter {n} in place" for n, (p, v) in versions.items() if version_of(p) != v]
     found.attributes += [f"changes its attribute {name}" for name in attributes.find_changed()]
     after = _read_external_generators()
     found.others += [f"draws from the generator of {name}" for name, state in before.items() if state != after[name]]
@@ -114,7 +120,7 @@ def _read_external_generators() -> dict[str, Any]:
 
 
 class _Attributes:
-    """The plain attributes of a module and its submodules as they were, one level into containers."""
+    """A snapshot of the plain attributes of a module and its submodules, one level into containers."""
 
     def __init__(self, module: nn.Module) -> None:
         watched = [(n, m) for n, m in module.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
@@ -128,7 +134,7 @@ class _Attributes:
         }
 
     def find_changed(self) -> Iterator[str]:
-        """Qualified names of attributes that were added, removed or given another value."""
+        """Qualified names of attributes that were added, removed or changed since."""
         for owner, child, before in self._owners:
             now = dict(_watched_items(child))
             for key in (before.keys() | now.keys()) - _SET_UP:
@@ -136,7 +142,7 @@ class _Attributes:
                     yield f"{owner}.{key}" if owner else key
 
     def restore(self) -> None:
-        """Give every attribute its value back, and every container its contents."""
+        """Restore the value of every attribute and the contents of every container."""
         for _, child, before in self._owners:
             for key in [key for key, _ in _watched_items(child) if key not in before]:
                 del child.__dict__[key]
@@ -147,26 +153,26 @@ class _Attributes:
 
 
 def _watched_items(child: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Plain attributes, without those that a hook of torch.nn.utils computes from weights at each call."""
+    """The plain attributes, except those that a hook of torch.nn.utils computes from weights at each call."""
     computed = {getattr(hook, "name", None) for hook in child._forward_pre_hooks.values() if _is_torch_hook(hook)}
     return ((key, value) for key, value in child.__dict__.items() if key not in _MANAGED and key not in computed)
 
 
 def is_known_hook(hook: Any) -> bool:
-    """Whether a graph may hold what a hook does: torch's only compute, and some of transformers collect outputs."""
+    """Whether a graph may include a hook's work: torch's hooks only compute; those of transformers collect outputs."""
     return _is_torch_hook(hook) or _is_collecting_hook(hook)
 
 
 def _is_torch_hook(hook: Any) -> bool:
-    """Whether a hook belongs to torch's own weight_norm, spectral_norm or the like."""
-    return _home_of(hook).startswith("torch.nn.utils.")
+    """Whether a hook belongs to torch.nn.utils, as those of weight_norm and spectral_norm."""
+    return _module_of(hook).startswith("torch.nn.utils.")
 
 
 def _is_collecting_hook(hook: Any) -> bool:
-    return _home_of(hook) == _COLLECTING
+    return _module_of(hook) == _COLLECTING
 
 
-def _home_of(hook: Any) -> str:
+def _module_of(hook: Any) -> str:
     return str(getattr(hook, "__module__", type(hook).__module__))
 
 
@@ -193,10 +199,10 @@ def _refill(value: Any, contents: Any) -> None:
 
 @contextlib.contextmanager
 def canonical_kernels() -> Iterator[None]:
-    """Switch off what makes a module compute by other kernels than its own code says.
+    """Switch off what makes a module run other kernels than those that its code calls.
 
-    The fused inference path of ``nn.TransformerEncoder`` gives other numbers under a padding mask,
-    and an ambient autocast region would be frozen into the graph instead of surrounding it.
+    The fused inference path of ``nn.TransformerEncoder`` gives other results under a padding mask, and a surrounding
+    autocast region would become part of the graph.
     """
     with without_fast_path(), contextlib.ExitStack() as stack:
         for device_type in _autocast_devices():
@@ -205,17 +211,16 @@ def canonical_kernels() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_idle_moves() -> Iterator[None]:
-    """Inside, ``module.to(...)`` does nothing where the module is already as asked.
+def without_redundant_moves() -> Iterator[None]:
+    """Inside, ``module.to(...)`` does nothing if the module already has the requested device and dtype.
 
-    So it is in eager code, and routers of experts rely on it; but a traced parameter cannot be moved, not even to
-    where it is.
+    In eager code such a call has no effect, and routers of experts rely on it. In a trace it fails, because traced
+    parameters cannot be moved.
     """
     original = nn.Module.to
 
     def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        wanted: tuple[Any, ...] = torch._C._nn._parse_to(*args, **kwargs)
-        device, dtype, _, memory_format = wanted
+        device, dtype, _, memory_format = parse_to(*args, **kwargs)
         tensors = [*module.parameters(), *module.buffers()]
         is_there = all(
             (device is None or t.device == device)
@@ -234,7 +239,7 @@ def without_idle_moves() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_fast_path() -> Iterator[None]:
-    """Switch off the fused inference path of ``nn.TransformerEncoder``, which reads weights past their modules."""
+    """Switch off the fused inference path of ``nn.TransformerEncoder``, which does not call its submodules."""
     with PROCESS_LOCK:
         before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)

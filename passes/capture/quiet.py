@@ -1,4 +1,4 @@
-"""Silence for loggers of other libraries, where what they say is wanted by nobody."""
+"""Silence the loggers of other libraries where their messages are expected, and the lock for such global changes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import logging
 import threading
 from collections.abc import Iterator
 
-#: Held by whoever changes something of the whole process for a while: levels of loggers, methods of torch's classes.
+#: Lock for temporary changes of global state: levels of loggers, methods of torch's classes.
 PROCESS_LOCK = threading.RLock()
-
-#: Logs each error of an operator, also those that a model catches, and those that end up in a reason.
-FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
 
 
 @contextlib.contextmanager
 def quiet_loggers(*names: str, level: int = logging.CRITICAL) -> Iterator[None]:
-    """Inside, these loggers (``""`` is the root) say nothing below ``level``."""
+    """Inside, these loggers (``""`` is the root) log nothing below ``level``."""
     loggers = [logging.getLogger(name) for name in names]
     with PROCESS_LOCK:
         before = [each.level for each in loggers]

@@ -1,7 +1,7 @@
-"""The operators that one call of a model runs, as a graph: for models that torch.export refuses for how they are made.
+"""Record the operators of one call as a graph, for models that torch.export does not support.
 
-torch.export wants to know of every weight, and takes no derivative inside ``forward`` and no exception that the
-model itself catches. Recording the operators of a call asks for none of this.
+torch.export requires that all weights are registered, and supports neither derivatives inside ``forward`` nor
+exceptions that the model itself catches. Recording has none of these limits.
 """
 
 from __future__ import annotations
@@ -12,27 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from passes.base import CaptureError, make_containers
 from passes.capture.calls import ModuleCall
 from passes.capture.module_state import restored_state
-from passes.capture.quiet import FAKE_TENSOR_LOGGER, quiet_loggers
+from passes.capture.quiet import quiet_loggers
+from passes.compat import FAKE_TENSOR_LOGGER, make_fx, pytree
 
-#: On tensors without values: branches on values fail, so that nothing is frozen silently; shapes stay open.
+#: On tensors without values: branches on values fail instead of being frozen silently; shapes stay symbolic.
 _WITHOUT_VALUES: dict[str, Any] = {"tracing_mode": "symbolic"}
-#: On the example itself: branches go as they go for it, and products keep the operators that the model wrote.
+#: On the example itself: branches are decided by its values, and products keep the operators that the model calls.
 _WITH_VALUES: dict[str, Any] = {"tracing_mode": "real", "pre_dispatch": True, "_error_on_data_dependent_ops": False}
 
 
 def record_call(module: nn.Module, call: ModuleCall) -> GraphModule:
-    """The graph of a call: takes its tensors one by one, returns what the module returns.
+    """Record a call as a graph that takes the call's tensors as flat arguments and returns the module's result.
 
-    Weights stand at their names in ``module``.
+    Weights have their names in ``module``.
 
     Raises:
-        CaptureError: the call cannot be recorded; perhaps because it depends on values.
+        CaptureError: the call cannot be recorded, for example because a branch depends on values.
     """
 
     def run(*tensors: torch.Tensor) -> object:
@@ -43,10 +42,10 @@ def record_call(module: nn.Module, call: ModuleCall) -> GraphModule:
 
 
 def record_example(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GraphModule:
-    """The operators that one call runs, as a graph that returns every tensor in the result.
+    """Record one call as a graph that returns every tensor in the result.
 
-    It tells what this one call did, branches and all, and is not to be run on other values. Arguments may be of any
-    kind; tensors that pytrees do not find in them are constants.
+    The graph is for analysis only: branches are decided by the example's values, so it must not be run on others.
+    Arguments may have any type; tensors inside objects that pytree does not flatten are constants of the graph.
 
     Raises:
         CaptureError: the call cannot be recorded.
@@ -65,7 +64,7 @@ def record_example(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
 
 
 def find_tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a result, also inside objects that pytrees take for leaves."""
+    """The tensors in a result, including those in attributes of objects that pytree does not flatten."""
     yield from _walk(value, set())
 
 
@@ -84,7 +83,7 @@ def _record(
     try:
         with restored_state(module), quiet_loggers(FAKE_TENSOR_LOGGER):
             graph_module = make_fx(run, _allow_non_fake_inputs=True, **options)(*tensors)
-    except Exception as error:  # the model's own code raises what it likes
+    except Exception as error:  # the model's own code may raise any exception
         reason = " ".join(str(error).split())[:400]
         raise CaptureError(f"{module._get_name()} cannot be traced: {type(error).__name__}: {reason}") from error
     graph_module.graph.eliminate_dead_code()
@@ -94,7 +93,7 @@ def _record(
 
 
 def _name_weights(graph_module: GraphModule, module: nn.Module) -> None:
-    """Call the weights that were recorded as constants as they are called in the module."""
+    """Give the weights that were recorded as constants the names that they have in the module."""
     parameters = dict(module.named_parameters())
     names = {id(tensor): name for name, tensor in (*parameters.items(), *module.named_buffers())}
     recorded = [str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")]

@@ -1,8 +1,8 @@
 """Run a module and its captured graph on the same example under the same random state, and compare.
 
-Outputs, buffers and gradients must agree. Gradients are compared because a graph can be right forward and
-wrong backward: export does not keep the backward of a custom ``autograd.Function``, nor that a reentrant
-checkpoint, which runs without gradients, computes again with them.
+Outputs, buffers and gradients must agree. Gradients are compared because a graph can be right in forward and wrong in
+backward: export loses the backward of a custom ``autograd.Function``, and that of a reentrant checkpoint, whose forward
+runs without gradients.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from passes.base import CaptureError
 from passes.capture.calls import ModuleCall, flatten_result
 from passes.capture.module_state import StateChanges, canonical_kernels, find_state_changes, restored_state
+from passes.compat import pytree
 from passes.quantize.packed_weights import PackedWeight
 
-#: Largest accepted departure of a captured graph from eager: (relative, absolute) by dtype.
+#: Largest accepted difference between a captured graph and eager: (relative, absolute) by dtype.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-9, 1e-10),
     torch.complex128: (1e-9, 1e-10),
@@ -33,22 +33,22 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float16: (1e-2, 1e-3),
     torch.bfloat16: (2e-2, 1e-2),
 }
-#: Gradients sum over many values, and mixed dtypes meet in them: accepted is this share of the largest.
+#: Accepted difference of gradients, as a fraction of the largest value: they sum many values, in mixed dtypes.
 _GRADIENT_TOLERANCE = 0.02
-#: Parameters of up to this many values have their gradients compared, and the smallest one in any case.
+#: Gradients are compared for parameters with up to this many elements, and for the smallest parameter.
 _LARGEST_PROBE = 2**14
 
 Observation = Mapping[str, Any]
 
 
 def observe_eager(module: nn.Module, call: ModuleCall) -> Observation:
-    """What the module's own code gives for a call.
+    """Outputs, buffers and gradients of a call in eager mode, by name.
 
-    Attributes may change where that makes no difference to any later call, see :func:`_leaves_no_trace`;
-    a graph leaves them as they are.
+    The call may change attributes if that has no effect on later calls, see :func:`_changes_have_no_effect`; a graph
+    does not change them.
 
     Raises:
-        CaptureError: it keeps something between calls which a graph cannot keep.
+        CaptureError: the call changes state that a graph cannot change.
     """
     args, kwargs = call.rebuild(call.tensors)
     changes = StateChanges()
@@ -61,19 +61,19 @@ def observe_eager(module: nn.Module, call: ModuleCall) -> Observation:
 
     seen = observe_run(module, call, run)
     after, spec_after = pytree.tree_flatten((args, kwargs))
-    if changes.attributes and not changes.others and _leaves_no_trace(module, call):
+    if changes.attributes and not changes.others and _changes_have_no_effect(module, call):
         changes.attributes.clear()
     if spec_after != spec or any(a is not b for a, b in zip(leaves, after, strict=True)):
-        changes.others.append("puts other values into its arguments")
+        changes.others.append("replaces values in its arguments")
     if changes.first is not None:
-        raise CaptureError(f"{type(module).__name__} {changes.first}, which a graph would not do again")
+        raise CaptureError(f"{type(module).__name__} {changes.first}, which a graph would not repeat")
     return seen
 
 
-def _leaves_no_trace(module: nn.Module, call: ModuleCall) -> bool:
-    """Whether what a call leaves in attributes is only a place to note something, or a cache.
+def _changes_have_no_effect(module: nn.Module, call: ModuleCall) -> bool:
+    """Whether the attributes that a call changes are only a record or a cache.
 
-    A second call must leave all as it is, and a call with other values must return the same before and after.
+    A second call must change nothing more, and a call with other values must return the same before and after.
     """
     other = dataclasses.replace(call, tensors=tuple(map(change_values, call.tensors)))
     again = StateChanges()
@@ -86,13 +86,13 @@ def _leaves_no_trace(module: nn.Module, call: ModuleCall) -> bool:
             with find_state_changes(module, again):
                 _run_seeded(module, call)
             after = _run_seeded(module, other)
-        except Exception:  # the module's own code may refuse such values in its own way
+        except Exception:  # the module's own code may refuse such values with any exception
             return False
     return again.first is None and len(before) == len(after) and all(map(is_identical, before, after))
 
 
 def _run_seeded(module: nn.Module, call: ModuleCall) -> list[Any]:
-    """The leaves of the result, computed with random numbers that are the same each time; the caller restores them."""
+    """The leaves of the result under a fixed random seed; the caller restores the random states."""
     torch.manual_seed(0)
     random.seed(0)
     args, kwargs = copy.deepcopy(call.rebuild(call.tensors))
@@ -100,7 +100,7 @@ def _run_seeded(module: nn.Module, call: ModuleCall) -> list[Any]:
 
 
 def change_values(tensor: torch.Tensor) -> torch.Tensor:
-    """Values that are surely accepted, and others: half of each, or the least one everywhere."""
+    """Other values that the module very likely accepts: half of each float, or the smallest integer everywhere."""
     tensor = tensor.detach()
     if tensor.is_floating_point() or tensor.is_complex():
         return tensor * 0.5
@@ -110,7 +110,7 @@ def change_values(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_identical(one: Any, other: Any) -> bool:
-    """Whether two values are the same to the last bit; nan is the same as nan."""
+    """Whether two values are equal, tensors exactly and with the same shape and dtype; nan equals nan."""
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return type(one) is type(other) and bool(one == other)
     if one.shape != other.shape or one.dtype != other.dtype:
@@ -119,7 +119,13 @@ def is_identical(one: Any, other: Any) -> bool:
 
 
 def observe_run(module: nn.Module, call: ModuleCall, run: Callable[[], list[Any]]) -> Observation:
-    """Outputs of ``run``, the buffers after it and gradients, by name; everything is put back."""
+    """Outputs of ``run``, the buffers after it, and gradients, by name; the module's state is restored.
+
+    Args:
+        module: the owner of the buffers and parameters.
+        call: the arguments that ``run`` uses.
+        run: computes the leaves of the result.
+    """
     with canonical_kernels(), restored_state(module), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _probed(_find_probes(module), call) as probes:
@@ -131,10 +137,15 @@ def observe_run(module: nn.Module, call: ModuleCall, run: Callable[[], list[Any]
 
 
 def assert_same(owner: str, found: Observation, expected: Observation) -> float:
-    """Largest departure of outputs and buffers.
+    """Compare two runs and return the largest difference of outputs and buffers.
+
+    Args:
+        owner: the module's name, for the message.
+        found: the run of the graph, from :func:`observe_run`.
+        expected: the run in eager mode.
 
     Raises:
-        CaptureError: something departs beyond the tolerance of its dtype.
+        CaptureError: an output, a buffer or a gradient differs by more than the tolerance of its dtype.
     """
     largest = 0.0
     for name, want in expected.items():
@@ -155,7 +166,7 @@ def _find_probes(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextlib.contextmanager
 def _probed(probes: dict[str, nn.Parameter], call: ModuleCall) -> Iterator[dict[str, nn.Parameter]]:
-    """Inside, the probes get gradients; afterwards every leaf has the flag and the gradient that it had."""
+    """Inside, the probes require gradients; afterwards ``requires_grad`` and ``grad`` of every leaf are restored."""
     leaves = [t for t in (*probes.values(), *call.tensors) if t.is_leaf]
     before = [(leaf, leaf.requires_grad, leaf.grad) for leaf in leaves]
     for leaf in leaves:
@@ -171,15 +182,15 @@ def _probed(probes: dict[str, nn.Parameter], call: ModuleCall) -> Iterator[dict[
 
 
 def _read_gradients(leaves: list[Any], probes: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    """Gradients of a fixed mixture of all outputs; nothing where the module's own code has no backward."""
+    """Gradients of a weighted sum of all outputs; empty if backward fails, as where a module supports none."""
     terms = [_mix(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     if not terms:
         return {f"gradient {name}": None for name in probes}
     dtype = torch.float32 if any(term.device.type == "mps" for term in terms) else torch.float64
     total = torch.stack([term.to(terms[0].device, dtype) for term in terms]).sum()
     try:
-        total.backward()  # not grad(): reentrant checkpoints accept no other
-    except Exception:  # a backward of the module's own raises what it likes
+        total.backward()  # not torch.autograd.grad, which reentrant checkpoints do not support
+    except Exception:  # a backward of the module's own may raise any exception
         return {}
     return {f"gradient {name}": None if p.grad is None else p.grad.to_dense() for name, p in probes.items()}
 
@@ -200,7 +211,7 @@ def _assert_same_gradient(owner: str, name: str, found: torch.Tensor | None, wan
     largest, difference = float(theirs.abs().max()), float((mine - theirs).abs().max())
     if difference > 1e-5 + _GRADIENT_TOLERANCE * largest:
         raise CaptureError(
-            f"{owner}: {name} through the captured graph departs from eager by {difference:.3g} of {largest:.3g}; "
+            f"{owner}: {name} through the captured graph differs from eager by {difference:.3g} of {largest:.3g}; "
             "a custom autograd.Function or a reentrant checkpoint does not capture"
         )
 
@@ -219,6 +230,6 @@ def _measure(owner: str, name: str, found: Any, want: Any) -> float:
         return float(difference.max()) if difference is not None and difference.numel() else 0.0
     detail = f"by up to {float((found - want).abs().max()):.3g}" if same_kind and want.numel() else ""
     raise CaptureError(
-        f"{owner}: {name} of the captured graph ({found.dtype}, {tuple(found.shape)}) departs from eager "
+        f"{owner}: {name} of the captured graph ({found.dtype}, {tuple(found.shape)}) differs from eager "
         f"({want.dtype}, {tuple(want.shape)}) {detail} beyond rtol {rtol:g}, atol {atol:g} under the same random state"
     )

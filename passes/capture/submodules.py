@@ -1,4 +1,4 @@
-"""Which submodules of a model are blocks: those it repeats, and those that somebody names."""
+"""Find the submodules of a model that are blocks: repeated ones, and those that the user names."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from passes.base import SiteError
 
 
 def find_repeated_modules(module: nn.Module) -> list[str]:
-    """Names of the blocks that a model repeats: modules of one class and one set of shapes in one container.
+    """Names of the blocks that a model repeats: modules of one class with the same shapes in one container.
 
-    Of repetitions inside each other the outermost counts.
+    Where repeated blocks are nested, only the outermost are returned.
     """
     found: list[str] = []
     for name, container in module.named_modules():
@@ -31,9 +31,9 @@ def find_repeated_modules(module: nn.Module) -> list[str]:
 
 
 def find_named_modules(model: nn.Module, wanted: Sequence[str | type[nn.Module]]) -> list[str]:
-    """Names of the submodules that are wanted by class or by glob over qualified names.
+    """Names of the submodules that match a class or a glob over qualified names.
 
-    Of matches inside each other the outermost counts.
+    Where matches of an entry are nested, only the outermost are returned.
 
     Raises:
         SiteError: an entry matches no submodule.
@@ -57,7 +57,7 @@ def find_named_modules(model: nn.Module, wanted: Sequence[str | type[nn.Module]]
 
 
 def _find_callable(module: nn.Module) -> Iterator[nn.Module]:
-    """Submodules with a ``forward`` of their own in Python; containers and TorchScript have none."""
+    """Submodules that define ``forward`` in Python, unlike containers and TorchScript modules."""
     for child in module.modules():
         if child is module or isinstance(child, torch.jit.ScriptModule):
             continue

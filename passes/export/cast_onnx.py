@@ -1,8 +1,8 @@
-"""Run one kind of operator of an ONNX graph in float32, with casts around it.
+"""Run all operators of one type in an ONNX graph in float32, with casts around them.
 
-    y = Op(x)   with x, y in a narrow or wide dtype   →   y = Cast(Op(Cast(x, float32)), dtype)
+    y = Op(x)   with x, y in bfloat16, float16 or float64   →   y = Cast(Op(Cast(x, float32)), dtype)
 
-Only the graph is edited; weights, wherever they are stored, are cast when the model runs.
+Only the graph is edited, so weights need not be loaded: they are cast when the model runs.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from collections.abc import Iterator, Mapping
 import onnx
 from onnx import TensorProto, helper
 
-#: Dtypes for which the CPU kernels of onnxruntime have gaps.
+#: Dtypes that some CPU kernels of onnxruntime do not support.
 CAST_DTYPES = frozenset({TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.DOUBLE})
 
 
 def cast_operator(model: onnx.ModelProto, op_type: str) -> int:
-    """Put casts around every node of this kind that takes one of :data:`CAST_DTYPES`.
+    """Insert casts around every node of this type that has an input of one of :data:`CAST_DTYPES`.
 
     Args:
         model: edited in place; its weights need not be loaded.
         op_type: the operator, of the default domain.
 
     Returns:
-        How many nodes were wrapped.
+        The number of nodes with new casts.
     """
     types = find_types(model)
     return sum(_cast_in_graph(graph, op_type, types) for graph in find_graphs(model.graph))
 
 
 def find_composite_operators(model: onnx.ModelProto) -> list[str]:
-    """Operators of the graph that ONNX defines by others, which a runtime without a kernel takes apart."""
+    """Operators of the graph that ONNX defines by other operators; a runtime without a kernel expands these."""
     version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
     present = {node.op_type for graph in find_graphs(model.graph) for node in graph.node if not node.domain}
     if version is None:
@@ -42,7 +42,7 @@ def find_composite_operators(model: onnx.ModelProto) -> list[str]:
 
 
 def find_types(model: onnx.ModelProto) -> dict[str, int]:
-    """The element type of every value that shape inference knows, by name."""
+    """The element type of every value, by name, as far as shape inference finds it."""
     inferred = onnx.shape_inference.infer_shapes(model)
     types: dict[str, int] = {}
     for graph in find_graphs(inferred.graph):
@@ -54,7 +54,7 @@ def find_types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def find_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and the bodies of its loops and branches, at any depth."""
+    """The graph and, at any depth, the bodies of its loops and branches."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:

@@ -1,12 +1,12 @@
-"""Give an ONNX graph inputs for adapters, with defaults of rank 0 that leave it as it was.
+"""Add inputs for adapters to an ONNX graph, with default values of rank 0 that do not change its results.
 
 With A [in, r] and B [r, out], so that ΔWᵀ = A B:
 
     y = MatMul(x, Wᵀ), Gemm(x, W)   →   y + (x A) B, the last product and the sum as one Gemm over rows
     any other use of W              →   W + ΔW in place of W
 
-A and B are graph inputs that have initializers of rank 0, which ONNX takes as defaults: without an adapter
-the graph computes what it did before. In the bodies of loops and branches only the second form is used.
+A and B are graph inputs with initializers of rank 0, which ONNX uses as default values: without an adapter, the graph
+gives the same results as before. In the bodies of loops and branches, only the second form is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onnx import helper
 from passes.base import PassError
 from passes.export.cast_onnx import find_graphs
 
-#: Smallest version of the file format in which an initializer may be overridden by an input.
+#: The first version of the file format in which inputs can override initializers.
 _LEAST_IR_VERSION = 4
 
 
@@ -48,17 +48,21 @@ class OnnxSite:
 
 @dataclasses.dataclass(frozen=True)
 class _Use:
-    """A product with the weight: its node, and which of its inputs is x."""
+    """A product with the weight: its node, and the name of its input x."""
 
     node: onnx.NodeProto
     x: str
 
 
 def insert_onnx_adapter(model: onnx.ModelProto, site: OnnxSite) -> None:
-    """Add the inputs of one site and the nodes that use them; the model is edited in place.
+    """Add the inputs of one site and the nodes that use them.
+
+    Args:
+        model: edited in place, after all checks.
+        site: the weight and the names of the inputs.
 
     Raises:
-        PassError: the graph has no such weight, or one of another shape, or already has the inputs.
+        PassError: the graph has no weight of this name and size, or already has the inputs.
     """
     weight = _find_weight(model, site)
     _add_inputs(model, site, weight)
@@ -125,7 +129,7 @@ def _find_products(graph: onnx.GraphProto, site: OnnxSite) -> list[_Use]:
 
 
 def _find_transposed_names(graph: onnx.GraphProto, site: OnnxSite) -> set[str]:
-    """Names of the weight's transposes that only matrix products read."""
+    """Names of the weight's transposes that are used only by matrix products in the outermost graph."""
     names = set()
     for node in graph.node:
         if node.op_type != "Transpose" or node.input[0] != site.initializer:
@@ -140,7 +144,7 @@ def _find_transposed_names(graph: onnx.GraphProto, site: OnnxSite) -> set[str]:
 
 
 def _rename_uses(graph: onnx.GraphProto, name: str, wanted: str, served: set[str]) -> None:
-    """Let every node read the adapted weight, but those that give one of the values in ``served``."""
+    """Let every node read the value ``wanted`` instead of ``name``, except nodes with an output in ``served``."""
     for body in find_graphs(graph):
         for node in body.node:
             if node.output[0] in served:
@@ -151,7 +155,7 @@ def _rename_uses(graph: onnx.GraphProto, name: str, wanted: str, served: set[str
 
 
 def _add_to_product(graph: onnx.GraphProto, use: _Use, site: OnnxSite) -> None:
-    """One Gemm adds to y as it multiplies: without it, an adapter of rank 0 costs a pass over zeros and one of sums."""
+    """Add the update to y; one Gemm multiplies and adds, so an adapter of rank 0 costs no separate addition."""
     output = use.node.output[0]
     bare = f"{output}.bare"
     use.node.output[0] = bare
@@ -179,7 +183,7 @@ def _build_update(use: _Use, site: OnnxSite, bare: str, output: str) -> Iterator
 
 
 def _add_to_weight(graph: onnx.GraphProto, site: OnnxSite, weight: onnx.TensorProto) -> None:
-    """W + ΔW at the head of the graph, in the weight's own layout."""
+    """Compute W + ΔW at the start of the graph, in the weight's layout."""
     name = site.initializer
     nodes = [helper.make_node("MatMul", [site.left, site.right], [f"{name}.update"], name=f"{name}.update.node")]
     last = f"{name}.update"

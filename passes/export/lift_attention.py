@@ -1,11 +1,11 @@
-"""Give attention the four dimensions that the ONNX exporter has a translation for.
+"""Reshape the operands of attention to four dimensions, which the ONNX exporter can translate.
 
     sdpa(q, k, v)  with q [L, E] or [B, L, E]      →   squeeze(sdpa(unsqueeze(q), …))
     sdpa(q, k, v)  with q [A, B, …, H, L, E]       →   unflatten(sdpa(flatten(q), …))
 
-New dimensions come first, so a mask that broadcasts from the right needs no change; only one that has
-leading dimensions of its own is expanded and flattened along. Refused (left as it is): operands of
-unequal rank. The node keeps its name, so that outputs keep theirs.
+Dimensions are added at the front, so a mask that broadcasts from the right does not change; a mask with more than
+three dimensions is expanded and flattened like the query. Not rewritten: operands of unequal rank. The node keeps its
+name, so that outputs keep theirs.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ _RANK = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LiftAttentionPass(GraphPass):
-    """Rewrite ``scaled_dot_product_attention`` on other than four dimensions to one on four.
+    """Rewrite every ``scaled_dot_product_attention`` to operands of four dimensions.
 
-    Contract: the outputs are the same; afterwards every such call whose operands have equal rank has four
-    dimensions.
+    Contract: the outputs stay the same; afterwards every such call with operands of equal rank has four dimensions.
     """
 
     def call(self, graph_module: GraphModule) -> PassResult:
@@ -72,7 +71,7 @@ def _reshape(node: Node, operand: Any, missing: int) -> Node:
 
 
 def _flatten_mask(node: Node, mask: Any, query: Any, extra: int) -> Any:
-    """The mask with its leading dimensions flattened like the query's, where it has any."""
+    """The mask, with leading dimensions flattened like the query's if it has more than three dimensions."""
     if mask is None or mask.meta["val"].dim() < _RANK:
         return mask
     rank = query.meta["val"].dim()
@@ -84,7 +83,7 @@ def _flatten_mask(node: Node, mask: Any, query: Any, extra: int) -> Any:
 
 
 def _emit(node: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-    """A new node before ``node`` with the example value that the exporter reads shapes from."""
+    """A new node before ``node``, with the example value from which the exporter reads shapes."""
     fresh = node.graph.call_function(target, args, kwargs)
     fresh.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
     values = torch.fx.node.map_arg((args, kwargs), lambda operand: operand.meta["val"])

@@ -1,6 +1,7 @@
-"""What an adapter computes: parameter shapes, the nodes it becomes, its ΔW.
+"""What an adapter computes: its parameter shapes, its operators and its ΔW.
 
-A new form is one file here, and one entry in :data:`FORMS`.
+A new form is one file here and one entry in :data:`FORMS`. Starting values are not part of a form; see
+:mod:`adapter_compiler.adapters.initializers`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ _OFFSET = re.compile(r"^(?P<form>.+)-offset(?P<rank>\d+)$")
 
 
 def find_form(name: str) -> AdapterForm:
-    """The form whose name this is.
+    """The form with this name, as in ``svd`` or ``lora-offset8``.
 
     Raises:
-        KeyError: there is none.
+        KeyError: no form has this name.
     """
     if name in FORMS:
         return FORMS[name]
@@ -37,7 +38,7 @@ def find_form(name: str) -> AdapterForm:
 
 
 def with_offset(form: AdapterForm, start_rank: int) -> AdapterForm:
-    """The form counted from starting values of this rank, whether it was before or not."""
+    """The form minus its starting values of this rank; an offset that the form already has is replaced."""
     if isinstance(form, DoraForm):
         return DoraForm(with_offset(form.inner, start_rank))
     return OffsetForm(form.core, start_rank)

@@ -1,4 +1,4 @@
-"""The contract of an adapter form, and the emitter it writes its nodes with."""
+"""The base class of adapter forms, and the emitters that run or record a form's operators."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.fx import Node
 
 aten = torch.ops.aten
 
-#: What a form computes with: an fx node where a graph is rewritten, a tensor where operators run at once.
+#: What a form computes with: an fx node when a graph is rewritten, a tensor when operators run eagerly.
 Value = Any
 
 
 class Call(Protocol):
-    """A call of an operator on a weight, as an adapter beside it sees it; an fx node is one."""
+    """A call of an operator on a weight, for which an adapter computes an update; fx nodes have this interface."""
 
     @property
     def target(self) -> Any:
@@ -34,7 +34,7 @@ class Call(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OperatorCall:
-    """A call that runs at once.
+    """A call of an operator that runs eagerly.
 
     Attributes:
         target: the operator.
@@ -47,35 +47,35 @@ class OperatorCall:
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self) -> torch.Tensor:
-        """What the operator returns."""
+        """Run the operator."""
         result: torch.Tensor = self.target(*self.args, **self.kwargs)
         return result
 
 
 class Emitter(Protocol):
-    """Computes one operator after another, now or in a graph."""
+    """Takes operators one after another, and runs them or appends them to a graph."""
 
     def emit(self, target: Any, *args: Any) -> Value:
-        """The value of ``target(*args)``."""
+        """The result of ``target(*args)``, as a tensor or as a node."""
 
 
 class TensorEmitter:
-    """Runs each operator at once."""
+    """Runs each operator eagerly."""
 
     def emit(self, target: Any, *args: Any) -> torch.Tensor:
-        """What ``target(*args)`` returns."""
+        """Run ``target(*args)``."""
         result: torch.Tensor = target(*args)
         return result
 
 
 @dataclasses.dataclass
 class NodeEmitter:
-    """Appends ``call_function`` nodes after a node and tags each with the site it belongs to.
+    """Appends ``call_function`` nodes after a node and tags each with its site.
 
     Attributes:
-        after: the node behind which the next one goes; moves along.
-        site: the tag.
-        emitted: the nodes so far, first to last.
+        after: the node after which the next one is inserted; updated at each insertion.
+        site: the site's name, for ``meta["adapter_site"]``.
+        emitted: the inserted nodes, first to last.
     """
 
     after: Value
@@ -94,35 +94,35 @@ class NodeEmitter:
 
 
 class AdapterForm(abc.ABC):
-    """What an adapter computes. Forms hold no state and no parameters.
+    """What an adapter computes. Forms have no state and no parameters.
 
-    A form is written on activations, for each kind of use, and on the weight, and all must agree:
-    ``emit_activation`` gives x ΔWᵀ, to be added to the output, ``emit_weight`` ΔW, to be added to the weight.
-    A form that also scales the rows of the result, W' = c ∘ (W + ΔW), says so with :attr:`rescales` and gives c.
+    A form defines its update on activations, for each kind of use, and on the weight, and all must agree:
+    ``emit_activation`` gives x ΔWᵀ, which is added to the output; ``emit_weight`` gives ΔW, which is added to the
+    weight. A form that also scales the rows of the sum, W' = c ∘ (W + ΔW), has :attr:`rescales` and gives c.
 
     Attributes:
-        name: how configurations, plans and files call it; :func:`passes.forms.find_form` gives the form back.
+        name: its name in configurations, plans and files; :func:`passes.forms.find_form` finds the form by it.
     """
 
     name: str
 
     @property
     def frozen(self) -> frozenset[str]:
-        """Names of the parameters that are kept but do not train."""
+        """Names of the parameters that are stored but not trained."""
         return frozenset()
 
     @property
     def rescales(self) -> bool:
-        """Whether the adapted weight is c ∘ (W + ΔW) by rows, so that it is no sum of W and a low-rank matrix."""
+        """Whether W' = c ∘ (W + ΔW) by rows, which is not the sum of W and a low-rank matrix."""
         return False
 
     @property
     def core(self) -> AdapterForm:
-        """The form without what an initializer has added to it."""
+        """The form without the starting values that an initializer added to it."""
         return self
 
     def is_empty(self, rank: int) -> bool:
-        """Whether an adapter of this rank leaves the weight as it is, whatever its parameters are."""
+        """Whether an adapter of this rank does not change the weight, for any values of its parameters."""
         return rank == 0
 
     @abc.abstractmethod
@@ -133,11 +133,11 @@ class AdapterForm(abc.ABC):
     def emit_activation(
         self, emitter: Emitter, x: Value, parameters: Mapping[str, Value], scale: float, *, reverse: bool
     ) -> Value:
-        """Nodes for x ΔWᵀ, or for x ΔW if ``reverse``; x is [..., in] (or [..., out])."""
+        """Emit x ΔWᵀ, [..., out], for x [..., in]; or x ΔW, [..., in], for x [..., out] if ``reverse``."""
 
     @abc.abstractmethod
     def emit_lookup(self, emitter: Emitter, lookup: Call, parameters: Mapping[str, Value], scale: float) -> Value:
-        """Nodes for the rows of ΔW that ``lookup``, an ``aten.embedding`` of the weight, looks up."""
+        """Emit the rows of ΔW that ``lookup``, an ``aten.embedding`` of the weight, looks up."""
 
     @abc.abstractmethod
     def emit_convolution(
@@ -149,7 +149,7 @@ class AdapterForm(abc.ABC):
         scale: float,
         kernel: Sequence[int],
     ) -> Value:
-        """Nodes for ``convolution`` of x with ΔW in place of the weight of shape ``kernel``, without its bias."""
+        """Emit the ``convolution`` of x with ΔW in place of the weight of shape ``kernel``, without a bias."""
 
     @abc.abstractmethod
     def emit_stack(
@@ -163,23 +163,31 @@ class AdapterForm(abc.ABC):
         *,
         reverse: bool,
     ) -> Value:
-        """Nodes for ``product`` (``bmm``, ``matmul``) of x with the matrices of ΔW in place of the weight's.
+        """Emit the ``product`` (``bmm``, ``matmul``) of x with the matrices of ΔW in place of the weight's.
 
         The weight has the shape ``stack``; ``product`` is x Wₑ if ``reverse``, else x Wₑᵀ.
         """
 
     @abc.abstractmethod
     def emit_weight(self, emitter: Emitter, parameters: Mapping[str, Value], scale: float) -> Value:
-        """Nodes for ΔW, [out, in]."""
+        """Emit ΔW, [out, in]."""
 
     @abc.abstractmethod
     def delta(self, parameters: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
-        """ΔW as a new tensor, [out, in], in the dtype of the parameters; the caller may write into it."""
+        """ΔW as a new tensor, [out, in], in the dtype of the parameters; callers may write into it."""
 
     def emit_factor(self, emitter: Emitter, weight: Value, parameters: Mapping[str, Value], scale: float) -> Value:
-        """Where the form :attr:`rescales`: nodes for c, [out], given W as [out, in] in the parameters' dtype."""
+        """Emit c, [out], given W as [out, in] in the parameters' dtype.
+
+        Raises:
+            NotImplementedError: the form does not rescale, see :attr:`rescales`.
+        """
         raise NotImplementedError(f"the form {self.name} does not rescale")
 
     def factor(self, total: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Where the form :attr:`rescales`: c, [out], given W + ΔW as [out, in]."""
+        """c, [out], given ``total`` = W + ΔW as [out, in].
+
+        Raises:
+            NotImplementedError: the form does not rescale, see :attr:`rescales`.
+        """
         raise NotImplementedError(f"the form {self.name} does not rescale")

@@ -1,4 +1,7 @@
-"""Steps that several forms are made of."""
+"""Sequences of operators that several forms share, for a left factor L, a middle factor m and a right factor R.
+
+In the SVD form these are P [out, r], sλ [r] and Q [r, in]; in LoRA B [out, r], s and A [r, in].
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _POINTWISE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.def
 
 
 def emit_rows(emitter: Emitter, lookup: Call, left: Value, middle: Value, right: Value) -> Value:
-    """(L[x] ∘ m) R for the indices x of ``lookup``; as in the weight itself, no gradient comes from the padding row."""
+    """(L[x] ∘ m) R for the indices x of ``lookup``; as for the weight itself, padding rows give no gradient."""
     x, *options = lookup.args[1:]
     rows = emitter.emit(aten.embedding.default, left, x, *options[:1])
     update = emitter.emit(aten.matmul.default, emitter.emit(aten.mul.Tensor, rows, middle), right)
@@ -57,7 +60,7 @@ def emit_stacked_products(
     *,
     reverse: bool,
 ) -> Value:
-    """((x Rᵀ) ∘ m) Lₑᵀ for each matrix e of a stack; reversed ((x Lₑ) ∘ m) R. All have the same R."""
+    """((x Rᵀ) ∘ m) Lₑᵀ for each matrix e of a stack, or ((x Lₑ) ∘ m) R if ``reverse``; all matrices share R."""
     rows = emitter.emit(aten.reshape.default, left, [*stack[:2], -1])
     if reverse:
         hidden = emitter.emit(aten.mul.Tensor, emitter.emit(product.target, x, rows), middle)

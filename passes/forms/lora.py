@@ -17,8 +17,7 @@ aten = torch.ops.aten
 class LoraForm(AdapterForm):
     """B: [out, r], A: [r, in].
 
-    On activations the order is (s (x Aᵀ)) Bᵀ: no product is larger than the activations times the rank, and
-    with B = 0 the result is exactly zero.
+    On activations the order is (s (x Aᵀ)) Bᵀ, so that ΔW is never computed, and with B = 0 the result is exactly zero.
     """
 
     name: str = "lora"
@@ -73,5 +72,5 @@ class LoraForm(AdapterForm):
         return emitter.emit(aten.matmul.default, columns, parameters["A"])
 
     def delta(self, parameters: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
-        """S · B A."""
+        """s · B A."""
         return (parameters["B"] * scale) @ parameters["A"]

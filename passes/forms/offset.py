@@ -1,8 +1,8 @@
-"""An update counted from where it started: ΔW = form(θ) − form(θ₀), with θ₀ kept.
+"""An update relative to its starting values: ΔW = form(θ) − form(θ₀), with θ₀ stored.
 
-Initializers such as PiSSA and LoRA-GA start with a ΔW that is not zero and take it out of the frozen weight, so
-that the model starts as it was. Keeping the starting values instead is the same mathematics, and the frozen weight
-stays the user's own: it is not rounded, not copied, and an adapter file fits the original model.
+Initializers such as PiSSA and LoRA-GA start with a ΔW that is not zero; their papers subtract it from the frozen
+weight, so that the model starts unchanged. Storing the starting values instead is mathematically the same, and the
+frozen weight is neither rounded nor copied, so an adapter file fits the original model.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ aten = torch.ops.aten
 
 T = TypeVar("T")
 
-#: What the name of a parameter ends with that holds a starting value.
+#: Suffix of the names of parameters that store starting values.
 START = "_start"
 
 
 @dataclasses.dataclass(frozen=True)
 class OffsetForm(AdapterForm):
-    """Another form, from which its own value at the start is subtracted.
+    """Another form minus its own value at the start of training.
 
     Attributes:
         inner: the form.
-        start_rank: rank at the start; the starting values keep it when ranks shrink.
+        start_rank: rank at the start; the starting values keep it when triplets are pruned.
     """
 
     inner: AdapterForm
@@ -37,7 +37,7 @@ class OffsetForm(AdapterForm):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Such as ``lora-offset8``."""
+        """The inner form's name and the start rank, as in ``lora-offset8``."""
         return f"{self.inner.name}-offset{self.start_rank}"
 
     @property
@@ -51,7 +51,7 @@ class OffsetForm(AdapterForm):
         return self.inner.core
 
     def is_empty(self, rank: int) -> bool:
-        """Never while there are starting values: they still are subtracted when all ranks are gone."""
+        """False while there are starting values, which are still subtracted when the rank is 0."""
         return self.inner.is_empty(rank) and self.start_rank == 0
 
     def parameter_shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -63,13 +63,13 @@ class OffsetForm(AdapterForm):
     def emit_activation(
         self, emitter: Emitter, x: Value, parameters: Mapping[str, Value], scale: float, *, reverse: bool
     ) -> Value:
-        """The difference of both."""
+        """x form(θ)ᵀ − x form(θ₀)ᵀ, or the reverse direction of both."""
         now = self.inner.emit_activation(emitter, x, parameters, scale, reverse=reverse)
         start = self.inner.emit_activation(emitter, x, self._at_start(parameters), scale, reverse=reverse)
         return emitter.emit(aten.sub.Tensor, now, start)
 
     def emit_lookup(self, emitter: Emitter, lookup: Call, parameters: Mapping[str, Value], scale: float) -> Value:
-        """The difference of both."""
+        """The looked-up rows of form(θ) − those of form(θ₀)."""
         now = self.inner.emit_lookup(emitter, lookup, parameters, scale)
         start = self.inner.emit_lookup(emitter, lookup, self._at_start(parameters), scale)
         return emitter.emit(aten.sub.Tensor, now, start)
@@ -83,7 +83,7 @@ class OffsetForm(AdapterForm):
         scale: float,
         kernel: Sequence[int],
     ) -> Value:
-        """The difference of both."""
+        """The convolution with form(θ) − that with form(θ₀)."""
         now = self.inner.emit_convolution(emitter, convolution, x, parameters, scale, kernel)
         start = self.inner.emit_convolution(emitter, convolution, x, self._at_start(parameters), scale, kernel)
         return emitter.emit(aten.sub.Tensor, now, start)
@@ -99,20 +99,20 @@ class OffsetForm(AdapterForm):
         *,
         reverse: bool,
     ) -> Value:
-        """The difference of both."""
+        """The product with the matrices of form(θ) − that with the matrices of form(θ₀)."""
         now = self.inner.emit_stack(emitter, product, x, parameters, scale, stack, reverse=reverse)
         start = self.inner.emit_stack(emitter, product, x, self._at_start(parameters), scale, stack, reverse=reverse)
         return emitter.emit(aten.sub.Tensor, now, start)
 
     def emit_weight(self, emitter: Emitter, parameters: Mapping[str, Value], scale: float) -> Value:
-        """The difference of both."""
+        """form(θ) − form(θ₀)."""
         now = self.inner.emit_weight(emitter, parameters, scale)
         return emitter.emit(aten.sub.Tensor, now, self.inner.emit_weight(emitter, self._at_start(parameters), scale))
 
     def delta(self, parameters: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
-        """The difference of both."""
+        """form(θ) − form(θ₀)."""
         return self.inner.delta(parameters, scale) - self.inner.delta(self._at_start(parameters), scale)
 
     def _at_start(self, parameters: Mapping[str, T]) -> dict[str, T]:
-        """The starting values under the names of the form's own parameters."""
+        """θ₀: the starting values under the names of the inner form's parameters."""
         return {name.removesuffix(START): value for name, value in parameters.items() if name.endswith(START)}

@@ -17,8 +17,8 @@ aten = torch.ops.aten
 class SvdForm(AdapterForm):
     """P: [out, r], ``lam`` (λ): [r], Q: [r, in].
 
-    On activations the order is ((x Qᵀ) ∘ sλ) Pᵀ: no product is larger than the activations times
-    the rank, and with λ = 0 the result is exactly zero.
+    On activations the order is ((x Qᵀ) ∘ sλ) Pᵀ, so that ΔW is never computed, and with λ = 0 the result is exactly
+    zero.
     """
 
     name: str = "svd"
@@ -81,5 +81,5 @@ class SvdForm(AdapterForm):
         return emitter.emit(aten.matmul.default, columns, parameters["Q"])
 
     def delta(self, parameters: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
-        """S · P diag(λ) Q."""
+        """s · P diag(λ) Q."""
         return (parameters["P"] * (parameters["lam"] * scale)) @ parameters["Q"]

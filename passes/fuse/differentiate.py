@@ -1,7 +1,7 @@
-"""Gradients of plain formulas inside the backward of a function of our own.
+"""Gradients of plain formulas, for the backward of custom ``autograd.Function`` classes.
 
-A backward that has formulas of its own is not differentiable, and does not compute many gradients at once. Where either
-is asked for, it takes the gradient of the plain formula instead.
+The handwritten backward of such a function cannot be differentiated, and does not support batched gradients. Where
+either is needed, backward takes the gradient of the plain formula by autograd instead.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from passes import compat
+
 
 def is_plain_needed(gradients: Sequence[torch.Tensor]) -> bool:
-    """Whether a backward must be differentiable itself, or gets many gradients at once."""
+    """Whether a backward must be differentiable itself, or gets batched gradients."""
     return torch.is_grad_enabled() or any(map(is_batched, gradients))
 
 
 def is_batched(tensor: torch.Tensor) -> bool:
-    """Whether many tensors are computed with at once, as by ``torch.vmap`` and ``is_grads_batched=True``."""
-    if torch.compiler.is_compiling():
-        return False
-    of = torch._C._functorch
-    return of.is_batchedtensor(tensor) or of.is_legacy_batchedtensor(tensor)
+    """Whether a tensor is batched by ``torch.vmap`` or ``is_grads_batched=True``; never in compiled code."""
+    return not torch.compiler.is_compiling() and compat.is_batched(tensor)
 
 
 def differentiate(
@@ -30,30 +29,30 @@ def differentiate(
     needed: Sequence[bool],
     gradients: Sequence[torch.Tensor],
 ) -> list[torch.Tensor | None]:
-    """Gradients of ``run(*operands)``, differentiable again where gradients are switched on.
+    """Gradients of ``run(*operands)``; they can be differentiated again if gradients are enabled.
 
-    Each is that of ``run`` alone: operands that depend on each other, as where one weight is used twice in a row, are
-    taken as independent.
+    Operands count as independent of each other, also where one was computed from another (one weight used twice in a
+    row).
 
     Args:
         run: the formula.
         operands: its arguments; some may be ``None``.
         needed: which of them need a gradient.
-        gradients: of what ``run`` returns.
+        gradients: the gradients of the tensors that ``run`` returns.
 
     Returns:
         A gradient for each operand, ``None`` where none is needed.
     """
-    is_again = torch.is_grad_enabled()
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        own = [_alias(o, is_again) if o is not None and n else o for o, n in zip(operands, needed, strict=True)]
+        own = [_alias(o, create_graph) if o is not None and n else o for o, n in zip(operands, needed, strict=True)]
         wanted = [o for o, n in zip(own, needed, strict=True) if o is not None and n]
-        found = iter(torch.autograd.grad(run(*own), wanted, gradients, create_graph=is_again, allow_unused=True))
+        found = iter(torch.autograd.grad(run(*own), wanted, gradients, create_graph=create_graph, allow_unused=True))
     return [next(found) if o is not None and n else None for o, n in zip(own, needed, strict=True)]
 
 
-def _alias(operand: torch.Tensor, is_again: bool) -> torch.Tensor:
-    """The operand as one of its own; connected with its history where the gradient is to be differentiated again."""
-    if is_again and operand.requires_grad:
+def _alias(operand: torch.Tensor, create_graph: bool) -> torch.Tensor:
+    """A new tensor with the operand's values, which keeps its autograd history only if ``create_graph``."""
+    if create_graph and operand.requires_grad:
         return operand.view_as(operand)
     return operand.detach().requires_grad_()

@@ -1,14 +1,14 @@
-"""Same mathematics as the inserted nodes, fewer kernels and less saved memory.
+"""Fuse base layers with their adapters: the same results with fewer kernels and less saved memory.
 
     linear(x, W, b), addmm(b, x, W), mm, matmul, + svd(x)   →  fused_linears(x, …)[0]
     the same for several weights that read one x            →  fused_linears(x, …)[0], [1], …
     any other product y with W, + svd(x)                    →  fused_update(y, x, …)
     with ``recompute``, where x = gelu(h), silu(h) or layer_norm(h, …), or a view of it
-                                                            →  fused_linears(x, …, again=(gelu, h))
+                                                            →  fused_linears(x, …, recomputation=(gelu, h))
 
-The same for LoRA, which is the SVD form without λ: P = B and Q = A. Refused, and left as inserted: adapters in
-weight form, the reverse direction of a weight that is used both ways, other forms, and grouping across an
-in-place operation that may change x.
+LoRA is fused as the SVD form without λ: P = B and Q = A. Not fused: adapters that run on the weight, the reverse
+direction of a weight that is used in both, and other forms. Layers are not grouped across an in-place operation, which
+may change x.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch.fx import GraphModule, Node
 from passes.analysis.dataflow import is_in_place
 from passes.base import GraphPass, PassResult, find_graph_modules
 from passes.fuse.fused_ops import fused_linears, fused_update
-from passes.fuse.memory_efficient_ops import written_gelu
+from passes.fuse.memory_efficient_ops import tanh_gelu
 from passes.operators import Product, match_product
 
 aten = torch.ops.aten
 
 
-#: Operators that are cheap to compute again, deterministic, and keep their input for backward anyway.
+#: Operators that are cheap to recompute, deterministic, and save their input for backward anyway.
 _CHEAP = {aten.gelu.default, aten.silu.default, aten.layer_norm.default}
 
 
@@ -48,7 +48,7 @@ class _Insertion:
 
     @property
     def x(self) -> Node:
-        """What the adapter reads, as the graph stands now: fusing upstream puts another node there."""
+        """The input of the adapter in the present graph; fusing an earlier layer replaces it."""
         x = self.down.args[0]
         if _is_call(x, aten.to.dtype) and "adapter_site" in x.meta:
             x = x.args[0]
@@ -57,7 +57,7 @@ class _Insertion:
 
     @property
     def product(self) -> Product | None:
-        """The base layer, if it is one that reads the same x and is read by this adapter alone."""
+        """The base layer, if ``output`` is a product of the same x with a weight."""
         found = match_product(self.output)
         return found if found is not None and found.x is self.x else None
 
@@ -66,13 +66,13 @@ class _Insertion:
 class FuseAdaptersPass(GraphPass):
     """Fuse base layers with their adapters.
 
-    Contract: the outputs and gradients are those of the unfused graph within rounding; fused nodes keep
-    ``meta["adapter_site"]``; :class:`~passes.adapt.fold_adapters.FoldAdaptersPass` is not run on a fused graph.
+    Contract: outputs and gradients are those of the unfused graph within rounding; fused nodes keep
+    ``meta["adapter_site"]``. :class:`~passes.adapt.fold_adapters.FoldAdaptersPass` does not accept a fused graph.
 
     Attributes:
-        group_siblings: let linears that read the same x share one down-projection.
-        recompute: do not keep an x for backward that a cheap operator gives again from what autograd
-            keeps anyway; memory for a little time.
+        group_siblings: let linear layers that read the same x share one product with all their Q.
+        recompute: recompute x in backward, instead of saving it, if a cheap operator made it from a tensor that
+            autograd saves anyway; saves memory for a little time.
     """
 
     group_siblings: bool = True
@@ -103,7 +103,7 @@ def _find_insertions(body: GraphModule) -> Iterator[_Insertion]:
 
 
 def _match(total: Node) -> _Insertion | None:
-    """Recognize y + linear(linear(x, Q) * (lam * s), P) or … * s, P), with casts of x and of the sum."""
+    """Recognize y + linear(linear(x, Q) * (lam * s), P), or with s alone for LoRA, with casts of x and the update."""
     output, update = total.args
     if _is_call(update, aten.type_as.default):
         update = update.args[0]
@@ -129,7 +129,7 @@ def _is_call(value: object, target: object) -> TypeGuard[Node]:
 
 
 def _group(insertions: list[_Insertion]) -> list[list[_Insertion]]:
-    """Insertions that read the same x and may be computed where the first of them is."""
+    """Group the insertions that read the same x and can be computed in the place of the first one."""
     groups: list[list[_Insertion]] = []
     open_groups: dict[Node, list[_Insertion]] = {}
     for one in insertions:
@@ -143,7 +143,7 @@ def _group(insertions: list[_Insertion]) -> list[list[_Insertion]]:
 
 
 def _may_join(first: _Insertion, one: _Insertion) -> bool:
-    """Whether ``one`` can move up to ``first``: its operands exist there and nothing is written in between."""
+    """Whether ``one`` can move up to ``first``: its operands exist there, and no operator in between is in place."""
     operands = [node for node in (*one.output.all_input_nodes, one.P, one.lam, one.Q) if node is not one.x]
     if any(node is not None and not node < first.output for node in operands):
         return False
@@ -171,24 +171,24 @@ def _fuse_linears(group: list[_Insertion], *, recompute: bool) -> None:
                 weight = graph.call_function(aten.t.default, (weight,))
                 weight.meta["adapter_site"] = one.total.meta["adapter_site"]
             operands += [weight, product.bias, one.P, one.lam, one.Q]
-        again = _find_recomputation(x) if recompute else None
+        found = _find_recomputation(x) if recompute else None
         scales = tuple(one.scale for one in group)
-        fused = graph.call_function(fused_linears, (x, scales, *operands), {"again": again} if again else {})
+        fused = graph.call_function(fused_linears, (x, scales, *operands), {"recomputation": found} if found else {})
         outputs = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(group))]
     fused.meta["adapter_site"] = ", ".join(str(one.total.meta["adapter_site"]) for one in group)
     for one, output in zip(group, outputs, strict=True):
-        _stand_in(one, output)
+        _replace_total(one, output)
         if not one.output.users:
             graph.erase_node(one.output)
 
 
 def _find_recomputation(x: Node) -> tuple[Any, ...] | None:
-    """How x is computed once more, if that is cheap; it may be a view of what is."""
+    """How to recompute x, if that is cheap; x may also be a view of a cheap operator's output."""
     shape = None
     if x.target is aten.view.default and isinstance(x.args[0], Node):
         x, shape = x.args[:2]  # type: ignore[assignment]
-    if x.target is written_gelu:
-        return (written_gelu.__name__, x.args, {}, shape)  # graphs print functions of torch's only
+    if x.target is tanh_gelu:
+        return (tanh_gelu.__name__, x.args, {}, shape)  # in arguments, graphs can print torch's functions only
     return (x.target, x.args, dict(x.kwargs), shape) if x.target in _CHEAP else None
 
 
@@ -196,10 +196,10 @@ def _fuse_update(one: _Insertion) -> None:
     graph = one.total.graph
     with graph.inserting_before(one.total):
         fused = graph.call_function(fused_update, (one.output, one.x, one.P, one.lam, one.Q, one.scale))
-    _stand_in(one, fused)
+    _replace_total(one, fused)
 
 
-def _stand_in(one: _Insertion, node: Node) -> None:
+def _replace_total(one: _Insertion, node: Node) -> None:
     node.meta.update(one.total.meta)
     one.total.replace_all_uses_with(node)
     for dead in _find_dead_chain(one.total):
@@ -207,7 +207,7 @@ def _stand_in(one: _Insertion, node: Node) -> None:
 
 
 def _find_dead_chain(node: Node) -> Iterator[Node]:
-    """The node and those of its inputs that only it read, last first."""
+    """The node, and the inputs that become unused when it is erased, in the order in which to erase them."""
     inputs = [source for source in node.all_input_nodes if source.op == "call_function"]
     yield node
     for source in inputs:

@@ -1,14 +1,14 @@
-"""Base layer and SVD or LoRA adapter as one differentiable function each: fewer kernels, less saved memory.
+"""Differentiable functions for base layers with SVD or LoRA adapters: fewer kernels, less saved memory.
 
-What autograd would save for a site on its own is x, x Qᵀ, (x Qᵀ) ∘ sλ and the shapes; these functions save
-x and x Qᵀ. Backward adds into one gradient of x instead of summing one tensor a branch.
+Without fusing, autograd saves x, x Qᵀ and (x Qᵀ) ∘ sλ for each site; these functions save x and x Qᵀ. Backward adds
+into one gradient of x, instead of summing one tensor per branch.
 
-    fused_linears     base linears that read the same x (query, key, value), each with its adapter;
-                      one product x [Q1; Q2; …]ᵀ serves them all
+    fused_linears     base linear layers that read the same x (query, key, value), each with its adapter;
+                      one product x [Q1; Q2; …]ᵀ serves all of them
     fused_update      y + s (x Qᵀ ∘ λ) Pᵀ for any other product y with the weight
 
-With λ = 0 the outputs are those of the base layer bit for bit. Under ``create_graph=True`` backward goes through
-the plain formula, so that it can be differentiated again (models whose forward computes a gradient need it).
+With λ = 0 the outputs are those of the base layer bit for bit. Under ``create_graph=True``, backward uses the plain
+formula, so that it can be differentiated again (models whose forward computes a gradient need this).
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ import torch
 from torch.nn.functional import linear
 
 from passes.fuse.differentiate import differentiate, is_plain_needed
-from passes.fuse.memory_efficient_ops import recompute_layer_norm, written_gelu
+from passes.fuse.memory_efficient_ops import recompute_layer_norm, tanh_gelu
 from passes.fuse.stacked_factors import cast, join_factors, join_lambdas, split_ranks
 
 #: Operands of one site in :func:`fused_linears`: weight, bias, P, λ, Q. λ is ``None`` for LoRA: P = B, Q = A.
 OPERANDS_PER_SITE = 5
 
-#: A function of torch's or the name of one of :data:`_OWN`, its arguments, those by name, and the shape that the
-#: result is viewed in.
+#: How to recompute x in backward: an operator of torch or the name of one in :data:`_NAMED_FUNCTIONS`, its positional
+#: and keyword arguments, and the shape of x if it is a view of the result in another shape.
 Recomputation = tuple[Callable[..., torch.Tensor] | str, Sequence[Any], Mapping[str, Any], Sequence[int] | None]
 
-_OWN = {function.__name__: function for function in (written_gelu, recompute_layer_norm)}
+_NAMED_FUNCTIONS = {function.__name__: function for function in (recompute_layer_norm, tanh_gelu)}
 
-#: Elements below which keeping x costs nothing that is worth another call.
+#: Below this number of elements, x is saved: recomputing it saves too little memory.
 _SMALL = 1 << 15
 
-#: Rows below which torch's own operators are faster (measured on a CPU: equal at about 100).
+#: Below this number of rows, torch's own operators are faster (measured on a CPU: equal at about 100).
 _FEW_ROWS = 64
 
 
@@ -44,7 +44,7 @@ def fused_linears(
     x: torch.Tensor,
     scales: Sequence[float],
     *operands: torch.Tensor | None,
-    again: Recomputation | None = None,
+    recomputation: Recomputation | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """y_i = x W_iᵀ + b_i + s_i ((x Q_iᵀ) ∘ λ_i) P_iᵀ for sites that read the same x.
 
@@ -52,25 +52,24 @@ def fused_linears(
         x: [..., in].
         scales: s of each site.
         operands: for each site W [out, in], b [out] or ``None``, P [out, r], λ [r] or ``None``, Q [r, in].
-        again: what gives x once more, from tensors that are kept for backward anyway: a function, its arguments,
-            those by name, and the shape of x if it is another than the result's; x itself is then not kept. Under
-            autocast, which backward does not repeat, it is, and so is a small one.
+        recomputation: how to recompute x from tensors that autograd saves anyway; x itself is then not saved. Ignored
+            for a small x, and under autocast, which is not active in backward.
 
     Returns:
-        One tensor [..., out] a site.
+        One tensor [..., out] per site.
     """
     is_compiling, is_autocast = torch.compiler.is_compiling(), torch.is_autocast_enabled(x.device.type)
     if not is_compiling and not is_autocast and x.numel() < _FEW_ROWS * x.shape[-1] and _is_of_one_dtype(x, operands):
         return _separate_linears(x, scales, operands)
     if is_autocast or (not is_compiling and x.numel() < _SMALL):
-        again = None
-    return _FusedLinears.apply(x, tuple(scales), again, *operands)  # type: ignore[no-any-return,no-untyped-call]
+        recomputation = None
+    return _FusedLinears.apply(x, tuple(scales), recomputation, *operands)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _separate_linears(
     x: torch.Tensor, scales: Sequence[float], operands: Sequence[torch.Tensor | None]
 ) -> tuple[torch.Tensor, ...]:
-    """The same by torch's own operators: for few rows, their backward in C++ outweighs that it is more kernels."""
+    """The same by torch's own operators: for few rows, their C++ backward is faster in spite of more kernels."""
     rows, outputs = _as_rows(x), []
     for (W, b, P, lam, Q), scale in zip(_by_site(operands), scales, strict=True):
         hidden = linear(rows, Q)
@@ -87,7 +86,7 @@ def _is_of_one_dtype(x: torch.Tensor, operands: Sequence[torch.Tensor | None]) -
 def fused_update(
     y: torch.Tensor, x: torch.Tensor, P: torch.Tensor, lam: torch.Tensor | None, Q: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Add the update s ((x Qᵀ) ∘ λ) Pᵀ to y, for x [..., in] and y [..., out] of any origin; λ = ``None`` is 1."""
+    """y + s ((x Qᵀ) ∘ λ) Pᵀ for any y [..., out] and x [..., in]; P is [out, r], Q [r, in], λ [r] or ``None`` for 1."""
     return _FusedUpdate.apply(y, x, P, lam, Q, scale)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -97,7 +96,7 @@ class _FusedLinears(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         scales: tuple[float, ...],
-        again: Recomputation | None,
+        recomputation: Recomputation | None,
         *operands: torch.Tensor | None,
     ) -> Any:
         sites = _by_site(operands)
@@ -105,11 +104,11 @@ class _FusedLinears(torch.autograd.Function):
         outputs = [linear(rows, W, b) for W, b, _, _, _ in sites]
         with _without_autocast(x):
             hidden, lambdas = _update_(outputs, rows, sites, scales)
-        sources = [x] if again is None else [a for a in again[1] if isinstance(a, torch.Tensor)]
+        sources = [x] if recomputation is None else [a for a in recomputation[1] if isinstance(a, torch.Tensor)]
         ctx.save_for_backward(hidden, lambdas, *operands, *sources)
         ctx.scales = scales
         ctx.shape = x.shape
-        ctx.again = None if again is None else _without_tensors(again)
+        ctx.recomputation = None if recomputation is None else _without_tensors(recomputation)
         if x.dim() == 2:
             return tuple(outputs)
         leading = x.shape[:-1]
@@ -120,7 +119,7 @@ class _FusedLinears(torch.autograd.Function):
         hidden, lambdas, *saved = ctx.saved_tensors
         scales, needed = ctx.scales, ctx.needs_input_grad
         count = OPERANDS_PER_SITE * len(scales)
-        x = saved[count] if ctx.again is None else _recompute(ctx.again, saved[count:])
+        x = saved[count] if ctx.recomputation is None else _recompute(ctx.recomputation, saved[count:])
         if is_plain_needed(gradients):
             wanted = (needed[0], *needed[3:])
             dx, *others = differentiate(_plain_linears(scales), (x, *saved[:count]), wanted, gradients)
@@ -145,21 +144,21 @@ class _FusedLinears(torch.autograd.Function):
         return dx, None, None, *found
 
 
-class _Place:
-    """Stands for a tensor among the arguments of a function to be called again."""
+class _SavedTensor:
+    """Placeholder for a saved tensor among the arguments of a recomputation."""
 
 
-def _without_tensors(again: Recomputation) -> Recomputation:
-    function, arguments, options, shape = again
-    return function, [_Place if isinstance(a, torch.Tensor) else a for a in arguments], options, shape
+def _without_tensors(recomputation: Recomputation) -> Recomputation:
+    function, arguments, options, shape = recomputation
+    return function, [_SavedTensor if isinstance(a, torch.Tensor) else a for a in arguments], options, shape
 
 
-def _recompute(again: Recomputation, saved: Sequence[Any]) -> torch.Tensor:
-    """X as it was in forward."""
-    name, arguments, options, shape = again
-    function = _OWN[name] if isinstance(name, str) else name
+def _recompute(recomputation: Recomputation, saved: Sequence[Any]) -> torch.Tensor:
+    """The x of forward, from the saved tensors in the order of the arguments."""
+    name, arguments, options, shape = recomputation
+    function = _NAMED_FUNCTIONS[name] if isinstance(name, str) else name
     tensors = iter(saved)
-    x: torch.Tensor = function(*(next(tensors) if a is _Place else a for a in arguments), **options)
+    x: torch.Tensor = function(*(next(tensors) if a is _SavedTensor else a for a in arguments), **options)
     return x if shape is None else x.view(shape)
 
 
@@ -208,7 +207,7 @@ def plain_linear(
     Q: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """X Wᵀ + b + s ((x Qᵀ) ∘ λ) Pᵀ by torch's own operators, for x [..., in]."""
+    """x Wᵀ + b + s ((x Qᵀ) ∘ λ) Pᵀ by torch's own operators, for the operands of :func:`fused_linears`."""
     base = linear(x, W, b)
     (update,) = _plain_update(scale)(x, P, lam, Q)
     return base + update.to(base.dtype)
@@ -232,9 +231,12 @@ def _plain_update(scale: float) -> Callable[..., list[torch.Tensor]]:
 def _update_(
     outputs: Sequence[torch.Tensor], rows: torch.Tensor, sites: Sequence[Any], scales: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add the updates of all sites to their outputs [rows, out]; (x Qᵀ)ᵀ [Σr, rows] and λ [Σr, 1] of all sites.
+    """Add the updates of all sites to their outputs [rows, out], in place.
 
-    Everything with the rank as a dimension has it first: those products are up to twice as fast on CPUs.
+    The rank is the first dimension of all intermediate tensors: those products are up to twice as fast on CPUs.
+
+    Returns:
+        (x Qᵀ)ᵀ [Σr, rows] and λ [Σr, 1] of all sites.
     """
     dtype = _compute_dtype(outputs[0], sites[0][2])
     hidden = torch.mm(join_factors([site[4] for site in sites], dtype), cast(rows, dtype).t())
@@ -246,7 +248,7 @@ def _update_(
 
 
 class _Factors(NamedTuple):
-    """Gradients of P, λ (``None`` where there is none) and Q by site, and that of x Qᵀ of all sites, [Σr, rows]."""
+    """Gradients of P, λ (``None`` for sites without λ) and Q by site, and of (x Qᵀ)ᵀ of all sites, [Σr, rows]."""
 
     by_site: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]
     reading: torch.Tensor
@@ -260,7 +262,7 @@ def _factor_gradients(
     sites: Sequence[Any],
     scales: Sequence[float],
 ) -> _Factors:
-    """What :func:`_update_` needs backward.
+    """The backward of :func:`_update_`.
 
     Args:
         gradients: of the sites' outputs, [rows, out] each.
@@ -279,7 +281,7 @@ def _factor_gradients(
         g = cast(gradient, dtype)
         to.addmm_(cast(P, dtype).t(), g.t(), beta=0, alpha=scale)
         product = g.new_empty(len(part), g.shape[1]).addmm_(part, g, beta=0, alpha=scale)
-        # In the memory layout of P, so that autograd takes it as it is.
+        # In the memory layout of P, so that autograd does not copy it.
         dP.append(torch.mul(product.t(), column.t(), out=torch.empty_like(P, memory_format=torch.contiguous_format)))
     dlam: Sequence[torch.Tensor | None] = [None] * len(sites)
     if any(site[3] is not None for site in sites):
@@ -299,7 +301,7 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _with_shape(rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The rows in another shape, not as a view: autograd forbids changing a custom function's views in place."""
+    """The rows in another shape, not as a view: autograd forbids in-place changes of views that a function returns."""
     if len(shape) == 2:
         return rows
     reshaped: torch.Tensor = torch.ops.aten._unsafe_view.default(rows, shape)
@@ -311,12 +313,12 @@ def _by_site(operands: Sequence[Any]) -> list[tuple[Any, Any, Any, Any, Any]]:
 
 
 def _compute_dtype(output: torch.Tensor, factor: torch.Tensor) -> torch.dtype:
-    """The adapters' own dtype, but that of the output inside an autocast region (which made it narrower)."""
+    """The dtype of the adapters, or under autocast that of the output, which autocast has chosen."""
     return output.dtype if torch.is_autocast_enabled(output.device.type) else factor.dtype
 
 
 def _without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Entering autocast costs more than a small kernel, so it is left alone where it is off."""
+    """A context without autocast; where autocast is off, a null context, because entering autocast takes time."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 

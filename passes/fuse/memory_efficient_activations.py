@@ -1,10 +1,9 @@
-"""Let dropout and attention keep less for backward; see :mod:`passes.fuse.memory_efficient_ops`.
+"""Let dropout and attention save less for backward; see :mod:`passes.fuse.memory_efficient_ops`.
 
     dropout(x, p, True)                                  →  memory_efficient_dropout(x, p, True)
     scaled_dot_product_attention(q, k, v, mask, p > 0)   →  memory_efficient_attention(q, k, v, mask, p)
 
-Refused, and left as they are: dropout in place, and attention without dropout, for which torch has kernels that
-keep no probabilities at all.
+Not rewritten: in-place dropout, and attention without dropout, for which torch has kernels that save no probabilities.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryEfficientActivationsPass(GraphPass):
-    """Exchange operators for ones that keep less.
+    """Replace operators by ones that save less memory for backward.
 
-    Contract: outputs, gradients and the state of the random generators after a call are those of the graph
-    before, within rounding; nodes stay where they are, with the same arguments.
+    Contract: outputs and gradients stay the same within rounding, and a call draws the same random numbers; nodes keep
+    their places and arguments.
     """
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        """Exchange them in the graph and in the regions inside it."""
+        """Replace them in the graph and in the regions inside it."""
         found = [node for body in find_graph_modules(graph_module) for node in body.graph.nodes]
         dropouts = [node for node in found if _is_dropout(node)]
         attentions = [node for node in found if _is_attention_with_dropout(node)]

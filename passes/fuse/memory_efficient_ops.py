@@ -1,13 +1,13 @@
-"""Dropout and attention with dropout on CPUs: the same numbers and random draws, with less kept for backward.
+"""Dropout, attention and GELU that save less for backward, with the same results and random draws as torch's.
 
-    memory_efficient_dropout      keeps which elements stay as bytes, not as numbers of x's type
-    written_gelu      keeps x, not each step of the formula
-    recompute_layer_norm   the output of layer normalization from what its own backward keeps
-    memory_efficient_attention    keeps q, k, v, the probabilities and those bytes; torch's own path for attention with
-                      dropout keeps scaled copies of q and k, the probabilities twice and the mask as numbers
+    memory_efficient_dropout     saves its mask as bytes, not in the dtype of x
+    memory_efficient_attention   saves q, k, v, the probabilities and a mask of bytes; torch's attention with dropout
+                                 saves scaled copies of q and k, the probabilities twice and the mask as floats
+    tanh_gelu                    saves x, not each step of the formula
+    recompute_layer_norm         the output of layer normalization, from what its backward saves anyway
 
-Both draw from the generator what torch's operators draw. Whatever they are not written for (other devices, where
-torch has kernels of its own, half precision, autocast, a mask that trains) goes to torch's operators.
+Dropout and attention are for float32 and float64 on CPUs. In all other cases (other devices, half precision, autocast,
+a mask that needs a gradient), torch's operators run.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ aten = torch.ops.aten
 
 _DTYPES = (torch.float32, torch.float64)
 
-#: Elements below which keeping less is not worth a function in Python.
+#: Below this number of elements, the saving is not worth the overhead of a Python function.
 _SMALL = 1 << 15
 
 
 def memory_efficient_dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
-    """``aten.dropout(x, p, train)``, its own function where x is large enough to be worth it."""
-    is_ours = train and x.numel() >= _SMALL and 0 < p < 1 and x.requires_grad and x.is_contiguous() and _is_plain(x)
-    if not is_ours:
+    """``aten.dropout(x, p, train)``; a large x that needs a gradient is masked with bytes."""
+    fits = train and x.numel() >= _SMALL and 0 < p < 1 and x.requires_grad and x.is_contiguous() and _is_plain(x)
+    if not fits:
         return aten.dropout.default(x, p, train)  # type: ignore[no-any-return]
     return _Dropout.apply(x, p)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -48,11 +48,11 @@ def memory_efficient_attention(
 ) -> torch.Tensor:
     """``aten.scaled_dot_product_attention`` for q [B, H, L, E], k [B, H, S, E], v [B, H, S, F] → [B, H, L, F]."""
     three = (query, key, value)
-    is_ours = 0 < dropout_p < 1 and not enable_gqa and all(_is_plain(t) and t.dim() == 4 for t in three)
-    is_ours = is_ours and query.shape[:2] == key.shape[:2] == value.shape[:2] and len({t.dtype for t in three}) == 1
+    fits = 0 < dropout_p < 1 and not enable_gqa and all(_is_plain(t) and t.dim() == 4 for t in three)
+    fits = fits and query.shape[:2] == key.shape[:2] == value.shape[:2] and len({t.dtype for t in three}) == 1
     if attn_mask is not None:
-        is_ours = is_ours and not is_causal and not attn_mask.requires_grad and attn_mask.device == query.device
-    if not is_ours or not any(t.requires_grad for t in three):
+        fits = fits and not is_causal and not attn_mask.requires_grad and attn_mask.device == query.device
+    if not fits or not any(t.requires_grad for t in three):
         return aten.scaled_dot_product_attention.default(  # type: ignore[no-any-return]
             *three, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -61,11 +61,14 @@ def memory_efficient_attention(
     return _Attention.apply(query, key, value, bias, dropout_p, scale)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def written_gelu(x: torch.Tensor, c: float, k: float) -> torch.Tensor:
-    """0.5 x (1 + tanh(c (x + k x³))), as GPT-2 writes GELU; backward is that of torch's own for the usual c and k."""
+def tanh_gelu(x: torch.Tensor, c: float, k: float) -> torch.Tensor:
+    """0.5 x (1 + tanh(c (x + k x³))), elementwise, as GPT-2 computes GELU; saves x only.
+
+    Backward is that of torch's ``gelu(x, approximate="tanh")``, which has c = √(2/π) and k = 0.044715.
+    """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return (x * 0.5) * (torch.tanh((x + torch.pow(x, 3.0) * k) * c) + 1.0)
-    return _WrittenGelu.apply(x, c, k)  # type: ignore[no-any-return,no-untyped-call]
+    return _TanhGelu.apply(x, c, k)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def recompute_layer_norm(
@@ -76,9 +79,10 @@ def recompute_layer_norm(
     bias: torch.Tensor | None,
     dims: int,
 ) -> torch.Tensor:
-    """((x - mean) ∘ rstd) ∘ weight + bias, with the statistics that layer normalization of x over its last dims gave.
+    """Layer normalization of x over its last ``dims`` dimensions, ((x - mean) ∘ rstd) ∘ weight + bias.
 
-    Where it is to be differentiated, the statistics are computed from x once more: they depend on it.
+    ``mean`` and ``rstd`` are the statistics that the first run saved. If gradients are enabled, the statistics are
+    recomputed from x, because they depend on it.
     """
     if torch.is_grad_enabled():
         own = [-1 - d for d in range(dims)]
@@ -110,7 +114,7 @@ class _Dropout(torch.autograd.Function):
         return kept.to(gradient.dtype).div_(ctx.keep) * gradient, None
 
 
-class _WrittenGelu(torch.autograd.Function):
+class _TanhGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, c: float, k: float) -> torch.Tensor:
         ctx.save_for_backward(x)
@@ -123,7 +127,7 @@ class _WrittenGelu(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """(softmax(s q kᵀ + bias) ∘ noise / (1 - p)) v, by the operators that torch uses, so that no bit differs."""
+    """(softmax(s q kᵀ + bias) ∘ noise / (1 - p)) v, by the operators that torch uses, so the results are identical."""
 
     @staticmethod
     def forward(
@@ -179,25 +183,25 @@ def _attend(
     noise: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """The plain formula, for gradients that are to be differentiated again."""
+    """The plain formula, for gradients that are differentiated again."""
     return (_softmax_(q @ k.mT * scale, bias) * noise) @ v
 
 
 def _softmax_(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Softmax of scores + bias, which changes the scores; rows that the bias masks wholly become 0, as in torch."""
+    """Softmax of scores + bias, writing into the scores; rows that are fully masked become 0, as in torch."""
     if bias is None:
         return torch.softmax(scores, -1)
     probabilities = torch.softmax(scores.add_(bias), -1)
-    dead = bias.amax(-1, keepdim=True) == -math.inf
-    if bool(dead.any()):
-        probabilities = probabilities.masked_fill(dead, 0)
+    is_masked = bias.amax(-1, keepdim=True) == -math.inf
+    if bool(is_masked.any()):
+        probabilities = probabilities.masked_fill(is_masked, 0)
     return probabilities
 
 
 def _make_bias(
     mask: torch.Tensor | None, is_causal: bool, query: torch.Tensor, key: torch.Tensor
 ) -> torch.Tensor | None:
-    """What is added to the scores: 0 or -inf for a mask of bool (True: takes part), a mask of numbers as it is."""
+    """The summand of the scores: 0 or -inf for a mask of bool (True: attend), a mask of floats itself."""
     if is_causal:
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if mask is None or mask.dtype != torch.bool:

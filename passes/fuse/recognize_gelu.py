@@ -1,9 +1,9 @@
-"""Recognize GELU where a model writes it out (GPT-2 and its kin, which call it ``gelu_new``).
+"""Recognize the tanh form of GELU where a model computes it step by step (``gelu_new`` in GPT-2 and related models).
 
-    0.5 x (1 + tanh(c (x + k x³))), c ≈ √(2/π), k ≈ 0.044715    →    written_gelu(x, c, k)
+    0.5 x (1 + tanh(c (x + k x³))), c ≈ √(2/π), k ≈ 0.044715    →    tanh_gelu(x, c, k)
 
-Of the seven tensors that backward would need one is kept, and no bit of the output differs. Refused, and left as it
-is: any other constants or order of operators.
+This is the approximation of Hendrycks and Gimpel 2016, arXiv 1606.08415. Backward then needs one saved tensor instead
+of seven, and the output is the same bit for bit. Not rewritten: other constants or another order of operators.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import GraphPass, PassResult, find_graph_modules
-from passes.fuse.memory_efficient_ops import written_gelu
+from passes.fuse.memory_efficient_ops import tanh_gelu
 
 aten = torch.ops.aten
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecognizeGeluPass(GraphPass):
-    """Write the tanh form of GELU as one function.
+    """Replace the operators of the tanh form of GELU by one function.
 
-    Contract: outputs are those of the graph before, bit for bit; gradients within rounding.
+    Contract: outputs stay the same bit for bit, gradients within rounding.
     """
 
     def call(self, graph_module: GraphModule) -> PassResult:
@@ -43,7 +43,7 @@ class RecognizeGeluPass(GraphPass):
 def _replace(node: Node, x: Node, c: float, k: float) -> None:
     graph = node.graph
     with graph.inserting_before(node):
-        gelu = graph.call_function(written_gelu, (x, c, k))
+        gelu = graph.call_function(tanh_gelu, (x, c, k))
     gelu.meta.update(node.meta)
     chain = list(_find_chain(node, x))
     node.replace_all_uses_with(gelu)
@@ -53,7 +53,7 @@ def _replace(node: Node, x: Node, c: float, k: float) -> None:
 
 
 def _find_chain(node: Node, x: Node) -> Iterator[Node]:
-    """The nodes from the result back to x, each before what it reads."""
+    """The nodes from the result back to x, each one before its inputs."""
     yield node
     for source in node.all_input_nodes:
         if source is not x:
@@ -61,7 +61,7 @@ def _find_chain(node: Node, x: Node) -> Iterator[Node]:
 
 
 def _find_arguments(node: Node) -> tuple[Node, float, float] | None:
-    """The x that a node is the GELU of, c and k."""
+    """x, c and k if the node is 0.5 x (1 + tanh(c (x + k x³)))."""
     if node.target is not aten.mul.Tensor:
         return None
     for half, rest in (node.args[:2], node.args[1::-1]):
@@ -72,7 +72,7 @@ def _find_arguments(node: Node) -> tuple[Node, float, float] | None:
 
 
 def _find_cubic(node: object) -> tuple[Node, float, float] | None:
-    """The x of 1 + tanh(c (x + k x³)), c and k."""
+    """x, c and k if the node is 1 + tanh(c (x + k x³))."""
     tanh = _match(node, aten.add.Tensor, 1.0)
     if tanh is None or tanh.target is not aten.tanh.default:
         return None
@@ -88,7 +88,7 @@ def _find_cubic(node: object) -> tuple[Node, float, float] | None:
 
 
 def _match(node: object, target: object, constant: float) -> Node | None:
-    """The x of ``target(x, constant)``."""
+    """x if the node is ``target(x, constant)``."""
     if not isinstance(node, Node) or node.target is not target or len(node.args) != 2 or node.kwargs:
         return None
     x, value = node.args

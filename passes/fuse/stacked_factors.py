@@ -1,4 +1,7 @@
-"""The factors of several adapters one below the other, so that one product serves all of them."""
+"""Concatenate the factors of several adapters along the rank, so that one product serves all of them.
+
+``sites`` are the operands of each site as in :func:`passes.fuse.fused_ops.fused_linears`: W, b, P, λ, Q.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,21 @@ import torch
 
 
 def split_ranks(stacked: torch.Tensor, sites: Sequence[Any]) -> Sequence[torch.Tensor]:
-    """The parts of [Σr, ...] that belong to each site."""
+    """Split [Σr, ...] into the part of each site, [r, ...]."""
     return stacked.split([len(site[4]) for site in sites]) if len(sites) > 1 else [stacked]
 
 
 def join_factors(factors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The factors one below the other: a view if they are neighbors in memory, as in flat buffers."""
+    """The factors [r, ...] concatenated to [Σr, ...]; a view if they are adjacent in memory, as in flat buffers."""
     first = factors[0]
     if len(factors) == 1:
         return cast(first, dtype)
-    if _are_neighbors(factors):
+    if _are_adjacent(factors):
         return cast(first.as_strided((sum(map(len, factors)), *first.shape[1:]), first.stride()), dtype)
     return cast(torch.cat(list(factors)), dtype)
 
 
-def _are_neighbors(factors: Sequence[torch.Tensor]) -> bool:
+def _are_adjacent(factors: Sequence[torch.Tensor]) -> bool:
     if torch.compiler.is_compiling() or not all(type(f) in (torch.Tensor, torch.nn.Parameter) for f in factors):
         return False
     first = factors[0]
@@ -37,11 +40,11 @@ def _are_neighbors(factors: Sequence[torch.Tensor]) -> bool:
 
 
 def join_lambdas(sites: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
-    """λ of all sites as a column, [Σr, 1]; 1 where there is none."""
+    """λ of all sites as a column, [Σr, 1]; 1 for sites without λ."""
     parts = [site[4].new_ones(len(site[4])) if site[3] is None else site[3] for site in sites]
     return join_factors(parts, dtype).unsqueeze(1)
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in a dtype; itself if it is that."""
+    """The tensor in a dtype; the tensor itself if it has that dtype."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

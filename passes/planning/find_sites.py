@@ -1,7 +1,6 @@
-"""Where adapters can go: one site per weight, found by what the graph does with the weight.
+"""Find the sites: the weights that can have an adapter, judged by how they are used.
 
-Finding only matches and explains: each weight of two or more dimensions becomes a site or gets the
-reason why it did not. Nothing is edited.
+Each weight of two or more dimensions becomes a site or is rejected with a reason. Nothing is edited here.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from passes.base import SiteError
 from passes.planning.rules import AdapterRule
 from passes.planning.site import AdapterSite, abbreviate, find_matching_glob
 
-#: The selection that takes every weight whose every use is a matrix product.
+#: Selects every weight that is used by matrix products only.
 ALL_LINEAR = "all-linear"
 
 _REGISTRIES = {"_parameters", "_buffers", "_modules"}
@@ -29,13 +28,13 @@ _CONV1D = "transformers.pytorch_utils.Conv1D"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiteSearch:
-    """What a search found.
+    """The result of a search for sites.
 
     Attributes:
-        sites: the chosen weights in model order.
-        rejected: why each other weight of two or more dimensions is not one.
-        rules: the rule that chose a site, by the site's name, where one did.
-        others: weights that could carry an adapter and were not chosen, in model order.
+        sites: the selected weights, in model order.
+        rejected: by name, the reason why each other weight of two or more dimensions is not selected.
+        rules: by the site's name, the rule that applies to it, if there is one.
+        others: weights that can have an adapter and are not selected, in model order.
     """
 
     sites: tuple[AdapterSite, ...]
@@ -46,14 +45,14 @@ class SiteSearch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiteSelection:
-    """Which weights are wanted.
+    """Which weights the user wants to adapt.
 
     Attributes:
         sites: ``"all-linear"`` or globs over qualified weight names (``*.query.weight``); a glob
             may also match the name without its last part (``*.query``).
-        exclude: globs of weights that are left alone.
-        trainable: globs of parameters trained fully, which therefore carry no adapter.
-        rules: the first that matches a weight decides about it, before ``sites`` does.
+        exclude: globs of weights that get no adapter.
+        trainable: globs of parameters that are trained fully and therefore get no adapter.
+        rules: the first rule that matches a weight applies to it; rules come before ``sites``.
     """
 
     sites: str | tuple[str, ...] = ALL_LINEAR
@@ -62,7 +61,7 @@ class SiteSelection:
     rules: tuple[AdapterRule, ...] = ()
 
     def find_reason_against(self, names: Sequence[str]) -> str | None:
-        """Why the weight with these names (more than one if tied) is left alone whatever the rules say."""
+        """Why no rule can select the weight with these names (several if it is tied), or ``None``."""
         if pattern := find_matching_glob(names, self.trainable):
             return f"trained fully (trainable={pattern!r})"
         if pattern := find_matching_glob(names, self.exclude):
@@ -70,7 +69,7 @@ class SiteSelection:
         return None
 
     def find_reason_against_site(self, site: AdapterSite, rule: AdapterRule | None) -> str | None:
-        """Why a weight that can carry an adapter is not to have one; ``rule`` is the one that matches it."""
+        """Why a weight that can have an adapter is not selected, or ``None``; ``rule`` is the one that matches it."""
         if rule is not None and rule.exclude:
             return f"excluded by {rule}"
         if rule is not None and rule.names_weights:
@@ -89,8 +88,8 @@ class SiteSelection:
             for pattern in globs:
                 if find_matching_glob(names, (pattern,)) is None:
                     raise SiteError(
-                        f"{option}={pattern!r} matches no weight, expected a glob that does; mend it or leave it out; "
-                        f"there are: {abbreviate(names)}"
+                        f"{option}={pattern!r} matches no weight, expected a glob that does; correct it or leave it "
+                        f"out; there are: {abbreviate(names)}"
                     )
 
     def _globs(self) -> tuple[str, ...]:
@@ -104,12 +103,12 @@ def find_sites(
     module: nn.Module,
     selection: SiteSelection,
 ) -> SiteSearch:
-    """Sites by what was seen of each weight.
+    """The sites of a module, judged by the recorded uses of each weight.
 
     Args:
         uses: every use of each weight, by its first qualified name.
-        module: the module whose parameters name the sites.
-        selection: which weights are wanted.
+        module: the owner of the weights; sites have the names of its parameters.
+        selection: which weights to select.
 
     Raises:
         SiteError: a glob of the selection matches no weight.
@@ -127,9 +126,9 @@ def find_sites(
 
 
 def find_module_sites(module: nn.Module, selection: SiteSelection) -> SiteSearch:
-    """Sites judged by the modules that own the weights, before any graph exists.
+    """The sites of a module, judged by the classes of the modules that own the weights, where there is no graph.
 
-    Known owners are ``nn.Linear``, ``nn.MultiheadAttention`` and transformers' ``Conv1D``.
+    Known classes are ``nn.Linear``, ``nn.MultiheadAttention`` and transformers' ``Conv1D``.
 
     Raises:
         SiteError: a glob of the selection matches no weight.
@@ -147,7 +146,12 @@ def find_module_sites(module: nn.Module, selection: SiteSelection) -> SiteSearch
 
 
 def search_known_sites(known: Iterable[AdapterSite], module: nn.Module, selection: SiteSelection) -> SiteSearch:
-    """Choose among weights that an earlier search found able to carry an adapter.
+    """Select again among the sites that an earlier search found.
+
+    Args:
+        known: the sites, selected or not.
+        module: the owner of the weights; the sites get the present dtypes of its parameters.
+        selection: which weights to select.
 
     Raises:
         SiteError: a glob of the selection matches no weight.
@@ -156,7 +160,7 @@ def search_known_sites(known: Iterable[AdapterSite], module: nn.Module, selectio
 
     def judge(name: str, weight: nn.Parameter) -> AdapterSite | str:
         if name not in found:
-            return "it could not carry an adapter when the model was compiled"
+            return "it could not have an adapter when the model was compiled"
         return dataclasses.replace(found[name], dtype=weight.dtype)
 
     return _search(module, selection, judge)
@@ -171,26 +175,24 @@ def _search(
         if first in weights:
             named[first].append(alias)
     selection.assert_globs_match([name for names in named.values() for name in names])
-    kept = _find_kept_parameters(module)
+    in_attributes = _find_parameters_in_attributes(module)
     rejected: dict[str, str] = {}
     candidates: dict[AdapterSite, str | None] = {}
     rules: dict[str, AdapterRule] = {}
     for name, weight in weights.items():
         names = named[name]
         reason = selection.find_reason_against(names)
-        verdict = judge(name, weight)
+        verdict = judge(name, weight) if weight.numel() else "it has no values"
         if isinstance(verdict, str):
             rejected[name] = reason or verdict
             continue
         site = dataclasses.replace(verdict, aliases=tuple(other for other in names if other != name))
         owner = module.get_submodule(name.rpartition(".")[0])
-        if weight_keeper := kept.get(id(weight)):
-            rejected[name] = (
-                reason or f"{weight_keeper} holds it as well, and would give it without what an adapter adds"
-            )
+        if attribute := in_attributes.get(id(weight)):
+            rejected[name] = reason or f"the attribute {attribute} holds it too, and reads of that miss the adapter"
             continue
         if isinstance(owner, torch.jit.ScriptModule):
-            rejected[name] = reason or "it belongs to a TorchScript module, whose code in C++ reads the weight itself"
+            rejected[name] = reason or "it belongs to a TorchScript module, whose C++ code reads the weight directly"
             continue
         rule = None if reason else next((rule for rule in selection.rules if rule.matches(site, owner)), None)
         candidates[site] = reason or selection.find_reason_against_site(site, rule)
@@ -212,8 +214,8 @@ def _search(
     )
 
 
-def _find_kept_parameters(module: nn.Module) -> dict[int, str]:
-    """Parameters that stand in plain attributes, lists, tuples or dicts of a module too, by id, and where that is."""
+def _find_parameters_in_attributes(module: nn.Module) -> dict[int, str]:
+    """By id, the parameters that a plain attribute holds too (also in a list, tuple, set or dict), and its name."""
     found: dict[int, str] = {}
     for name, child in module.named_modules():
         for key, value in vars(child).items():
@@ -226,13 +228,13 @@ def _find_kept_parameters(module: nn.Module) -> dict[int, str]:
 
 
 def _judge_uses(name: str, weight: nn.Parameter, uses: Sequence[WeightUse]) -> AdapterSite | str:
-    """The site for a weight with these uses, or the reason why it is none."""
+    """The site for a weight with these uses, or the reason why it cannot have an adapter."""
     if not weight.is_floating_point():
         return f"dtype {weight.dtype} is not a floating-point one"
     if not uses:
         return "the example does not use it; compile with one that does, or without an example, to adapt it"
     if any(use.is_copied for use in uses):
-        return "its values are written into another tensor in place, which would miss what an adapter adds"
+        return "its values are written into another tensor in place, which would not include the adapter"
     if not any(use.reaches_output for use in uses):
         return "no output depends on it"
     if not any(use.reaches_output and use.has_gradient for use in uses):
@@ -250,7 +252,7 @@ def _judge_uses(name: str, weight: nn.Parameter, uses: Sequence[WeightUse]) -> A
 
 
 def _find_linear_weights(module: nn.Module) -> Iterator[tuple[int, bool]]:
-    """``(id of the weight, whether it is stored [in, out])`` of linear layers and their kin."""
+    """``(id of the weight, whether it is stored [in, out])`` for linear layers, attention and ``Conv1D``."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             yield id(child.weight), False

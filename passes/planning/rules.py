@@ -1,6 +1,6 @@
-"""Which weights get which adapter, as rules: what to match, apart from what to do.
+"""Rules: which weights to match, and what to do with them.
 
-The first rule that matches a weight decides. A weight that no rule matches is treated as the selection says.
+The first rule that matches a weight applies to it. The rest of the selection applies to weights that no rule matches.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from passes.planning.site import AdapterSite, abbreviate, find_matching_glob
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterRule:
-    """Conditions, all of which must hold for a weight, and what to do with the weights that they hold for.
+    """Conditions that a weight must all meet, and what to do with the weights that meet them.
 
-    A rule that says which weights by name, pattern, role, module or op also adapts weights that matrix products
-    alone would not reach, such as embeddings; a rule without these only takes up what is adapted anyway.
+    A rule with a name, pattern, role, module or op also adapts weights that ``sites`` does not select, such as
+    embeddings. A rule without these only changes the adapters of weights that are selected anyway.
 
     Attributes:
         name: a glob or globs over the weight's qualified names; one may leave the last part out (``*.query``).
@@ -34,18 +34,18 @@ class AdapterRule:
         module: classes of the module that owns the weight, or globs over their names.
         op: a glob or globs over the site's operator, such as ``linear`` or ``embedding``.
         depth: the number of the block, or ``(first, last)``, both included; needs an example.
-        size: least and greatest number of values of the weight, ``None`` for no bound.
+        size: smallest and largest number of elements of the weight, ``None`` for no bound.
         kind: what the adapters compute, such as ``svd`` or ``lora``; by default the configuration's.
         rank: rank of the adapters; by default the configuration's.
         alpha: ΔW = alpha / rank · P diag(λ) Q; by default the configuration's.
-        split: give a packed weight an adapter for each of its parts: how many equal ones, or their sizes, in rows of
-            ΔW (output features); ``"matrices"`` for each matrix of a stacked weight, such as one an expert.
-        exclude: adapt none of the weights.
-        required: raise if the rule decides about no weight.
-        expect: raise unless the rule decides about this many weights.
+        split: one adapter for each part of a packed weight: the number of equal parts, or a tuple of their sizes in
+            rows of ΔW (output features); ``"matrices"`` for each matrix of a stacked weight, as of one expert.
+        exclude: the weights get no adapter.
+        required: raise an error if the rule applies to no weight.
+        expect: raise an error unless the rule applies to this many weights.
 
     Raises:
-        SiteError: a condition is of another kind, matches no role there is, or contradicts another option.
+        SiteError: an option has an invalid value, names a role that does not exist, or contradicts another option.
     """
 
     name: str | tuple[str, ...] | None = None
@@ -76,11 +76,11 @@ class AdapterRule:
 
     @property
     def names_weights(self) -> bool:
-        """Whether the rule says which weights it means, not only how deep or how large they are."""
+        """Whether the rule has a condition other than depth and size."""
         return any(option is not None for option in (self.name, self.pattern, self.role, self.module, self.op))
 
     def matches(self, site: AdapterSite, owner: nn.Module) -> bool:
-        """Whether every condition holds for the weight of ``site``, which belongs to ``owner``."""
+        """Whether the weight of ``site``, a parameter of ``owner``, meets every condition."""
         names = (site.name, *site.aliases)
         return (
             (self.name is None or find_matching_glob(names, _as_tuple(self.name)) is not None)
@@ -92,10 +92,10 @@ class AdapterRule:
         )
 
     def split_site(self, site: AdapterSite) -> list[AdapterSite]:
-        """The site, or the sites for its parts, which have names of their own.
+        """The site itself, or one site for each part, named ``<weight>.rows_<first>_<end>``.
 
         Raises:
-            SiteError: the weight cannot be split so.
+            SiteError: the weight cannot be split in this way.
         """
         if self.split is None:
             return [site]
@@ -120,18 +120,18 @@ class AdapterRule:
         return (site.weight_rows // parts,) * parts if parts else ()
 
     def assert_decided(self, names: Sequence[str], candidates: Sequence[AdapterSite]) -> None:
-        """Raise :class:`SiteError` if the rule decides about too few or too many weights.
+        """Raise :class:`SiteError` if the rule applies to too few or too many weights.
 
         Args:
-            names: the weights that it decides about.
-            candidates: all weights that can carry an adapter.
+            names: the weights that it applies to.
+            candidates: all weights that can have an adapter.
         """
         if self.expect is not None and len(names) != self.expect:
-            raise SiteError(f"{self} decides about {len(names)} weights, expected {self.expect}: {abbreviate(names)}")
+            raise SiteError(f"{self} applies to {len(names)} weights, expected {self.expect}: {abbreviate(names)}")
         if self.required and self.expect is None and not names:
             found = sorted({site.role for site in candidates})
             raise SiteError(
-                f"{self} decides about no weight: none matches, or earlier rules match first. There are roles "
+                f"{self} applies to no weight: none matches, or earlier rules match first. There are roles "
                 f"{', '.join(found)} and weights {abbreviate([site.name for site in candidates], 6)}. Roles and depths "
                 "need an example; allow no match with required=False"
             )
@@ -180,7 +180,7 @@ class AdapterRule:
         ):
             raise self._error("split", "a number of equal parts, a tuple of sizes, or 'matrices'")
         if self.exclude and any(option is not None for option in (self.kind, self.rank, self.alpha)):
-            raise self._error("exclude", "no kind, no rank and no alpha beside it")
+            raise self._error("exclude", "no kind, no rank and no alpha together with it")
 
     def _error(self, option: str, expected: str) -> SiteError:
         return SiteError(f"AdapterRule({option}={getattr(self, option)!r}): expected {expected}")

@@ -1,4 +1,4 @@
-"""A weight that can carry an adapter."""
+"""The site of an adapter: a weight that can have one, or some rows of it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.nn import functional
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterSite:
-    """A weight that can carry an adapter.
+    """A weight that can have an adapter, or some rows of it.
 
     Attributes:
-        name: the weight's qualified name (the first, if it is tied); for rows of it ``<weight>.rows_<first>_<end>``.
+        name: the weight's qualified name (the first, if it is tied); for some rows ``<weight>.rows_<first>_<end>``.
         shape: the weight's shape.
         dtype: the weight's dtype.
         transposed: the weight is stored [in, out] (``x @ W``), not [out, in] (``x @ W.T``).
-        op: ``linear`` where every use is a matrix product, else the first other operator.
-        aliases: further names of the same Parameter.
-        role: what the weight is for, see :mod:`passes.analysis.roles`; ``linear`` where no graph was searched.
+        op: ``linear`` if every use is a matrix product, else the first other operator.
+        aliases: other names of the same Parameter.
+        role: what the weight is for, see :mod:`passes.analysis.roles`; ``linear`` if there was no graph.
         depth: the number of the block that uses it, see :mod:`passes.analysis.blocks`; ``None`` outside blocks.
-        rows: the rows (output features) that it covers, from the first to before the end; ``None`` for all.
+        rows: the rows (output features) that it covers, as ``(first, end)`` without the end; ``None`` for all.
     """
 
     name: str
@@ -44,12 +44,12 @@ class AdapterSite:
 
     @property
     def size(self) -> int:
-        """Number of values of the weight."""
+        """Number of elements of the weight."""
         return math.prod(self.shape)
 
     @property
     def weight_rows(self) -> int:
-        """Output features of the whole weight; the leading dimensions of stacked matrices count as one."""
+        """Output features of the whole weight; the leading dimensions of stacked matrices are flattened."""
         return self._matrix_shape[1 if self.transposed else 0]
 
     @property
@@ -59,16 +59,16 @@ class AdapterSite:
 
     @property
     def in_features(self) -> int:
-        """d2, the columns of ΔW; the trailing dimensions of a convolution kernel count as one."""
+        """d2, the columns of ΔW; the trailing dimensions of a convolution kernel are flattened."""
         return self._matrix_shape[0 if self.transposed else 1]
 
     def to_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """The rows of the weight, or of its gradient, that the site covers, as [out, in]; a view where that can be."""
+        """The rows that the site covers, of the weight or of its gradient, as [out, in]; a view where possible."""
         matrix = weight.t() if self.transposed else weight.reshape(self._matrix_shape)
         return matrix if self.rows is None else matrix[self.rows[0] : self.rows[1]]
 
     def from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
-        """What is [out, in] in the shape and layout of the weight; 0 in rows that the site does not cover."""
+        """A matrix [out, in] in the shape and layout of the weight; 0 in rows that the site does not cover."""
         if self.rows is not None:
             first, end = self.rows
             matrix = functional.pad(matrix, (0, 0, first, self.weight_rows - end))
@@ -82,12 +82,12 @@ class AdapterSite:
 
     @property
     def largest_rank(self) -> int:
-        """No ΔW of this shape has a greater rank."""
+        """The largest possible rank of ΔW, min(d1, d2)."""
         return min(self.out_features, self.in_features)
 
 
 def find_matching_glob(names: Iterable[str], globs: Sequence[str]) -> str | None:
-    """The first glob that matches one of the qualified names, or one without its last part."""
+    """The first glob that matches one of the qualified names, with or without its last part; ``None`` if none does."""
     candidates = [candidate for name in names for candidate in (name, name.rpartition(".")[0]) if candidate]
     for pattern in globs:
         if any(fnmatch.fnmatchcase(candidate, pattern) for candidate in candidates):
@@ -96,6 +96,6 @@ def find_matching_glob(names: Iterable[str], globs: Sequence[str]) -> str | None
 
 
 def abbreviate(names: Sequence[str], most: int = 12) -> str:
-    """The first few names and how many there are, for messages."""
+    """The first names and the number of all, for messages."""
     shown = ", ".join(names[:most]) or "none"
     return shown if len(names) <= most else f"{shown}, … ({len(names)} in all)"

@@ -1,9 +1,9 @@
-"""Frozen weights in few bits that compute like ordinary ones.
+"""Frozen weights that stay quantized in memory and behave like ordinary tensors.
 
-A :class:`PackedWeight` is a tensor with the shape and dtype of the weight that it stands for and the memory of
-its code. Every operator that reads its values unpacks them for that one operation. Transposes and changes of
-dtype only note what is wanted, so what autograd saves for backward is the code, and backward unpacks again.
-How values are packed is decided elsewhere: this package knows no quantization library.
+A :class:`PackedWeight` has the shape and dtype of the weight that it replaces, but the memory of the quantized code.
+Every operator that reads its values dequantizes them for that one operation. Transposes and dtype changes are lazy, so
+autograd saves the code for backward, and backward dequantizes again. No quantization library is used here: callers
+pass a :class:`Quantizer`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
+
+from passes.compat import make_wrapper, no_torch_function, pytree
 
 aten = torch.ops.aten
 
 
 class PackedValues(abc.ABC):
-    """A matrix in the code of some quantizer. Deep copies and pickles hold its tensors once."""
+    """A quantized matrix. Deep copies and pickles contain its tensors once."""
 
     @property
     @abc.abstractmethod
@@ -32,51 +33,60 @@ class PackedValues(abc.ABC):
     @property
     @abc.abstractmethod
     def dtype(self) -> torch.dtype:
-        """Dtype that :meth:`unpack` gives."""
+        """Dtype of the dequantized values."""
 
     @abc.abstractmethod
     def unpack(self) -> torch.Tensor:
-        """The values as the code has them, a new tensor."""
+        """The dequantized values as a new tensor of :attr:`shape` and :attr:`dtype`."""
 
     @abc.abstractmethod
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """The tensors of the code by name, on one device."""
+        """The tensors of the quantized code by name, all on one device."""
 
     @abc.abstractmethod
     def to(self, device: torch.device) -> PackedValues:
         """The same values on a device."""
 
     @property
+    def format_name(self) -> str:
+        """The name in :data:`QUANTIZERS` of what packs such values; any other if nothing there does."""
+        return type(self).__name__
+
+    @property
     def device(self) -> torch.device:
-        """Where the code is."""
+        """The device of the code."""
         return next(iter(self.tensors().values())).device
 
     @property
     def nbytes(self) -> int:
-        """Memory of the code."""
+        """Size of the code in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
 
 class Quantizer(Protocol):
-    """Packs matrices."""
+    """Quantizes matrices."""
 
     @property
     def name(self) -> str:
-        """What options call it."""
+        """Its name in options."""
 
     def pack(self, weight: torch.Tensor) -> PackedValues:
-        """The code of a matrix [rows, columns]."""
+        """Quantize a matrix [rows, columns]."""
+
+
+#: Quantizers by the names of their formats. A module that uses a quantization library adds its own.
+QUANTIZERS: dict[str, Quantizer] = {}
 
 
 class PackedWeight(torch.Tensor):
-    """A weight whose values are packed.
+    """A weight whose values are quantized.
 
-    ``transpose`` of both dimensions, ``detach`` and ``to`` keep it packed; anything else gives plain tensors. It
-    takes no part in autograd itself: products with it give gradients of their other operand.
+    ``transpose`` of both dimensions, ``detach`` and ``to`` return packed weights; all other operators return plain
+    tensors. It gets no gradient; products with it compute the gradient of their other operand.
     """
 
     __slots__ = ("is_transposed", "packed")
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     packed: PackedValues
     is_transposed: bool
@@ -85,16 +95,16 @@ class PackedWeight(torch.Tensor):
     def __new__(
         cls, values: PackedValues, *, dtype: torch.dtype | None = None, is_transposed: bool = False
     ) -> PackedWeight:
-        """A weight over these values, of their dtype unless another is given."""
+        """A weight with these values, in their dtype unless another is given."""
         shape = values.shape[::-1] if is_transposed else values.shape
         dtype = values.dtype if dtype is None else dtype
-        made: PackedWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=values.device)
+        made: PackedWeight = make_wrapper(cls, shape, dtype=dtype, device=values.device)
         made.packed = values
         made.is_transposed = is_transposed
         return made
 
     def unpack(self) -> torch.Tensor:
-        """The values as a plain tensor."""
+        """The dequantized values as a plain tensor."""
         dense = self.packed.unpack().to(self.dtype)
         return dense.t() if self.is_transposed else dense
 
@@ -116,7 +126,7 @@ class PackedWeight(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Keep what can stay packed; unpack for everything else."""
+        """Run the operator on the packed weight if that is possible, else on the dequantized values."""
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, PackedWeight):
@@ -152,7 +162,7 @@ def _convert(
 
 
 def _overwrite(weight: PackedWeight, source: torch.Tensor) -> PackedWeight:
-    """Take over the code of another weight, as loading a state dict does."""
+    """Copy the code of another weight, as loading a state dict does."""
     mine, theirs = weight.packed, source.packed if isinstance(source, PackedWeight) else None
     if theirs is None or type(theirs) is not type(mine) or theirs.shape != mine.shape:
         kind = type(theirs).__name__ if theirs is not None else f"plain {source.dtype}"
@@ -173,31 +183,31 @@ def _rebuild(values: PackedValues, dtype: torch.dtype, is_transposed: bool, attr
 
 
 def pack_parameter(parameter: nn.Parameter, quantizer: Quantizer) -> nn.Parameter:
-    """A frozen Parameter in the quantizer's code, with the attributes of ``parameter``."""
+    """A frozen Parameter with the quantized values and the attributes of ``parameter``."""
     packed = PackedWeight(quantizer.pack(parameter.detach()), dtype=parameter.dtype)
     return as_parameter(packed, parameter.__dict__)
 
 
 def as_parameter(weight: torch.Tensor, attributes: Mapping[str, Any]) -> nn.Parameter:
-    """A frozen Parameter of a packed weight."""
+    """A frozen Parameter of a packed weight, with these attributes."""
     made = nn.Parameter(weight, requires_grad=False)
     made.__dict__.update({key: value for key, value in attributes.items() if key != "_is_param"})
     return made
 
 
 def find_packed_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Packed parameters by every name that they have."""
+    """The packed parameters under all of their names."""
     named = module.named_parameters(remove_duplicate=False)
     return {name: parameter for name, parameter in named if isinstance(parameter, PackedWeight)}
 
 
 def is_packed(tensor: torch.Tensor) -> bool:
-    """Whether the values of a tensor are packed."""
+    """Whether a tensor is a :class:`PackedWeight`."""
     return isinstance(tensor, PackedWeight)
 
 
 def read_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """The parameter that is registered under a qualified name, whatever an attribute of that name gives."""
+    """The parameter that is registered under a qualified name, even if a property of that name returns another."""
     path, _, leaf = name.rpartition(".")
     parameter = module.get_submodule(path)._parameters[leaf]
     assert parameter is not None
@@ -205,21 +215,22 @@ def read_parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """Put a parameter in the place of the one that is registered under a qualified name."""
+    """Replace the parameter that is registered under a qualified name."""
     path, _, leaf = name.rpartition(".")
     module.get_submodule(path)._parameters[leaf] = parameter
 
 
 def count_bytes(tensor: torch.Tensor) -> int:
-    """Memory of a tensor's values, packed or not."""
+    """Size of a tensor's values in bytes, packed or not."""
     return tensor.packed.nbytes if isinstance(tensor, PackedWeight) else tensor.numel() * tensor.element_size()
 
 
 @contextlib.contextmanager
 def moved_weights(module: nn.Module, move: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Inside, packed weights are out of the module; afterwards they are back as ``move`` makes them.
+    """Remove packed weights from the module; afterwards, put them back as ``move`` returns them.
 
-    ``Module._apply`` moves the memory of a Parameter, and a packed weight has none of its own.
+    This is for ``Module._apply``, which moves the storage of a Parameter; a packed weight has none. After an error in
+    the block, the original weights are put back.
     """
     packed = find_packed_weights(module)
     moved: dict[int, nn.Parameter] = {}
@@ -234,20 +245,20 @@ def moved_weights(module: nn.Module, move: Callable[[torch.Tensor], torch.Tensor
 
 
 @contextlib.contextmanager
-def hollow_weights(module: nn.Module) -> Iterator[None]:
-    """Inside, each packed weight is an ordinary Parameter without memory: what an export can trace."""
+def weights_without_storage(module: nn.Module) -> Iterator[None]:
+    """Inside, each packed weight is replaced by an ordinary Parameter without storage, which an export can trace."""
     packed = find_packed_weights(module)
-    hollow = {id(p): _make_hollow(p) for p in packed.values()}
+    replacements = {id(p): _without_storage(p) for p in packed.values()}
     try:
         for name, parameter in packed.items():
-            set_parameter(module, name, hollow[id(parameter)])
+            set_parameter(module, name, replacements[id(parameter)])
         yield
     finally:
         for name, parameter in packed.items():
             set_parameter(module, name, parameter)
 
 
-def _make_hollow(parameter: nn.Parameter) -> nn.Parameter:
+def _without_storage(parameter: nn.Parameter) -> nn.Parameter:
     dense = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
     dense.untyped_storage().resize_(0)
     return nn.Parameter(dense, requires_grad=False)

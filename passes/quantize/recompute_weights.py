@@ -1,11 +1,10 @@
-"""Let products with packed weights unpack again in backward.
+"""Dequantize packed weights again in backward, instead of saving their dequantized values.
 
     linear(x, W, b), mm, matmul, addmm  with W packed      →   packed_linear(x, W, b)
 
-A packed weight already unpacks wherever an operator reads it; this is for what operators do on the way (a product with
-a strided x copies W for a batched product, and would keep that copy for backward). Left alone: uses of parts of a
-weight, and products that :class:`~passes.fuse.fuse_adapters.FuseAdaptersPass` has fused, which save weights as they
-are.
+Plain operators dequantize a packed weight too, but some save a dequantized copy: a product with a strided x copies W
+for a batched product and keeps the copy for backward. Not rewritten: uses of parts of a weight, and products that
+:class:`~passes.fuse.fuse_adapters.FuseAdaptersPass` has fused, which save packed weights anyway.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from passes.quantize.packed_weights import PackedWeight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecomputeWeightsPass(GraphPass):
-    """Let every product with a whole packed weight keep the code for backward, and nothing unpacked.
+    """Let every product with a whole packed weight save only the quantized code for backward.
 
-    Contract: outputs and gradients are those of the graph before within rounding; nodes keep their metadata. Only
-    the outermost graph and products that read the weight as it is, or transposed, are rewritten.
+    Contract: outputs and gradients stay the same within rounding; nodes keep their metadata. Only products in the
+    outermost graph that read the weight directly are rewritten.
     """
 
     def call(self, graph_module: GraphModule) -> PassResult:
@@ -39,7 +38,7 @@ class RecomputeWeightsPass(GraphPass):
         return PassResult(graph_module=graph_module, modified=bool(products))
 
     def ensures(self, graph_module: GraphModule) -> None:
-        """Every graph lints and no such product is left."""
+        """Raise an error unless every graph lints and no such product is left."""
         super().ensures(graph_module)
         left = [node for node in graph_module.graph.nodes if _is_packed_product(graph_module, node)]
         if left:
@@ -47,7 +46,7 @@ class RecomputeWeightsPass(GraphPass):
 
 
 def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """X Wᵀ + b for x [..., in] and W [out, in], packed; forward and backward unpack W, each for itself."""
+    """x Wᵀ + b for x [..., in] and a packed W [out, in]; forward and backward each dequantize W."""
     return _PackedLinear.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -1,4 +1,4 @@
-"""What the tests of passes share: capture a module, plan adapters for it, print a graph."""
+"""Shared by the tests of passes: capture a module, plan adapters for it, print its graph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from passes.planning.plan import AdapterPlan, PlannedAdapter
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workbench:
-    """A captured module with everything that passes need to adapt it."""
+    """A captured module, and everything that passes need to adapt it."""
 
     module: nn.Module
     captured: CapturedGraph
@@ -46,7 +46,7 @@ class Workbench:
         return FoldAdaptersPass(plan=self.plan)
 
     def randomize(self) -> None:
-        """Give the adapters a ΔW that is not zero."""
+        """Give the adapters random parameters, so that ΔW is not zero."""
         with torch.no_grad():
             for parameter in self.adapters.parameters():
                 parameter.normal_()
@@ -56,7 +56,7 @@ class Workbench:
         return [body.code for body in find_graph_modules(self.graph_module)]
 
     def print(self) -> str:
-        """The graph and its regions without what frees memory and without the operators' long names."""
+        """The code of the graph and its regions, without statements that free memory, and with short operator names."""
         text = "\n".join(self.codes())
         text = re.sub(r";  \w[\w = ]*= None", "", text).replace("torch.ops.", "")
         lines = [line.strip() for line in text.splitlines()]
@@ -70,8 +70,8 @@ class Workbench:
         return sum(len(body.graph.nodes) for body in find_graph_modules(self.graph_module))
 
 
-def _hold(plan: AdapterPlan) -> nn.Module:
-    """The plan's parameters under ``<weight's name>.<parameter>``, P and Q normal, λ zero."""
+def _make_parameters(plan: AdapterPlan) -> nn.Module:
+    """A module with the plan's parameters as ``<weight's name>.<parameter>``: λ and B are zero, the others normal."""
     root = nn.Module()
     for adapter in plan:
         owner = root
@@ -109,13 +109,13 @@ def _prepare(
             for site in search.sites
         )
     )
-    adapters = _hold(plan)
+    adapters = _make_parameters(plan)
     captured.graph_module.add_module("adapters", adapters)
     return Workbench(module=module, captured=captured, search=search, plan=plan, adapters=adapters)
 
 
 @pytest.fixture
 def prepare() -> Callable[..., Workbench]:
-    """``prepare(module, *args, selection=, rank=, dtype=, form=)`` gives a :class:`Workbench`."""
+    """``prepare(module, *args, selection=, rank=, dtype=, form=)`` returns a :class:`Workbench`."""
     torch.manual_seed(0)
     return _prepare

@@ -1,4 +1,4 @@
-"""The contract around every pass, and the manager that runs several."""
+"""The contract that is checked around every pass, and the pass manager."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from passes.base import GraphPass, PassError, PassManager, PassResult, Postcondi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RenamePass(GraphPass):
-    """Gives the first call_module node another name, once."""
+    """Renames the first call_module node, once."""
 
     wanted: str = "renamed"
 
@@ -28,7 +28,7 @@ class RenamePass(GraphPass):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BreakPass(GraphPass):
-    """Leaves a node behind that reads a value defined after it."""
+    """Adds a node that reads a value defined after it."""
 
     def call(self, graph_module: GraphModule) -> PassResult:
         graph = graph_module.graph
@@ -40,7 +40,7 @@ class BreakPass(GraphPass):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefusePass(GraphPass):
-    """Accepts nothing."""
+    """Accepts no graph."""
 
     def requires(self, graph_module: GraphModule) -> None:
         raise ValueError("there is no conv")

@@ -1,4 +1,4 @@
-"""FoldAdaptersPass and merge_weight: the algebra, what stays as it was, and what is refused."""
+"""FoldAdaptersPass and merge_weight: the results, what does not change, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from passes.adapt.fold_adapters import FoldAdaptersPass, merge_weight
-from passes.base import PostconditionError
+from passes.base import PostconditionError, SiteError
 from passes.forms import SvdForm
 from passes.planning.find_sites import SiteSelection
 from passes.planning.plan import AdapterPlan, PlannedAdapter
@@ -22,7 +22,7 @@ Prepare = Callable[..., Any]
 
 
 class Mixed(nn.Module):
-    """A chain in which one weight serves two products in opposite directions."""
+    """A chain in which two products use one weight in opposite directions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,10 +72,10 @@ def test_folding_zero_lambda_gives_back_the_weights_bit_for_bit(prepare: Prepare
         assert torch.equal(bench.graph_module.get_parameter(f"module.{name}"), parameter)
 
 
-def test_an_adapter_outside_the_plan_is_not_left_in_silence(prepare: Prepare) -> None:
+def test_an_adapter_outside_the_plan_is_an_error(prepare: Prepare) -> None:
     bench = prepare(Mixed(), torch.randn(5, 4))
     bench.insert(bench.graph_module)
-    # A plan without `up`: its nodes still go, so nothing unmerged may be reported as folded.
+    # A plan without `up`, whose adapter stays in the graph and must not be reported as folded.
     shortened = AdapterPlan(adapters=tuple(a for a in bench.plan if a.site.name != "up.weight"))
     with pytest.raises(PostconditionError, match=r"up\.weight"):
         FoldAdaptersPass(plan=shortened)(bench.graph_module)
@@ -134,7 +134,7 @@ def test_merge_casts_once_to_the_weights_dtype(dtype: torch.dtype) -> None:
     merged = merge_weight(weight, adapter, p)
     exact = weight.double() + 0.25 * p["P"].double() @ torch.diag(p["lam"].double()) @ p["Q"].double()
     assert merged.weight.dtype == dtype
-    # correctly rounded: no further away than half a unit in the last place
+    # correctly rounded: the error is at most half a unit in the last place
     assert merged.rounding_error <= float(exact.abs().max()) * torch.finfo(dtype).eps / 2
     assert not merged.weight.requires_grad
 
@@ -142,14 +142,14 @@ def test_merge_casts_once_to_the_weights_dtype(dtype: torch.dtype) -> None:
 def test_an_adapter_that_the_graph_does_not_use_is_skipped(prepare: Prepare) -> None:
     bench = prepare(nn.Linear(3, 5), torch.randn(4, 3))
     (adapter,) = bench.plan
-    stranger = dataclasses.replace(adapter, site=dataclasses.replace(adapter.site, name="elsewhere.weight"))
+    unused = dataclasses.replace(adapter, site=dataclasses.replace(adapter.site, name="elsewhere.weight"))
     bench.insert(bench.graph_module)
-    fold = FoldAdaptersPass(plan=AdapterPlan(adapters=(adapter, stranger)))
+    fold = FoldAdaptersPass(plan=AdapterPlan(adapters=(adapter, unused)))
     assert fold(bench.graph_module).modified
     assert bench.count_tagged() == 0
 
 
-def test_sites_named_for_the_weight_form_fold_back(prepare: Prepare) -> None:
+def test_embeddings_fold_back(prepare: Prepare) -> None:
     module, x = nn.Embedding(7, 3), torch.randint(0, 7, (4, 2))
     bench = prepare(module, x, selection=SiteSelection(sites=("weight",)))
     bench.insert(bench.graph_module)
@@ -158,3 +158,23 @@ def test_sites_named_for_the_weight_form_fold_back(prepare: Prepare) -> None:
     bench.fold(bench.graph_module)
     (folded,) = bench.graph_module(x)
     torch.testing.assert_close(folded, adapted, rtol=1e-5, atol=1e-6)
+
+
+def test_merge_says_that_values_exceed_the_dtype() -> None:
+    adapter = plan_one(shape=(5, 3), dtype=torch.float16)
+    weight, p = torch.full((5, 3), 60000.0).half(), {name: torch.ones_like(one) for name, one in draw(adapter).items()}
+    p["lam"] = p["lam"] * 1e5
+    with pytest.raises(
+        SiteError,
+        match=r"site w: 15 of 15 values of W \+ ΔW exceed torch.float16, up to \d+, expected at most 65504; fold",
+    ):
+        merge_weight(weight, adapter, p)
+
+
+def test_merge_keeps_infinities_that_a_weight_has_already() -> None:
+    adapter = plan_one(shape=(5, 3), dtype=torch.float16)
+    weight, p = torch.zeros(5, 3).half(), draw(adapter)
+    weight[1, 2] = -torch.inf
+    merged = merge_weight(weight, adapter, p).weight
+    assert merged[1, 2] == -torch.inf
+    assert int(merged.isfinite().sum()) == 14

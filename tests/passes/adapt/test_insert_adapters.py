@@ -1,4 +1,4 @@
-"""Golden graphs of InsertAdaptersPass, what it adds, and what it refuses."""
+"""Golden graphs of InsertAdaptersPass, the number of nodes that it adds, and what it refuses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMED = SiteSelection(sites=("weight",))
 
 
 class Weighted(nn.Module):
-    """One weight, an optional bias, and the way to use them."""
+    """One weight, an optional bias, and a function that uses them."""
 
     def __init__(
         self, use: Callable[[Weighted, Tensor], Tensor], shape: tuple[int, ...], bias: int | None = None
@@ -190,7 +190,7 @@ WEIGHT_FORM: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str,
     ),
 }
 
-#: Look-ups and convolutions: name, module, example, graph, nodes added.
+#: Look-ups and convolutions: name → module, example, the graph after insertion, number of nodes added
 OTHER_ACTIVATION_FORM: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str, int]] = {
     "embedding": (
         lambda: nn.Embedding(7, 3),
@@ -245,7 +245,7 @@ return (add_tensor,)""",
 
 
 def assert_inserts(bench: Any, golden: str, added: int) -> None:
-    """The golden graph, the counts, nothing at the second run, and the graph as it was after folding."""
+    """Check the golden graph, the counts, that a second run changes nothing, and that folding undoes it."""
     before, nodes = bench.codes(), bench.count_nodes()
     assert bench.count_tagged() == 0
     assert bench.insert(bench.graph_module).modified
@@ -329,8 +329,8 @@ return (add_tensor_1,)"""
     assert_inserts(bench, golden, added=13)
 
 
-def test_an_adapter_reads_what_the_adapter_before_it_wrote(prepare: Prepare) -> None:
-    """Whatever the order of the sites in the plan: the weight is registered before the layer that runs first."""
+def test_an_adapter_reads_the_output_of_the_adapter_before_it(prepare: Prepare) -> None:
+    """Also where the plan's order is not that of the calls: the last layer is registered before the first one."""
 
     class Chained(nn.Module):
         def __init__(self) -> None:
@@ -357,7 +357,7 @@ def test_an_adapter_reads_what_the_adapter_before_it_wrote(prepare: Prepare) -> 
 
 
 class NoGrad(nn.Module):
-    """A linear layer inside and outside no_grad, so that it has a gradient."""
+    """A linear layer that is used inside no_grad and outside, where it gets a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -454,7 +454,7 @@ CHECKPOINTED = (
     [(NoGrad, NO_GRAD, 16), (Autocast, AUTOCAST, 12), (Checkpointed, CHECKPOINTED, 8)],
     ids=["no_grad", "autocast", "checkpoint"],
 )
-def test_regions_are_entered(prepare: Prepare, module: type[nn.Module], golden: str, added: int) -> None:
+def test_adapters_are_inserted_in_regions(prepare: Prepare, module: type[nn.Module], golden: str, added: int) -> None:
     assert_inserts(prepare(module(), torch.randn(4, 3)), golden, added)
 
 
@@ -486,7 +486,7 @@ return (add_tensor,)"""
     assert_inserts(bench, golden, added=10)
 
 
-def test_zero_lambda_changes_no_bit_and_other_values_follow_the_formula(prepare: Prepare) -> None:
+def test_zero_lambda_changes_nothing_and_other_values_follow_the_formula(prepare: Prepare) -> None:
     module, x = nn.Linear(3, 5), torch.randn(4, 3)
     bench = prepare(module, x)
     (before,) = bench.graph_module(x)

@@ -1,4 +1,4 @@
-"""Golden graphs of forms other than SVD: LoRA fused or not, DoRA with a bias and behind a region, and fold."""
+"""Golden graphs of forms other than SVD: LoRA with and without fusing, DoRA with a bias and in regions, folding."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_insertion_and_fold(form: str, golden: str, added: int, prepare: Prepare
 
 
 class Guarded(nn.Module):
-    """The weight is used twice inside an autocast region, the other way round as well."""
+    """The weight is used twice inside an autocast region, optionally once in the reverse direction."""
 
     def __init__(self, both_ways: bool) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_regions_and_both_directions(form: str, both_ways: bool, prepare: Prepar
     torch.testing.assert_close(bench.graph_module(x)[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_lora_is_fused_and_dora_left_as_it_is(prepare: Prepare) -> None:
+def test_lora_is_fused_and_dora_is_not(prepare: Prepare) -> None:
     for form, name in (("lora", "fused_linears"), ("dora", None)):
         bench = prepare(nn.Linear(3, 5), torch.randn(4, 3), form=form)
         bench.insert(bench.graph_module)

@@ -1,4 +1,4 @@
-"""VerifyAdaptersPass accepts what insertion makes and refuses each way of breaking it."""
+"""VerifyAdaptersPass accepts the graphs that insertion makes, and refuses graphs that break an invariant."""
 
 from __future__ import annotations
 

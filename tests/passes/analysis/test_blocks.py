@@ -1,4 +1,4 @@
-"""Layers have numbers from the graph alone, whatever they are called."""
+"""Layers are numbered from the graph alone, without their names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Block(nn.Module):
 
 
 class Nameless(nn.Module):
-    """Blocks of one or two kinds under names that say nothing about their order."""
+    """Blocks of one or two kinds, with names that do not show their order."""
 
     def __init__(self, *hidden: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def test_blocks_that_differ_have_no_numbers() -> None:
     assert number(Nameless(16, 24, 32), torch.randn(2, 6)) == {}
 
 
-def test_hashes_tell_edges_shapes_and_operators_apart() -> None:
+def test_hashes_differ_for_other_shapes() -> None:
     def blocks(model: nn.Module) -> list[str]:
         graph = capture_call(model.eval(), split_call((torch.randn(2, 6),), {})).graph_module.graph
         return [hash_block(block) for run in find_repeated_blocks(graph) for block in run]

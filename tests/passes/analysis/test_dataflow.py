@@ -1,4 +1,4 @@
-"""What an output depends on, writes in place included."""
+"""The nodes that an output depends on, including in-place writes."""
 
 from __future__ import annotations
 

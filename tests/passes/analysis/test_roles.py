@@ -1,4 +1,4 @@
-"""Roles are told by the dataflow: on modules whose names say nothing, and against names that do."""
+"""Roles are found from the dataflow: on modules with meaningless names, and compared with names that tell the role."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapter_compiler.model.weight_use_analysis import analyze_weight_uses
+from adapter_compiler.model.capture.weight_use_analysis import analyze_weight_uses
 from passes.analysis.roles import ROLES, find_roles
 from passes.analysis.weight_uses import find_parameter_aliases, find_weight_uses
 from passes.base import CaptureError
@@ -72,13 +72,13 @@ class Attends(Letters):
 
 
 @pytest.mark.parametrize("written", ["sdpa", "matmul", "einsum"])
-def test_attention_however_it_is_written(written: str) -> None:
+def test_attention_in_every_notation(written: str) -> None:
     expected = {"a": "attention.value", "b": "attention.key", "c": "attention.query", "d": "attention.output"}
     assert roles_of(Attends(written), torch.randn(2, 5, 8)) == {**expected, "e": "head"}
 
 
 class Latent(Letters):
-    """Keys and values out of one narrow projection, as in DeepSeek's attention."""
+    """Keys and values from one narrow projection, as in DeepSeek's attention."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -159,12 +159,12 @@ def test_convolutions_tables_and_recurrences() -> None:
     }
 
 
-#: One of each way of writing attention and feed-forward networks; benchmarks/role_accuracy.py has all.
+#: One model for each kind of attention and feed-forward network; benchmarks/role_accuracy.py has all models.
 _MEASURED = ["bert", "gpt2", "llama", "gemma2", "phi3", "t5", "vit", "clip", "bart", "mixtral", "deepseek-v3", "mpt"]
 
 
 class Tokens(Letters):
-    """Overlapping patches become tokens, with places from a table that is resized; keys are made of fewer places."""
+    """Overlapping patches become tokens, with a resized position embedding; keys come from a shorter sequence."""
 
     def __init__(self) -> None:
         super().__init__(q=(8, 8), k=(8, 8), v=(8, 8), o=(8, 8))
@@ -187,7 +187,7 @@ class Tokens(Letters):
         return result
 
 
-def test_patches_that_overlap_and_places_that_are_resized() -> None:
+def test_overlapping_patches_and_resized_position_embeddings() -> None:
     roles = roles_of(Tokens(), torch.randn(2, 3, 64, 64))
     convolutions = {"stem": "patch_embedding", "again": "patch_embedding", "fewer": "convolution"}
     attending = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "attention.output"}
@@ -195,7 +195,7 @@ def test_patches_that_overlap_and_places_that_are_resized() -> None:
 
 
 class Correlates(Letters):
-    """Autoformer's way: how alike a series is to another one that is delayed, by Fourier transforms."""
+    """Autocorrelation as in Autoformer: the correlation of two series at each delay, by Fourier transforms."""
 
     def forward(self, x: Tensor) -> Tensor:
         query, key = (torch.fft.rfft(self.apply_to(name, x), dim=1) for name in "ab")
@@ -217,7 +217,7 @@ def test_roles_are_those_that_names_give(name: str) -> None:
     assert score.wrong == {}
 
 
-def test_hooks_inside_do_not_hide_what_weights_are_for() -> None:
+def test_roles_are_found_in_submodules_with_hooks() -> None:
     model = Attends("sdpa").eval()
     model.get_submodule("c").register_forward_hook(lambda *_: None)
     found = find_roles(analyze_weight_uses(model, (torch.randn(2, 5, 8),), {}))
@@ -231,13 +231,13 @@ def test_hooks_inside_do_not_hide_what_weights_are_for() -> None:
 
 
 class Wrapped:
-    """An argument that hides a tensor."""
+    """An argument with a tensor that pytree does not find."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
 
-def test_an_argument_that_hides_its_tensors_is_recorded_all_the_same() -> None:
+def test_calls_with_tensors_inside_objects_are_recorded() -> None:
     class Unwraps(Letters):
         def forward(self, wrapped: Wrapped) -> Tensor:
             return self.apply_to("b", F.gelu(self.apply_to("a", wrapped.x)))
@@ -247,14 +247,14 @@ def test_an_argument_that_hides_its_tensors_is_recorded_all_the_same() -> None:
     assert roles == {"a.weight": "head", "b.weight": "head"}
 
 
-def test_what_cannot_be_recorded_is_watched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_unrecordable_calls_are_observed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def refuse(*_: object) -> None:
         raise CaptureError("not to be recorded")
 
-    monkeypatch.setattr("adapter_compiler.model.weight_use_analysis.record_example", refuse)
+    monkeypatch.setattr("adapter_compiler.model.capture.weight_use_analysis.record_example", refuse)
     model = Letters(a=(8, 16), b=(16, 8)).eval()
     model.forward = lambda x: model.apply_to("b", F.gelu(model.apply_to("a", x)))
-    with caplog.at_level(logging.INFO, logger="adapter_compiler.model.weight_use_analysis"):
+    with caplog.at_level(logging.INFO, logger="adapter_compiler.model.capture.weight_use_analysis"):
         uses = analyze_weight_uses(model, (torch.randn(2, 8),), {})
     assert "not to be recorded" in caplog.text
     assert find_roles(uses) == {"a.weight": "linear", "b.weight": "linear"}

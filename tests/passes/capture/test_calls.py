@@ -1,4 +1,4 @@
-"""Calls taken apart and put together; which calls share a graph."""
+"""Calls are flattened and rebuilt; which calls share a graph."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_shapes_and_keyword_order_are_not_part_of_the_key() -> None:
     ],
     ids=["dtype", "rank", "value", "bool is not int", "float is not int", "None", "nesting", "keyword", "layout"],
 )
-def test_what_makes_another_key(other: Any) -> None:
+def test_differences_that_change_the_key(other: Any) -> None:
     assert key(X, 1) != other
 
 

@@ -1,4 +1,4 @@
-"""Capture: what the graph shares with the module, what it accepts, and what is refused."""
+"""Capture: what the graph shares with the module, the sizes that it accepts, and what is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Net(nn.Module):
         return y
 
 
-def test_weights_are_the_modules_own_objects() -> None:
+def test_graphs_refer_to_the_modules_own_weights() -> None:
     module = Net()
     graph_module = capture_call(module, split_call((torch.randn(3, 4),), {})).graph_module
     for name, parameter in module.named_parameters():
@@ -32,7 +32,7 @@ def test_weights_are_the_modules_own_objects() -> None:
         assert graph_module.get_buffer(f"module.{name}") is buffer
 
 
-def test_capture_leaves_buffers_modes_and_random_state() -> None:
+def test_capture_does_not_change_buffers_modes_and_random_state() -> None:
     module = Net()
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     state = torch.get_rng_state()
@@ -43,7 +43,7 @@ def test_capture_leaves_buffers_modes_and_random_state() -> None:
     assert captured.largest_error <= 1e-5
 
 
-def test_batch_stays_open_and_ones_do_not() -> None:
+def test_the_batch_is_symbolic_but_never_one() -> None:
     captured = capture_call(nn.Linear(4, 2), split_call((torch.randn(3, 4),), {}))
     assert captured.dynamic == "all"
     assert captured.accepts((torch.randn(9, 4),))
@@ -113,14 +113,14 @@ class Indexes(nn.Module):
         return x * x.max().item()
 
 
-def test_a_value_that_stays_a_symbol_is_no_obstacle() -> None:
+def test_a_value_that_stays_a_symbol_is_captured() -> None:
     captured = capture_call(Indexes(), split_call((torch.ones(3, 4),), {}))
     x = torch.randn(3, 4)
     torch.testing.assert_close(captured.graph_module(x)[0], Indexes()(x))
 
 
 class OtherWhenExported(nn.Module):
-    """Takes a way under export that does not work, as models do that nobody has exported."""
+    """Takes a path during export that does not work, as in models that nobody has exported."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
@@ -134,7 +134,7 @@ def test_a_module_that_fails_only_when_it_is_exported_is_refused() -> None:
 
 
 class MovesItsLayer(nn.Module):
-    """Makes sure of the dtype at each call, as routers do."""
+    """Moves a layer to its dtype at each call, as routers do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class MovesItsLayer(nn.Module):
         return y
 
 
-def test_a_layer_that_is_moved_to_where_it_is_is_no_obstacle() -> None:
+def test_a_module_that_moves_a_layer_to_its_own_dtype_is_captured() -> None:
     model, x = MovesItsLayer(), torch.randn(3, 4)
     captured = capture_call(model, split_call((x,), {}))
     torch.testing.assert_close(captured.graph_module(x)[0], model(x))
@@ -153,7 +153,7 @@ def test_a_layer_that_is_moved_to_where_it_is_is_no_obstacle() -> None:
 
 
 class Counts(nn.Module):
-    """Adds how often it was called, by state outside the module that no graph can hold."""
+    """Uses the number of its calls, which is state outside the module that a graph cannot have."""
 
     def __init__(self, result: str, calls: list[int]) -> None:
         super().__init__()
@@ -176,19 +176,19 @@ class Counts(nn.Module):
     ("result", "where"),
     [("tensor", "output 0"), ("number", "output 1"), ("buffer", "buffer total")],
 )
-def test_a_graph_that_departs_from_eager_is_refused(result: str, where: str) -> None:
+def test_a_graph_that_differs_from_eager_is_refused(result: str, where: str) -> None:
     module = Counts(result, [])
     with pytest.raises(CaptureError, match=rf"Counts: {where} of the captured graph .* eager"):
         capture_call(module, split_call((torch.randn(3, 4),), {}))
     assert float(module.get_buffer("total")) == 0
 
 
-def test_the_models_own_error_is_raised_as_it_is() -> None:
+def test_the_models_own_error_is_raised_unchanged() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         capture_call(nn.Linear(4, 2), split_call((torch.randn(3, 5),), {}))
 
 
-def test_an_ambient_autocast_region_is_not_frozen_into_the_graph() -> None:
+def test_a_surrounding_autocast_region_is_not_part_of_the_graph() -> None:
     module, x = nn.Linear(4, 2), torch.randn(3, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         captured = capture_call(module, split_call((x,), {}))
@@ -196,7 +196,7 @@ def test_an_ambient_autocast_region_is_not_frozen_into_the_graph() -> None:
     assert captured.graph_module(x)[0].dtype == torch.float32
 
 
-def test_nan_outputs_that_agree_are_no_departure() -> None:
+def test_equal_nan_outputs_do_not_differ() -> None:
     class Undefined(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return (x * 0.0) / (x * 0.0)

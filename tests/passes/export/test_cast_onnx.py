@@ -18,7 +18,7 @@ def describe(model: onnx.ModelProto) -> list[str]:
     return [f"{', '.join(n.output)} = {n.op_type}({', '.join(n.input)})" for n in model.graph.node]
 
 
-def test_one_kind_of_operator_gets_casts() -> None:
+def test_one_type_of_operator_gets_casts() -> None:
     model = make_model(TensorProto.BFLOAT16)
     assert cast_operator(model, "Gemm") == 1
     assert describe(model) == [
@@ -32,7 +32,7 @@ def test_one_kind_of_operator_gets_casts() -> None:
     assert cast_operator(model, "Gemm") == 0
 
 
-def test_float32_is_left_alone() -> None:
+def test_float32_is_not_changed() -> None:
     model = make_model(TensorProto.FLOAT)
     before = model.SerializeToString()
     assert cast_operator(model, "Gemm") == 0

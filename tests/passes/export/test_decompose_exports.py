@@ -4,19 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.export.decompose_exports import (
-    count_bins,
-    decompose_for_export,
-    draw_samples,
-    exponentiate_matrix,
-    log_gamma,
-    measure_distances,
-    multiply_groups,
-)
+from passes.export.decompose_exports import decompose_for_export
+from passes.export.decompositions.draws import draw_samples
+from passes.export.decompositions.functions import log_gamma
+from passes.export.decompositions.products import exponentiate_matrix, measure_distances, multiply_groups
+from passes.export.decompositions.reductions import count_bins
 
 
 @pytest.mark.parametrize("ends", [[2, 5, 7], [0, 7, 7], [3, 3, 5]])
-def test_groups_are_those_of_a_loop_over_them(ends: list[int]) -> None:
+def test_groups_equal_a_loop_over_them(ends: list[int]) -> None:
     torch.manual_seed(0)
     x, weight, offs = torch.randn(7, 4), torch.randn(3, 4, 5), torch.tensor(ends, dtype=torch.int32)
     expected = torch.zeros(7, 5)
@@ -26,27 +22,27 @@ def test_groups_are_those_of_a_loop_over_them(ends: list[int]) -> None:
 
 
 @pytest.mark.parametrize(("bins", "low", "high"), [(5, 0, 4), (7, -1, 2), (4, 0, 0)])
-def test_bins_are_those_of_histc(bins: int, low: float, high: float) -> None:
+def test_bins_equal_histc(bins: int, low: float, high: float) -> None:
     torch.manual_seed(0)
     x = torch.cat([torch.randn(200), torch.arange(6.0)])
     assert torch.equal(count_bins(x, bins, low, high), torch.histc(x, bins, low, high))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_log_gamma_is_that_of_torch(dtype: torch.dtype) -> None:
+def test_log_gamma_equals_torchs(dtype: torch.dtype) -> None:
     x = torch.cat([torch.linspace(-7.9, 9, 500, dtype=dtype), torch.logspace(-3, 6, 100, dtype=dtype)])
     tolerance = 1e-5 if dtype is torch.float32 else 1e-9
     torch.testing.assert_close(log_gamma(x), torch.lgamma(x), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0, 2.0, 3.5, float("inf")])
-def test_distances_are_those_of_cdist(p: float) -> None:
+def test_distances_equal_cdist(p: float) -> None:
     a, b = torch.randn(2, 7, 4), torch.randn(5, 4)
     torch.testing.assert_close(measure_distances(a, b, p), torch.cdist(a, b.expand(2, 5, 4), p))
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
-def test_exponentials_of_matrices_are_those_of_torch(scale: float) -> None:
+def test_exponentials_of_matrices_equal_torchs(scale: float) -> None:
     x = scale * torch.randn(2, 6, 6, dtype=torch.float64)
     x[1] -= x[1].mT.clone()
     torch.testing.assert_close(exponentiate_matrix(x), torch.linalg.matrix_exp(x), rtol=1e-9, atol=1e-9)
@@ -70,7 +66,7 @@ class Counts(nn.Module):
         return torch.lgamma(x).relu() + torch.histc(x, 3, 0.0, 3.0).sum()
 
 
-def test_only_what_has_no_translation_is_rewritten() -> None:
+def test_only_operators_without_a_translation_are_rewritten() -> None:
     x = torch.rand(5) + 1
     program = torch.export.export(Counts(), (x,), strict=False)
     rewritten = decompose_for_export(program)
@@ -97,7 +93,7 @@ def test_extremes_over_all_dimensions() -> None:
     torch.testing.assert_close(rewritten.module()(x), Scalars()(x), rtol=0, atol=0)
 
 
-def test_a_number_in_the_place_of_a_tensor_is_lifted() -> None:
+def test_a_number_in_place_of_a_tensor_becomes_a_tensor() -> None:
     x = torch.randn(3)
     program = torch.export.export(nn.Sigmoid(), (x,), strict=False)
     node = program.graph.find_nodes(op="call_function", target=torch.ops.aten.sigmoid.default)[0]

@@ -1,4 +1,4 @@
-"""Rewrites of small ONNX graphs, run by onnx's own reference implementation."""
+"""Rewrites of small ONNX graphs, run by onnx's reference implementation and by onnxruntime."""
 
 from __future__ import annotations
 

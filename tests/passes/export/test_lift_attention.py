@@ -68,7 +68,7 @@ def describe(node: Node) -> str:
     return f"{getattr(node.target, '__name__', node.target)}{node.args}".replace(".default", "").replace(".dim", "")
 
 
-def test_four_dimensions_are_left_alone() -> None:
+def test_four_dimensions_are_not_changed() -> None:
     x = torch.randn(2, 3, 5, 8)
     program = torch.export.export(Attention(), (x, x.clone(), x.clone(), None), strict=False)
     assert not LiftAttentionPass()(program.graph_module).modified

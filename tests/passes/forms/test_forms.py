@@ -1,4 +1,4 @@
-"""Every form written on activations and on the weight gives the same W', and each has a name that finds it again."""
+"""Every form gives the same ΔW on activations and on the weight, and is found by its name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def build(form: AdapterForm, write: str, names: list[str]) -> GraphModule:
 
 
 def exact_delta(name: str, p: dict[str, torch.Tensor]) -> torch.Tensor:
-    """ΔW from the definitions."""
+    """ΔW from the definition of the form."""
     if "svd" in name:
         delta = 0.5 * p["P"] @ torch.diag(p["lam"]) @ p["Q"]
         if "offset" in name:
@@ -57,7 +57,7 @@ def test_activation_weight_and_delta_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "dora" in name])
-def test_the_factor_is_the_magnitude_over_the_norm_which_is_constant_in_backward(name: str) -> None:
+def test_the_factor_is_the_magnitude_over_the_norm_without_a_gradient_of_the_norm(name: str) -> None:
     form = find_form(name)
     assert form.rescales
     p = {key: value.requires_grad_() for key, value in draw(form).items()}
@@ -81,7 +81,7 @@ def test_a_row_of_zeros_has_a_finite_factor() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_find_the_forms_again(name: str) -> None:
+def test_forms_are_found_by_name(name: str) -> None:
     form = find_form(name)
     assert form.name == name
     assert form.core.name == name.removesuffix("-offset3")

@@ -1,4 +1,4 @@
-"""The SVD form written three ways gives the same ΔW."""
+"""The SVD form gives the same ΔW on activations, on the weight and as a tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What FuseAdaptersPass fuses, groups and leaves alone, and that nothing changes beyond rounding."""
+"""What FuseAdaptersPass fuses, groups and does not change, and that results stay the same within rounding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Prepare = Callable[..., Any]
 
 
 class Attention(nn.Module):
-    """Three siblings, one of another width, then layers in every way of writing a product."""
+    """Three siblings, one of another width, then a layer for each operator that multiplies with a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 
 class InPlace(nn.Module):
-    """x changes between its two readers, so they must not be grouped."""
+    """x changes between the two layers that read it, so they must not be grouped."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Checkpointed(nn.Module):
 
 
 class Reversed(nn.Module):
-    """One weight used both ways: the second direction stays as inserted or becomes an update."""
+    """One weight used in both directions: the reverse direction is not fused, or becomes an update."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_nothing_changes_beyond_rounding(
     assert not fuse(result.graph_module).modified
 
 
-def test_siblings_are_grouped_and_every_way_of_writing_a_product_is_fused(prepare: Prepare) -> None:
+def test_siblings_are_grouped_and_every_kind_of_product_is_fused(prepare: Prepare) -> None:
     bench, _ = prepare_both(prepare, Attention())
     graph_module = FuseAdaptersPass()(bench.graph_module).graph_module
     assert groups(graph_module) == [3, 1, 1, 1]
@@ -138,10 +138,10 @@ def test_no_group_across_an_in_place_operation(prepare: Prepare) -> None:
     torch.testing.assert_close(graph_module(x), expected)
 
 
-def test_what_is_computed_again_is_written_in_the_graph(prepare: Prepare) -> None:
+def test_recomputed_operators_are_named_in_the_graph(prepare: Prepare) -> None:
     bench, _ = prepare_both(prepare, Attention())
     graph_module = FuseAdaptersPass(recompute=True)(bench.graph_module).graph_module
-    found = re.findall(r"again = \(torch\.ops\.aten\.(\w+)", graph_module.code)
+    found = re.findall(r"recomputation = \(torch\.ops\.aten\.(\w+)", graph_module.code)
     assert found == ["layer_norm", "gelu", "silu"]
 
 
@@ -165,7 +165,7 @@ def test_recomputing_keeps_less_for_backward(prepare: Prepare, is_small: bool, m
         kept.append(sum(storages.values()))
         del result
     saved = 0 if is_small else (2 * (5 * 8) + 2 * (5 * 8) + 2 * (5 * 10)) * 4
-    assert kept[1] == kept[0] - saved, "what layer_norm, silu and gelu gave"
+    assert kept[1] == kept[0] - saved, "the outputs of layer_norm, silu and gelu"
 
 
 def test_trainable_biases_and_weights_get_their_gradients(prepare: Prepare) -> None:

@@ -1,4 +1,4 @@
-"""The fused functions against their formula: gradients and second derivatives in float64, every dtype forward."""
+"""The fused functions against their formula: gradients and second derivatives in float64, outputs in every dtype."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(*shape: int, grad: bool = True) -> Tensor:
 
 
 def linears(x: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
-    """Two sites: a bias and none, other widths, other ranks."""
+    """Two sites: one with a bias, one without; different widths and ranks."""
     W1, b1, W2, P1, l1, Q1, P2, l2, Q2 = operands
     return fused_linears(x, SCALES, W1, b1, P1, l1, Q1, W2, None, P2, l2, Q2)
 
@@ -55,7 +55,7 @@ def draw_update() -> tuple[Tensor, ...]:
 
 
 def mixed(x: Tensor, W: Tensor, P1: Tensor, lam: Tensor, Q1: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, ...]:
-    """A site with λ beside one without, as LoRA has it."""
+    """A site with λ and a site without, as in LoRA."""
     return fused_linears(x, SCALES, W, None, P1, lam, Q1, W, None, B, None, A)
 
 
@@ -141,7 +141,7 @@ def make_site(out: int, fan_in: int, rank: int, *, bias: bool = True, dtype: tor
     ]
 
 
-def write_out(x: Tensor, scales: tuple[float, ...], *operands: Any) -> tuple[Tensor, ...]:
+def plain_formula(x: Tensor, scales: tuple[float, ...], *operands: Any) -> tuple[Tensor, ...]:
     linear = torch.nn.functional.linear
     sites = [operands[i : i + 5] for i in range(0, len(operands), 5)]
     return tuple(
@@ -169,30 +169,30 @@ def test_update_has_the_gradients_of_finite_differences(shape: tuple[int, ...]) 
 
 @pytest.mark.parametrize("ranks", [(1,), (12,), (3, 5), (2, 1, 4), (0, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_linears_are_what_is_written_out(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_linears_equal_the_plain_formula(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
     operands = list(itertools.chain.from_iterable(make_site(7 + i, 16, r, dtype=dtype) for i, r in enumerate(ranks)))
     scales = tuple(0.5 + i for i in range(len(ranks)))
     x = make(3, 4, 16, dtype=dtype)
     inputs = [tensor for tensor in (x, *operands) if tensor is not None]
-    found, expected = fused_linears(x, scales, *operands), write_out(x, scales, *operands)
+    found, expected = fused_linears(x, scales, *operands), plain_formula(x, scales, *operands)
     torch.testing.assert_close(found, expected)
     seeds = [torch.randn_like(y) for y in expected]
     torch.testing.assert_close(torch.autograd.grad(found, inputs, seeds), torch.autograd.grad(expected, inputs, seeds))
 
 
-@pytest.mark.parametrize("again", ["gelu", "layer_norm"])
-def test_computing_x_again_changes_no_bit_and_keeps_less(again: str) -> None:
+@pytest.mark.parametrize("operator", ["gelu", "layer_norm"])
+def test_recomputing_x_gives_identical_results(operator: str) -> None:
     h, scale, shift = make(6, 16), make(16), make(16)
     operands = make_site(7, 16, 3)
     recipe: Any = (
         (aten.gelu.default, (h,), {}, None)
-        if again == "gelu"
+        if operator == "gelu"
         else (aten.layer_norm.default, (h, [16], scale, shift, 1e-5), {}, (6, 16))
     )
     found = []
     for use in (None, recipe):
         x = recipe[0](*recipe[1])
-        (y,) = fused_linears(x, (0.5,), *operands, again=use)
+        (y,) = fused_linears(x, (0.5,), *operands, recomputation=use)
         inputs = [h, *operands]
         found.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
     for kept, recomputed in zip(*found, strict=True):
@@ -214,7 +214,7 @@ def test_half_precision_base_with_wide_adapters(narrow: torch.dtype) -> None:
     x = make(5, 16, dtype=torch.float32).detach().to(narrow).requires_grad_()
     (y,) = fused_linears(x, (0.5,), W, b, P, lam, Q)
     exact = [t.detach().double().requires_grad_() for t in (x, W, b, P, lam, Q)]
-    (expected,) = write_out(exact[0], (0.5,), *exact[1:])
+    (expected,) = plain_formula(exact[0], (0.5,), *exact[1:])
     assert y.dtype == narrow
     torch.testing.assert_close(y.double(), expected, rtol=0.03, atol=0.05)
     gradients = torch.autograd.grad(y.float().sum(), (x, W, b, P, lam, Q))
@@ -224,14 +224,15 @@ def test_half_precision_base_with_wide_adapters(narrow: torch.dtype) -> None:
         torch.testing.assert_close(found.double(), right, rtol=0.03, atol=0.1)
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_autocast_runs_adapters_as_it_runs_the_base(again: bool) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_autocast_applies_to_adapters_as_to_the_base(recompute: bool) -> None:
     operands = make_site(9, 16, 3, dtype=torch.float32)
     h = make(5, 16, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         x = aten.gelu.default(h)
-        (y,) = fused_linears(x, (0.5,), *operands, again=(aten.gelu.default, (h,), {}, None) if again else None)
-        (expected,) = write_out(x, (0.5,), *operands)
+        recomputation: Any = (aten.gelu.default, (h,), {}, None) if recompute else None
+        (y,) = fused_linears(x, (0.5,), *operands, recomputation=recomputation)
+        (expected,) = plain_formula(x, (0.5,), *operands)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected, rtol=0.03, atol=0.1)
     found = torch.autograd.grad(y.float().sum(), (h, *operands), retain_graph=True)
@@ -240,18 +241,18 @@ def test_autocast_runs_adapters_as_it_runs_the_base(again: bool) -> None:
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.3)
 
 
-def test_second_derivatives_where_x_is_computed_again() -> None:
+def test_second_derivatives_where_x_is_recomputed() -> None:
     operands = make_site(4, 5, 2)
 
     def run(h: Tensor, *operands: Tensor) -> Tensor:
-        (y,) = fused_linears(aten.gelu.default(h), (0.5,), *operands, again=(aten.gelu.default, (h,), {}, None))
+        (y,) = fused_linears(aten.gelu.default(h), (0.5,), *operands, recomputation=(aten.gelu.default, (h,), {}, None))
         return y
 
     assert torch.autograd.gradgradcheck(run, (make(3, 5), *operands))
 
 
 @pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16)])
-def test_few_rows_by_torchs_operators_are_the_same(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_give_the_same_with_torchs_operators(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     operands = [*make_site(9, 16, 3), *make_site(4, 16, 2)]
     x = make(*shape)
     found = []
@@ -271,4 +272,4 @@ def test_zero_lambda_with_few_rows_is_the_base_layer_bit_for_bit(monkeypatch: py
     x = make(5, 16, dtype=torch.float32)
     (y,) = fused_linears(x, (0.5,), W, b, P, torch.zeros_like(lam), Q)
     assert torch.equal(y, torch.nn.functional.linear(x, W, b))
-    y.add_(1)  # not a view that autograd protects
+    y.add_(1)  # the output is not a view, for which autograd would refuse this

@@ -1,4 +1,4 @@
-"""Which nodes are exchanged, and that a model with dropout gives the same numbers, gradients and draws."""
+"""Which nodes are replaced, and that a model with dropout gives the same outputs, gradients and random draws."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_block_in_training() -> None:
     assert not MemoryEfficientActivationsPass()(result.graph_module).modified
 
 
-def test_evaluation_stays_as_it_is() -> None:
+def test_graphs_in_eval_mode_are_not_changed() -> None:
     net = Block().eval()
     tensors = torch.randn(2, 3, 64), torch.ones(2, 1, 3, 3).bool()
     graph_module = capture_call(net, split_call(tensors, {})).graph_module

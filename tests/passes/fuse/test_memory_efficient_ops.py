@@ -1,4 +1,4 @@
-"""Slim operators against torch's own: outputs, gradients, draws, second derivatives, and what they keep."""
+"""Memory-efficient operators against torch's: outputs, gradients, draws, second derivatives, saved memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def run(function: Any, tensors: list[Tensor], *args: Any, **kwargs: Any) -> tuple[list[Tensor], Tensor]:
-    """Output and gradients under one random state, and that state afterwards."""
+    """Output and gradients under a fixed random state, and the random state afterwards."""
     own = [t.detach().clone().requires_grad_() for t in tensors]
     torch.manual_seed(7)
     output = function(*own, *args, **kwargs)
@@ -30,7 +30,7 @@ def assert_equal(found: Any, expected: Any, *, exactly: bool = False) -> None:
 
 
 def make_heads(*, dtype: torch.dtype = torch.float32, keys: int = 7) -> list[Tensor]:
-    """q, k and v [B, H, ., E] as models make them: transposed from [B, ., H, E]."""
+    """q, k and v [B, H, ., E], transposed from [B, ., H, E] as in models."""
     torch.manual_seed(0)
     shapes = ((2, 5, 3, 4), (2, keys, 3, 4), (2, keys, 3, 6))
     return [torch.randn(shape, dtype=dtype).transpose(1, 2) for shape in shapes]
@@ -38,7 +38,7 @@ def make_heads(*, dtype: torch.dtype = torch.float32, keys: int = 7) -> list[Ten
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.9, 1.0])
-def test_dropout_is_torchs_bit_for_bit(p: float, dtype: torch.dtype) -> None:
+def test_dropout_equals_torchs_bit_for_bit(p: float, dtype: torch.dtype) -> None:
     x = torch.randn(3, 11, 1024, dtype=dtype)
     assert_equal(run(memory_efficient_dropout, [x], p, True), run(aten.dropout.default, [x], p, True), exactly=True)
     strided = torch.randn(1024, 33, dtype=dtype).t()
@@ -50,7 +50,7 @@ def test_dropout_is_torchs_bit_for_bit(p: float, dtype: torch.dtype) -> None:
 MASKS = {
     "none": None,
     "padding": torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]]).bool()[:, None, None],
-    "dead rows": torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]]).bool()[:, None, None],
+    "fully masked rows": torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]]).bool()[:, None, None],
     "two dimensions": torch.ones(5, 7).tril().bool(),
     "numbers": torch.linspace(-2, 2, 35).view(1, 1, 5, 7),
     "numbers with -inf": torch.full((5, 7), -torch.inf).triu(1),
@@ -59,13 +59,13 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_attention_is_torchs(mask: str, scale: float | None) -> None:
+def test_attention_equals_torchs(mask: str, scale: float | None) -> None:
     heads = make_heads()
     found = run(memory_efficient_attention, heads, MASKS[mask], 0.3, scale=scale)
     assert_equal(found, run(aten.scaled_dot_product_attention.default, heads, MASKS[mask], 0.3, scale=scale))
 
 
-def test_causal_attention_is_torchs() -> None:
+def test_causal_attention_equals_torchs() -> None:
     heads = make_heads(keys=5)
     found = run(memory_efficient_attention, heads, None, 0.3, True)
     assert_equal(found, run(aten.scaled_dot_product_attention.default, heads, None, 0.3, True))
@@ -85,7 +85,7 @@ def test_attention_with_some_gradients(wanted: tuple[int, ...]) -> None:
             torch.testing.assert_close(one, other)
 
 
-def test_what_is_not_ours_goes_to_torch() -> None:
+def test_other_cases_run_torchs_operators() -> None:
     heads = make_heads()
     plain = aten.scaled_dot_product_attention.default
     trained = torch.zeros(5, 7, requires_grad=True)
@@ -120,7 +120,7 @@ def test_first_and_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measure_kept(function: Any, tensors: list[Tensor], *args: Any) -> int:
-    """Bytes of all storages that autograd keeps, those of the arguments included."""
+    """Bytes of all storages that autograd saves, those of the arguments included."""
     storages = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def measure_kept(function: Any, tensors: list[Tensor], *args: Any) -> int:
     return sum(storages.values())
 
 
-def test_less_is_kept() -> None:
+def test_less_memory_is_saved_for_backward() -> None:
     heads = [torch.randn(4, 2, 32, 8) for _ in range(3)]
     ours = measure_kept(memory_efficient_attention, heads, None, 0.1)
     assert ours < 0.6 * measure_kept(aten.scaled_dot_product_attention.default, heads, None, 0.1)

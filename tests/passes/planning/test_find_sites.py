@@ -1,8 +1,9 @@
-"""Which weights become sites, and the reason each other one is given."""
+"""Which weights become sites, and the reason for each other weight."""
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,15 +20,15 @@ Prepare = Callable[..., Any]
 
 
 class Zoo(nn.Module):
-    """One weight for each verdict."""
+    """One weight for each possible result of the search."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(7, 4)
         self.linear = nn.Linear(4, 4)
         self.raw = nn.Parameter(torch.randn(4, 6))
-        self.twin = nn.Linear(4, 4)
-        self.twin.weight = self.linear.weight
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight = self.linear.weight
         self.blind = nn.Linear(4, 4)
         self.dead = nn.Linear(4, 4)
         self.idle = nn.Linear(4, 4)
@@ -35,7 +36,7 @@ class Zoo(nn.Module):
         self.scale = nn.Parameter(torch.randn(4))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.twin(self.linear(self.embed(tokens))) * self.scale
+        x = self.tied(self.linear(self.embed(tokens))) * self.scale
         with torch.no_grad():
             x = x + self.blind(x)
         self.dead(x)
@@ -51,7 +52,7 @@ def test_every_weight_is_a_site_or_has_a_reason(prepare: Prepare) -> None:
     sites = {site.name: site for site in search.sites}
     assert sites.keys() == {"raw", "linear.weight", "stacked"}
     assert (sites["stacked"].out_features, sites["stacked"].in_features) == (12, 3)
-    assert sites["linear.weight"].aliases == ("twin.weight",)
+    assert sites["linear.weight"].aliases == ("tied.weight",)
     assert (sites["raw"].transposed, sites["raw"].out_features, sites["raw"].in_features) == (True, 6, 4)
     assert sites["raw"].largest_rank == 4
     reasons = dict(search.rejected)
@@ -72,7 +73,7 @@ def test_named_weights_of_other_operators_are_sites(prepare: Prepare) -> None:
 
 
 def test_a_glob_that_matches_a_tied_name_selects_the_weight(prepare: Prepare) -> None:
-    search = prepare(Zoo(), TOKENS, selection=SiteSelection(sites=("twin",))).search
+    search = prepare(Zoo(), TOKENS, selection=SiteSelection(sites=("tied",))).search
     assert [site.name for site in search.sites] == ["linear.weight"]
 
 
@@ -80,7 +81,7 @@ def test_a_glob_that_matches_a_tied_name_selects_the_weight(prepare: Prepare) ->
     ("selection", "names"),
     [
         (SiteSelection(exclude=("raw",)), ["stacked", "linear.weight"]),
-        (SiteSelection(trainable=("twin.*",)), ["raw", "stacked"]),
+        (SiteSelection(trainable=("tied.*",)), ["raw", "stacked"]),
         (SiteSelection(sites="*.weight", exclude=("embed*", "blind*", "dead*", "idle*")), ["linear.weight"]),
     ],
     ids=["exclude", "trainable", "one glob as a string"],
@@ -90,12 +91,12 @@ def test_selections(prepare: Prepare, selection: SiteSelection, names: list[str]
 
 
 @pytest.mark.parametrize("option", ["sites", "exclude"])
-def test_a_glob_that_matches_nothing_is_refused_with_the_names_there_are(option: str) -> None:
+def test_a_glob_that_matches_nothing_is_refused_with_the_existing_names(option: str) -> None:
     with pytest.raises(SiteError, match=rf"{option}='\*\.qurey' matches no weight, .*; there are: .*linear\.weight"):
         find_module_sites(Zoo(), SiteSelection(**{option: ("*.qurey",)}))  # type: ignore[arg-type]
 
 
-def test_integer_weights_are_no_sites() -> None:
+def test_integer_weights_are_not_sites() -> None:
     module = nn.Linear(4, 4)
     module.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
     search = find_module_sites(module, SiteSelection())
@@ -103,7 +104,7 @@ def test_integer_weights_are_no_sites() -> None:
     assert "torch.int8" in search.rejected["weight"]
 
 
-def test_module_sites_know_attention_and_leave_out_the_rest() -> None:
+def test_module_sites_include_attention_but_not_embeddings() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -148,3 +149,13 @@ def test_functional_convolutions_and_slices(prepare: Prepare) -> None:
     search = prepare(module, x, selection=SiteSelection(sites=("kernel", "packed"))).search
     assert {site.name: site.op for site in search.sites} == {"kernel": "conv1d", "packed": "linear"}
     assert search.sites[0].in_features == 6
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0)])
+def test_a_weight_without_values_is_no_site(sizes: tuple[int, int]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of such a layer
+        module = nn.ModuleDict({"empty": nn.Linear(*sizes), "full": nn.Linear(3, 4)})
+    search = find_module_sites(module, SiteSelection())
+    assert [site.name for site in search.sites] == ["full.weight"]
+    assert search.rejected == {"empty.weight": "it has no values"}

@@ -41,7 +41,7 @@ def test_shapes_and_order() -> None:
 
 
 def describe(**changes: Any) -> dict[str, Any]:
-    """A saved plan of three adapters, the second with changes."""
+    """A saved plan of three adapters, with these changes in the second one."""
     half = AdapterSite(name="a.rows_0_2", shape=(5, 3), dtype=torch.float16, aliases=("b", "c"), rows=(0, 2), depth=3)
     packed = PlannedAdapter(site=half, form=find_form("svd-offset2"), rank=2, scale=0.5, dtype=torch.float64)
     turned = AdapterSite(name="t", shape=(5, 3), dtype=torch.float32, transposed=True)
@@ -99,12 +99,12 @@ def test_a_saved_plan_comes_back() -> None:
         ({"rows": [0, 2]}, r"rows are \(0, 2\) of 5, expected .* a name that ends with \.rows_0_2"),
         ({"rows": [2, 9], "name": "w.rows_2_9"}, r"rows are \(2, 9\) of 5, expected a range in them"),
         ({"rows": [0, 1, 2]}, r"rows is \[0, 1, 2\], expected null or \[first, end\]"),
-        ({"name": ""}, "the plan's adapter 1: name is '', expected the qualified name of a weight"),
+        ({"name": ""}, "the plan: adapter 1: name is '', expected the qualified name of a weight"),
         ({"name": "t"}, "more than one adapter planned for t"),
-        ({"color": 1}, "the plan's adapter 1 .'w'. has an unknown key 'color', expected adapter_dtype, aliases,"),
+        ({"color": 1}, "the plan: adapter 1 .'w'.: the key 'color' is unknown, expected adapter_dtype, aliases,"),
     ],
 )
-def test_an_entry_that_is_none_is_named(changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_entry_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SiteError, match=message):
         read(describe(**changes))
 
@@ -113,31 +113,33 @@ def test_an_entry_that_is_none_is_named(changes: dict[str, Any], message: str) -
 def test_an_entry_that_lacks_a_key_is_named(key: str) -> None:
     data = describe()
     del data["adapters"][1][key]
-    with pytest.raises(SiteError, match=rf"the plan's adapter 1.* lacks the key '{key}', expected adapter_dtype, ali"):
+    with pytest.raises(SiteError, match=rf"the plan: adapter 1.*: the key '{key}' is missing, expected .* there; pass"):
         read(data)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "this is not an adapter plan, but JSONDecodeError"),
-        ("[" * 100_000, "this is not an adapter plan, but RecursionError"),
-        ("1" * 5000, "this is not an adapter plan, but ValueError"),
-        (b"\xff", "this is not an adapter plan, but UnicodeDecodeError"),
-        (None, "this is not an adapter plan, but TypeError"),
+        ("", "the plan: this is not JSON .Expecting value"),
+        ("[" * 100_000, "this is not JSON .RecursionError"),
+        ("[" * 200 + "]" * 200, "its objects and lists are nested more than 100 levels deep"),
+        ("1" * 5000, "this is not JSON .ValueError"),
+        (b"\xff", "this is not JSON .UnicodeDecodeError"),
+        (None, "this is a NoneType, expected JSON text"),
+        ("[" + "," * 5_000_000, "the JSON text holds about 5,000,001 values, expected at most 2,000,000"),
         ("[]", "this is not an adapter plan, expected an object with a version"),
         ("{}", "this is not an adapter plan, expected an object with a version"),
         ('{"version": 2}', "the plan has version 2, expected 1; plan again"),
         ('{"version": true, "adapters": []}', "the plan has version True, expected 1"),
-        ('{"version": 1}', "the plan lacks the key 'adapters', expected adapters, version"),
-        ('{"version": 1, "adapters": [], "more": 1}', "the plan has an unknown key 'more'"),
-        ('{"version": 1, "adapters": {}}', "the plan's adapters are {}, expected a list"),
-        ('{"version": 1, "adapters": [3]}', "the plan's adapter 0 is 3, expected an object"),
-        ('{"version": 1, "version": 1, "adapters": []}', "the plan has the key 'version' twice in one object"),
+        ('{"version": 1}', "the key 'adapters' is missing, expected a list there"),
+        ('{"version": 1, "adapters": [], "more": 1}', "the key 'more' is unknown, expected adapters, version"),
+        ('{"version": 1, "adapters": {}}', "adapters is {}, expected a list"),
+        ('{"version": 1, "adapters": [3]}', "adapter 0 is 3, expected an object"),
+        ('{"version": 1, "version": 1, "adapters": []}', "the key 'version' appears twice in one object"),
     ],
-    ids=range(14),
+    ids=range(16),
 )
-def test_what_is_no_plan_is_refused(text: Any, message: str) -> None:
+def test_a_text_that_is_not_a_plan_is_refused(text: Any, message: str) -> None:
     with pytest.raises(SiteError, match=message):
         AdapterPlan.from_json(text)
 
@@ -158,13 +160,13 @@ VALUES = st.recursive(
 
 
 def find_places(value: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The ways to all values in nested lists and dicts."""
+    """The paths to all values in nested lists and dicts."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [above, *(place for key, one in items for place in find_places(one, (*above, key)))]
 
 
 def change(data: Any, place: tuple[Any, ...], action: str, value: Any) -> Any:
-    """The data with the value at a place replaced, taken out, doubled or joined by another."""
+    """The data with the value at one place replaced, removed or duplicated, or with another value added there."""
     if not place:
         return value
     holder = data
@@ -182,7 +184,7 @@ def change(data: Any, place: tuple[Any, ...], action: str, value: Any) -> Any:
 
 
 @given(st.data())
-def test_whatever_stands_in_a_plan_gives_a_plan_or_says_what_is_wrong(draw: st.DataObject) -> None:
+def test_changed_plans_are_read_or_refused_with_a_message(draw: st.DataObject) -> None:
     data: Any = describe()
     for _ in range(draw.draw(st.integers(1, 3))):
         place = draw.draw(st.sampled_from(find_places(data)))
@@ -207,6 +209,6 @@ def test_whatever_stands_in_a_plan_gives_a_plan_or_says_what_is_wrong(draw: st.D
 
 
 @given(st.text() | VALUES.map(json.dumps) | st.binary())
-def test_any_text_gives_a_plan_or_says_that_it_is_none(text: Any) -> None:
+def test_any_text_is_read_or_refused_with_a_message(text: Any) -> None:
     with contextlib.suppress(SiteError):
         AdapterPlan.from_json(text)

@@ -1,4 +1,4 @@
-"""What a rule matches, and the rules that are refused."""
+"""Which weights a rule matches, and which rules are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SITE = AdapterSite(
 
 
 class MyLinear(nn.Linear):
-    """A class of the user's own."""
+    """A user's subclass."""
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,10 @@ def test_every_condition_must_hold(options: dict[str, Any], matches: bool) -> No
         ({"rank": 0}, "expected an integer of at least 1"),
         ({"alpha": -1.0}, "expected a number above 0"),
         ({"expect": -1}, "expected a number of weights"),
-        ({"exclude": True, "rank": 4}, "no rank and no alpha beside it"),
+        ({"exclude": True, "rank": 4}, "no rank and no alpha together with it"),
     ],
 )
-def test_rules_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_rules_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SiteError, match=message):
         AdapterRule(**options)
 
@@ -92,19 +92,19 @@ def test_the_first_rule_that_matches_decides(prepare: Any) -> None:
     assert found.rejected["2.weight"] == "excluded by AdapterRule(op='linear', exclude=True)"
 
 
-def test_a_rule_that_names_weights_reaches_what_all_linear_does_not(prepare: Any) -> None:
+def test_a_rule_that_names_weights_adapts_weights_that_all_linear_does_not(prepare: Any) -> None:
     names = [site.name for site in search(prepare, AdapterRule(module="Embedding")).sites]
     assert names == ["0.weight", "1.weight", "2.weight"]
     assert [site.name for site in search(prepare, AdapterRule(size=(1, None))).sites] == ["1.weight", "2.weight"]
 
 
-def test_a_rule_behind_one_that_takes_all_is_an_error_unless_it_may_be_idle(prepare: Any) -> None:
-    with pytest.raises(SiteError, match=r"name='1'\) decides about no weight: none matches, or earlier rules match"):
+def test_a_rule_that_never_applies_is_an_error_unless_it_is_optional(prepare: Any) -> None:
+    with pytest.raises(SiteError, match=r"name='1'\) applies to no weight: none matches, or earlier rules match"):
         search(prepare, AdapterRule(op="*"), AdapterRule(name="1"))
     assert len(search(prepare, AdapterRule(op="*"), AdapterRule(name="1", required=False)).sites) == 3
 
 
 def test_counts_are_asserted(prepare: Any) -> None:
     assert len(search(prepare, AdapterRule(op="linear", expect=2)).sites) == 2
-    with pytest.raises(SiteError, match="decides about 2 weights, expected 3"):
+    with pytest.raises(SiteError, match="applies to 2 weights, expected 3"):
         search(prepare, AdapterRule(op="linear", expect=3))

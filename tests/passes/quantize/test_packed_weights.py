@@ -1,4 +1,4 @@
-"""A packed weight computes like its unpacked values and is never kept unpacked."""
+"""A packed weight gives the same results as its dequantized values, and autograd saves only its code."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from passes.quantize.packed_weights import (
     PackedWeight,
     count_bytes,
     find_packed_weights,
-    hollow_weights,
     moved_weights,
     pack_parameter,
     set_parameter,
+    weights_without_storage,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class RoundedValues(PackedValues):
-    """Values rounded to multiples of 1/16, in bytes."""
+    """Values rounded to multiples of 1/16, one byte each."""
 
     codes: Tensor
 
@@ -74,7 +74,7 @@ def dense_of(packed: Tensor) -> Tensor:
     return packed.unpack()
 
 
-def test_it_looks_like_the_weight_and_weighs_less(weight: nn.Parameter, packed: nn.Parameter) -> None:
+def test_it_has_the_attributes_of_the_weight_and_less_memory(weight: nn.Parameter, packed: nn.Parameter) -> None:
     assert isinstance(packed, PackedWeight)
     assert isinstance(packed, nn.Parameter)
     assert (packed.shape, packed.dtype, packed.device) == (weight.shape, weight.dtype, weight.device)
@@ -106,7 +106,7 @@ X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
         lambda x, w: x.sum() * w.norm(dim=1),
     ],
 )
-def test_operators_give_what_they_give_for_the_unpacked_values(packed: nn.Parameter, compute: Any) -> None:
+def test_operators_give_the_same_as_for_the_dequantized_values(packed: nn.Parameter, compute: Any) -> None:
     results = []
     for w in (packed, dense_of(packed)):
         x = X.clone().requires_grad_()
@@ -119,7 +119,7 @@ def test_operators_give_what_they_give_for_the_unpacked_values(packed: nn.Parame
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("x", [X[0], X], ids=["2-D", "3-D"])
-def test_backward_keeps_the_code_only(packed: nn.Parameter, x: Tensor, autocast: bool) -> None:
+def test_autograd_saves_only_the_code(packed: nn.Parameter, x: Tensor, autocast: bool) -> None:
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def test_transposes_and_casts_stay_packed(packed: nn.Parameter) -> None:
     assert torch.equal(packed.transpose(1, -1), dense)
 
 
-def test_copies_and_pickles_have_a_code_of_their_own(packed: nn.Parameter) -> None:
+def test_copies_and_pickles_have_their_own_code(packed: nn.Parameter) -> None:
     buffer = io.BytesIO()
     torch.save({"w": packed, "t": packed.t()}, buffer)
     buffer.seek(0)
@@ -167,7 +167,7 @@ def test_copies_and_pickles_have_a_code_of_their_own(packed: nn.Parameter) -> No
     assert isinstance(loaded["w"], nn.Parameter)
 
 
-def test_a_state_dict_is_loaded_from_packed_weights_only(packed: nn.Parameter) -> None:
+def test_a_state_dict_loads_only_packed_weights(packed: nn.Parameter) -> None:
     layers = [nn.Linear(4, 6, bias=False) for _ in range(2)]
     set_parameter(layers[0], "weight", packed)
     set_parameter(layers[1], "weight", pack_parameter(layers[1].get_parameter("weight"), Rounding()))
@@ -179,11 +179,11 @@ def test_a_state_dict_is_loaded_from_packed_weights_only(packed: nn.Parameter) -
         layers[1].load_state_dict({"weight": torch.zeros(6, 4)})
 
 
-def test_modules_without_and_with_their_packed_weights(packed: nn.Parameter) -> None:
+def test_packed_weights_are_removed_and_put_back(packed: nn.Parameter) -> None:
     layer = nn.Linear(4, 6)
     set_parameter(layer, "weight", packed)
     assert find_packed_weights(layer) == {"weight": packed}
-    with hollow_weights(layer):
+    with weights_without_storage(layer):
         assert type(layer.weight) is nn.Parameter
         assert (layer.weight.shape, layer.weight.untyped_storage().size()) == ((6, 4), 0)
     assert layer.weight is packed
@@ -196,7 +196,7 @@ def test_modules_without_and_with_their_packed_weights(packed: nn.Parameter) -> 
     assert isinstance(layer.weight, PackedWeight)
 
 
-def test_a_module_with_packed_weights_captures(packed: nn.Parameter) -> None:
+def test_a_module_with_packed_weights_is_captured(packed: nn.Parameter) -> None:
     layer = nn.Linear(4, 6)
     set_parameter(layer, "weight", packed)
     captured = capture_call(layer, split_call((X,), {}))

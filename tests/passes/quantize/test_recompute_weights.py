@@ -1,4 +1,4 @@
-"""Packed weights take the place of dense ones in graphs, and products with them recompute."""
+"""Packed weights replace dense weights in graphs, and products with them dequantize again in backward."""
 
 from __future__ import annotations
 
@@ -89,19 +89,19 @@ def test_products_with_whole_weights_are_rewritten(net: Net) -> None:
     assert RecomputeWeightsPass()(graph_module).modified
     targets = [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
     assert targets.count(packed_linear) == 3
-    # What reads a part of a weight reads unpacked values.
+    # A product with a part of a weight reads dequantized values.
     assert targets.count(torch.ops.aten.linear.default) == 1
     assert not RecomputeWeightsPass()(graph_module).modified
     torch.testing.assert_close(graph_module(X)[0], expected)
 
 
-def test_dense_weights_are_left_alone(net: Net) -> None:
+def test_products_with_dense_weights_are_not_rewritten(net: Net) -> None:
     assert not RecomputeWeightsPass()(capture(net)).modified
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
-def test_the_rewritten_product_keeps_nothing_dense(net: Net, shape: tuple[int, ...]) -> None:
-    """Also for a strided x, for which a plain product would copy the weight and keep the copy."""
+def test_the_rewritten_product_saves_nothing_dense(net: Net, shape: tuple[int, ...]) -> None:
+    """Also for a strided x, for which a plain product would save a copy of the weight."""
     (packed,) = pack(net, "up.weight").values()
     assert isinstance(packed, PackedWeight)
     dense, bias = packed.unpack(), torch.ones(6)

@@ -1,7 +1,8 @@
-"""Compaction of an adapted graph: same outputs as with the mask, smaller parameters, no nodes for empty sites."""
+"""A compacted plan: its graph gives the outputs of the masked graph, without nodes for empty sites."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from passes.adapt.compact_ranks import CompactRanksPass, compact_plan, find_rank_dimensions
-from passes.adapt.insert_adapters import find_adapted_sites
+from passes.adapt.insert_adapters import InsertAdaptersPass, find_adapted_sites
+from passes.analysis.weight_uses import find_parameter_aliases
 from passes.base import SiteError
+from passes.planning.compact_plan import compact_plan, find_rank_dimensions
 
 
 def make_model() -> nn.Module:
@@ -39,15 +41,18 @@ def test_outputs_are_those_of_the_masked_graph(
     kept = {"0.weight": torch.tensor(first, dtype=torch.long), "2.weight": torch.tensor(second, dtype=torch.long)}
     mask(bench, kept)
     expected = bench.graph_module(x)
-    result = CompactRanksPass(plan=bench.plan, kept=kept)(bench.graph_module)
-    assert result.modified == (first + second != [0, 1, 2, 0, 1, 2])
-    torch.testing.assert_close(result.graph_module(x), expected, rtol=1e-12, atol=1e-12)
-    assert find_adapted_sites(result.graph_module) == {site for site, indices in kept.items() if len(indices)}
-    for site, indices in kept.items():
-        if len(indices) or result.modified:
-            assert result.graph_module.get_parameter(f"adapters.{site}.lam").shape == (len(indices),)
-    again = CompactRanksPass(plan=compact_plan(bench.plan, kept), kept={})(bench.graph_module)
-    assert not again.modified
+    small = compact_plan(bench.plan, kept)
+    parameters = copy.deepcopy(bench.adapters)
+    for adapter in bench.plan:
+        owner, indices = parameters.get_submodule(adapter.site.name), kept[adapter.site.name]
+        for name, dimension in find_rank_dimensions(adapter).items():
+            values = owner.get_parameter(name).detach().index_select(dimension, indices)
+            owner.register_parameter(name, nn.Parameter(values))
+    fresh = prepare(bench.module, x, rank=3)
+    fresh.graph_module.add_submodule("adapters", parameters)
+    inserted = InsertAdaptersPass(plan=small, aliases=find_parameter_aliases(bench.module))(fresh.graph_module)
+    torch.testing.assert_close(inserted.graph_module(x), expected, rtol=1e-12, atol=1e-12)
+    assert find_adapted_sites(inserted.graph_module) == {site for site, indices in kept.items() if len(indices)}
 
 
 def test_a_plan_keeps_its_scales_and_order(prepare: Callable[..., Any]) -> None:
@@ -58,7 +63,7 @@ def test_a_plan_keeps_its_scales_and_order(prepare: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("indices", [[3], [1, 0], [1, 1], [-1]])
-def test_indices_that_are_not_the_sites_are_refused(prepare: Callable[..., Any], indices: list[int]) -> None:
+def test_invalid_indices_are_refused(prepare: Callable[..., Any], indices: list[int]) -> None:
     bench = prepare(make_model(), torch.randn(3, 5, dtype=torch.float64), rank=3)
     with pytest.raises(SiteError, match=r"site 0.weight: cannot keep triplets .* expected ascending indices below 3"):
         compact_plan(bench.plan, {"0.weight": torch.tensor(indices)})

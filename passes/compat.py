@@ -1,0 +1,306 @@
+"""All private or version-dependent APIs of torch that this project uses, one name for each.
+
+No other module uses a private part of torch (a test searches for them). ``tests/passes/test_compat.py`` probes each
+one, so that after an upgrade of torch it names the one that changed. A missing API raises an error when this module is
+imported or where the API is used, so that no check becomes weaker silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import nn
+from torch._ops import OpOverload
+from torch._subclasses import meta_utils
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from passes.base import AdapterCompilerError
+
+
+class TorchVersionError(AdapterCompilerError, ImportError):
+    """The installed torch lacks an API that this project needs; the message names the API and its purpose."""
+
+
+def find(path: str, purpose: str) -> Any:
+    """An attribute of torch by its dotted path.
+
+    Args:
+        path: the path below ``torch``.
+        purpose: what needs the attribute, for the message.
+
+    Raises:
+        TorchVersionError: this version of torch does not have it.
+    """
+    try:
+        return operator.attrgetter(path)(torch)
+    except AttributeError:
+        raise TorchVersionError(
+            f"torch {torch.__version__} has no torch.{path}, which adapter-compiler needs for {purpose}; install a "
+            "version of torch that it was tested with (see pyproject.toml) and report this one"
+        ) from None
+
+
+# --- tensor subclasses and modes ------------------------------------------------------------------------------------
+
+#: A context in which operators do not call ``__torch_function__`` of tensor subclasses.
+WithoutTorchFunction: Any = find("_C.DisableTorchFunctionSubclass", "weights that read as W + ΔW")
+
+#: A ``__torch_function__`` that does nothing, so that ``__torch_dispatch__`` handles every operator.
+no_torch_function: Any = find("_C._disabled_torch_function_impl", "packed weights")
+
+#: The active saved-tensor hooks, or ``None``; the argument ``True`` includes them during tracing.
+_top_saved_tensor_hooks: Callable[[bool], Any] = find(
+    "_C._autograd._top_saved_tensors_default_hooks", "activations that are recomputed in backward"
+)
+
+_functorch_is_active: Callable[[], bool] = find("_C._are_functorch_transforms_active", "torch.func and vmap")
+_is_tracing: Callable[[], bool] = find("_C._is_tracing", "torch.jit.trace")
+_is_batched: Callable[[torch.Tensor], bool] = find("_C._functorch.is_batchedtensor", "vmap over backward")
+_is_legacy_batched: Callable[[torch.Tensor], bool] = find(
+    "_C._functorch.is_legacy_batchedtensor", "is_grads_batched=True"
+)
+_wrap_without_memory: Callable[..., Any] = find("Tensor._make_wrapper_subclass", "weights without memory of their own")
+
+
+def make_wrapper(cls: type, shape: Sequence[int], **options: Any) -> Any:
+    """A tensor of a subclass with this shape and without storage; options are those of ``_make_wrapper_subclass``."""
+    return _wrap_without_memory(cls, shape, **options)
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether saved-tensor hooks are active, as in an activation checkpoint."""
+    return _top_saved_tensor_hooks(True) is not None
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func``, ``vmap``, forward-mode AD, ``torch.jit.trace`` or the compiler runs this code."""
+    return (
+        torch.compiler.is_compiling()
+        or _functorch_is_active()
+        or getattr(forward_ad, "_current_level") >= 0  # noqa: B009  mypy does not know it
+        or _is_tracing()
+    )
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is batched, inside ``vmap`` or with ``is_grads_batched=True``."""
+    return _is_batched(tensor) or _is_legacy_batched(tensor)
+
+
+def clone_lazily(values: torch.Tensor) -> torch.Tensor:
+    """A copy-on-write copy; an ordinary copy if torch does not own the memory."""
+    try:
+        copied: torch.Tensor = torch._lazy_clone(values)
+    except (RuntimeError, AttributeError):  # for example a memory-mapped file, or a torch without this function
+        return values.clone()
+    return copied
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """The number of in-place writes into a tensor's memory, which views share; not for inference tensors."""
+    return tensor._version
+
+
+# --- autograd nodes -------------------------------------------------------------------------------------------------
+
+
+def is_saved_plainly(node: Any, *names: str) -> bool:
+    """Whether a backward node saved its tensors with these names without a hook.
+
+    Raises:
+        TorchVersionError: the node saves nothing with such a name.
+    """
+    return all(one is None or one.unpack_hook is None for one in _read(node, "_raw_saved_", names))
+
+
+def read_saved(node: Any, *names: str) -> tuple[Any, ...]:
+    """The values that a backward node saved with these names.
+
+    Raises:
+        TorchVersionError: the node saves nothing with such a name.
+    """
+    return _read(node, "_saved_", names)
+
+
+def _read(node: Any, prefix: str, names: Sequence[str]) -> tuple[Any, ...]:
+    try:
+        return tuple([getattr(node, prefix + name) for name in names])
+    except AttributeError as error:
+        raise TorchVersionError(
+            f"{node.name()} of torch {torch.__version__} saves other tensors than were expected ({error}); set "
+            "AdapterConfig(recompute=False) and report this version"
+        ) from None
+
+
+# --- kernels over lists of tensors ----------------------------------------------------------------------------------
+
+foreach_mul: Callable[..., list[torch.Tensor]] = find("_foreach_mul", "scores of triplets")
+foreach_abs_: Callable[..., Any] = find("_foreach_abs_", "scores of triplets")
+foreach_copy_: Callable[..., Any] = find("_foreach_copy_", "gradients of triplets")
+foreach_div_: Callable[..., Any] = find("_foreach_div_", "scores under a GradScaler")
+foreach_lerp_: Callable[..., Any] = find("_foreach_lerp_", "smoothed scores")
+foreach_sub_: Callable[..., Any] = find("_foreach_sub_", "smoothed scores")
+foreach_zero_: Callable[..., Any] = find("_foreach_zero_", "gradients of triplets")
+
+# --- modules --------------------------------------------------------------------------------------------------------
+
+_parse_to: Callable[..., tuple[Any, ...]] = find("_C._nn._parse_to", "module.to() inside a trace")
+
+#: Attributes of recurrent modules with lists of their weights, and the method that updates the lists.
+FLAT_WEIGHTS, FLAT_WEIGHT_REFS, UPDATE_FLAT_WEIGHTS = "_flat_weights", "_flat_weight_refs", "_update_flat_weights"
+
+
+def parse_to(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """``(device, dtype, non_blocking, memory format)`` from the arguments of ``module.to(...)``."""
+    return _parse_to(*args, **kwargs)
+
+
+def renew_flat_weights(module: nn.RNNBase) -> None:
+    """Rebuild the list of weights of a recurrent module from its parameters."""
+    with torch.no_grad():
+        module._init_flat_weights()
+
+
+def flat_weight_names(module: nn.RNNBase) -> Sequence[str]:
+    """The names of the parameters in a recurrent module's list of weights."""
+    return module._flat_weights_names
+
+
+# --- export and tracing ---------------------------------------------------------------------------------------------
+
+#: The operator that enables and disables gradients, as recorded in graphs.
+SET_GRAD_ENABLED: Any = find("_C._set_grad_enabled", "parts of a graph under no_grad")
+
+#: Loggers whose messages are expected during captures and exports.
+EXPORT_LOGGERS = ("torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
+FAKE_TENSOR_LOGGER, SUBCLASS_LOGGER = "torch._subclasses.fake_tensor", "torch._subclasses"
+SHAPE_LOGGER, ONNX_LOGGER = "torch.fx.experimental.symbolic_shapes", "torch.onnx._internal.exporter._registration"
+
+#: The submodule in which torch.export stores the checks of a graph's inputs.
+_GUARDS = "_guards_fn"
+
+
+def take_guards(exported: torch.fx.GraphModule) -> Callable[..., Any]:
+    """The function that checks an exported module's inputs; its calls are erased from the graph.
+
+    Raises:
+        TorchVersionError: there is no such function; without it, a graph would accept inputs that it is not valid for.
+    """
+    guards = getattr(exported, _GUARDS, None)
+    if guards is None:
+        raise TorchVersionError(
+            f"torch.export of torch {torch.__version__} gives a module without {_GUARDS}, which checks a graph's "
+            "inputs; install a version of torch that adapter-compiler was tested with (see pyproject.toml)"
+        )
+    for node in exported.graph.find_nodes(op="call_module", target=_GUARDS):
+        exported.graph.erase_node(node)
+    forward: Callable[..., Any] = guards.forward
+    return forward
+
+
+@contextlib.contextmanager
+def values_in_fake_tensors() -> Iterator[None]:
+    """Inside, a trace decides conditions on values by the example's values, and records the decisions.
+
+    PyTorch (2.13) copies the values of plain tensors only. Values of Parameters are uninitialized memory, so branches
+    on them would be decided by chance; inside this context they are copied too.
+
+    Raises:
+        TorchVersionError: torch copies values in another way.
+    """
+    name = "_safe_copy"
+    original = getattr(meta_utils, name, None)
+    if original is None:
+        raise TorchVersionError(
+            f"torch {torch.__version__} has no torch._subclasses.meta_utils.{name}, without which a trace would decide "
+            "branches on parameters by chance; install a version that adapter-compiler was tested with"
+        )
+
+    def copy(target: torch.Tensor, source: torch.Tensor | None) -> None:
+        original(target, source.detach() if isinstance(source, nn.Parameter) else source)
+
+    setattr(meta_utils, name, copy)
+    try:
+        with torch._functorch.config.patch(
+            fake_tensor_propagate_real_tensors=True, generate_fake_kernels_from_real_mismatches=True
+        ):
+            yield
+    finally:
+        setattr(meta_utils, name, original)
+
+
+@contextlib.contextmanager
+def without_onnx_log() -> Iterator[None]:
+    """Inside, the TorchScript exporter does not print graphs that it fails on directly to the process's output.
+
+    Its own switch, ``_jit_set_onnx_log_enabled``, does not help: the exporter turns it on. The caller holds a lock.
+    """
+    binding = find("_C", "exports through TorchScript")
+    before = find("_C._jit_onnx_log", "exports through TorchScript")
+    binding._jit_onnx_log = lambda *_: None
+    try:
+        yield
+    finally:
+        binding._jit_onnx_log = before
+
+
+def schema_of(overload: OpOverload) -> torch.FunctionSchema:
+    """The schema of an operator: its arguments, its results, and which of them share or change memory."""
+    return overload._schema
+
+
+def higher_order_name(target: object) -> str | None:
+    """The name of a higher-order operator, such as ``wrap_with_set_grad_enabled``; ``None`` for anything else."""
+    return getattr(target, "_name", None)
+
+
+__all__ = [
+    "EXPORT_LOGGERS",
+    "FAKE_TENSOR_LOGGER",
+    "FLAT_WEIGHTS",
+    "FLAT_WEIGHT_REFS",
+    "ONNX_LOGGER",
+    "SET_GRAD_ENABLED",
+    "SHAPE_LOGGER",
+    "SUBCLASS_LOGGER",
+    "UPDATE_FLAT_WEIGHTS",
+    "OpOverload",
+    "TorchDispatchMode",
+    "TorchVersionError",
+    "WithoutTorchFunction",
+    "clone_lazily",
+    "find",
+    "flat_weight_names",
+    "foreach_abs_",
+    "foreach_copy_",
+    "foreach_div_",
+    "foreach_lerp_",
+    "foreach_mul",
+    "foreach_sub_",
+    "foreach_zero_",
+    "has_saved_tensor_hooks",
+    "higher_order_name",
+    "is_batched",
+    "is_saved_plainly",
+    "is_transformed",
+    "make_fx",
+    "make_wrapper",
+    "no_torch_function",
+    "parse_to",
+    "pytree",
+    "read_saved",
+    "renew_flat_weights",
+    "schema_of",
+    "take_guards",
+    "values_in_fake_tensors",
+    "version_of",
+    "without_onnx_log",
+]
