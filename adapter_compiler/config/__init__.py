@@ -1,1 +1,1 @@
-"""What a user decides, as validated data; nothing here runs a model."""
+"""The user's options, as validated dataclasses; nothing here runs a model."""

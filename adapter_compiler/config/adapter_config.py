@@ -1,4 +1,4 @@
-"""What a user decides about adapters."""
+"""The options of adapters: which weights get one, and of what kind, rank and start."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from passes.planning.find_sites import ALL_LINEAR, SiteSelection
 from passes.planning.rules import AdapterRule
 from passes.planning.site import AdapterSite
 
-#: Whether an example may be recorded as a graph.
+#: The values of ``AdapterConfig(capture=...)``: whether an example call may be recorded as a graph.
 CAPTURES = ("auto", "off")
 
-#: What ``AdapterConfig(quantize=...)`` may say.
+#: The values of ``AdapterConfig(quantize=...)``.
 QUANTIZED_KINDS = ("nf4", "int8")
 
-#: How ``alpha`` and ``rank`` give the scale.
+#: The values of ``AdapterConfig(scaling=...)``: how the scale is computed from ``alpha`` and ``rank``.
 SCALINGS = ("alpha/r", "rslora")
 
 
@@ -51,46 +51,46 @@ class AdapterConfig:
     """Which weights are adapted, and how. PEFT's names for the options are accepted too.
 
     Attributes:
-        rank: triplets each site starts with (AdaLoRA's initial rank); a weight with a smaller
-            dimension gets as many as fit.
-        alpha: ΔW = alpha / rank · P diag(λ) Q. The scale stays as it is when ranks shrink.
+        rank: the number of triplets that each site starts with (AdaLoRA's initial rank). A weight whose smaller
+            dimension is less than this gets that many.
+        alpha: ΔW = alpha / rank · P diag(λ) Q. The scale does not change when ranks shrink.
         kind: what an adapter computes: ``"svd"`` (AdaLoRA, P diag(λ) Q), ``"lora"`` (B A), ``"dora"`` (LoRA and a
-            magnitude for each row) or ``"dora-svd"``. Ranks can be pruned where there is a λ.
+            magnitude for each row) or ``"dora-svd"``. The ranks of kinds with λ can be pruned.
         scaling: ``"alpha/r"``, or ``"rslora"`` for alpha / √rank (arXiv 2312.03732).
         init: how adapters start, see :mod:`adapter_compiler.adapters.initializers`; by default ``"orthogonal"`` for the
-            kinds with λ and ``"kaiming"`` for the others. Both draw Q or A and start at B = 0, or P = 0 with λ = 1;
-            ``"gaussian"`` is the start of AdaLoRA's paper, with λ = 0. What needs data is done by
-            :func:`~adapter_compiler.initialize_adapters` afterwards.
-        gamma: weight γ of the orthogonality regularizer ‖PᵀP − I‖² + ‖QQᵀ − I‖² (paper, eq. 4), which
-            :class:`~adapter_compiler.RankBudget` adds. By default 0.1 where all λ are zero at the budget's first
-            step, and else none: P = 0 is not to be pulled to length one.
-        sites: ``"all-linear"``, or a glob or globs over weight names. Naming a weight that is not
-            used by matrix products only (an embedding, a convolution) adapts it too.
-        exclude: a glob or globs of weights that are left alone.
-        trainable: a glob or globs of other parameters trained fully, such as a new head.
-        untie: a glob or globs of further names of tied parameters (``lm_head.weight``): each gets a parameter of its
-            own, with the same values, so that it can have an adapter of its own or none. A folded model then holds
-            two weights; tell its code not to tie them again (transformers: ``config.tie_word_embeddings``).
-        rules: which weights by name, role, module, depth or size get which rank and alpha, or none; the first
-            rule that matches a weight decides, and ``sites`` decides where none does.
+            kinds with λ and ``"kaiming"`` for the others. Both draw Q or A at random and start at ΔW = 0, by P = 0 with
+            λ = 1, or B = 0. ``"gaussian"`` is the start in AdaLoRA's paper, with λ = 0. For initializers that need
+            data, call :func:`~adapter_compiler.initialize_adapters` on the compiled model.
+        gamma: weight γ of the orthogonality regularizer ‖PᵀP − I‖² + ‖QQᵀ − I‖² (AdaLoRA, eq. 4), which
+            :class:`~adapter_compiler.RankBudget` adds. By default 0.1 if all λ are zero at the budget's first step,
+            and otherwise 0, because the regularizer would pull P = 0 to columns of length one.
+        sites: ``"all-linear"``, or one or more globs over weight names. A glob also selects weights that are used by
+            other operators than matrix products (an embedding, a convolution).
+        exclude: one or more globs of weights that get no adapter.
+        trainable: one or more globs of other parameters that are trained fully, such as a new head.
+        untie: one or more globs of further names of tied parameters (``lm_head.weight``). Each gets a parameter of its
+            own, with the same values, so that it can have its own adapter or none. A folded model then has two
+            weights; configure it not to tie them again (transformers: ``config.tie_word_embeddings``).
+        rules: rank, alpha and kind, or no adapter, for weights selected by name, role, module, depth or size. The
+            first rule that matches a weight decides; if none matches, ``sites`` decides.
         init_std: standard deviation of P and Q, or of A, at the start with ``init="gaussian"``.
         dtype: dtype of the adapters; by default the weight's, but float32 for half-precision weights.
-        fused: run each adapter and its base layer as one function; the numbers differ by rounding only.
-        recompute: where ``fused``, compute large activations that are cheap to get (GELU, SiLU, layer
-            normalization) again in backward instead of keeping them; the numbers are the same.
-        inplace: adapt the given model itself instead of a copy that shares its weights' storage.
-        capture: ``"auto"`` records an example call as a graph, in which sites, roles and blocks are found;
-            ``"off"`` traces nothing: sites are found by watching the example run, or by their modules. Calls
-            run the model's own Python either way.
-        regions: submodules that ``checkpoint`` works on, as classes or globs over names; by default the blocks that
-            the model repeats, or the whole model where it repeats none.
-        checkpoint: compute the activations inside each region again in backward instead of keeping them.
+        fused: run each adapter and its base layer as one autograd function; results differ by rounding only.
+        recompute: if ``fused``, recompute in backward the large activations that are cheap to compute (GELU, SiLU,
+            layer normalization) instead of keeping them; results are the same.
+        inplace: adapt the given model itself instead of a copy that shares the storage of its weights.
+        capture: ``"auto"`` records an example call as a graph, and finds sites, roles and blocks in it. ``"off"``
+            records no graph: sites are found by watching the example call, or without an example by the classes of
+            the modules. Calls run the model's own Python in both cases.
+        regions: the submodules that ``checkpoint`` applies to, as classes or globs over names; by default the repeated
+            blocks of the model, or the whole model if it has none.
+        checkpoint: recompute the activations inside each region in backward instead of keeping them.
         quantize: keep the frozen weight under each adapter in ``"nf4"`` (about 4 bits a value, double quantization)
-            or ``"int8"``, through bitsandbytes. The given model keeps its own weights: drop it to free
-            their memory, or adapt it ``inplace``.
+            or ``"int8"``, with bitsandbytes. The given model keeps its own weights: delete it to free their memory, or
+            adapt it ``inplace``.
 
     Raises:
-        ConfigError: a value cannot work, or an option is unknown.
+        ConfigError: an option is unknown, or its value cannot work.
     """
 
     rank: int = 12
@@ -149,16 +149,16 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """S in ΔW = s · P diag(λ) Q, where no rule says otherwise."""
+        """The scale s in ΔW = s · P diag(λ) Q of sites without a rule of their own."""
         return self.scale_for(self.alpha, self.rank)
 
     def scale_for(self, alpha: float, rank: int) -> float:
-        """The scale for an alpha and a rank."""
+        """The scale s for an alpha and a rank: alpha / rank, or alpha / √rank with ``scaling="rslora"``."""
         return alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
     @property
     def selection(self) -> SiteSelection:
-        """The options that choose sites."""
+        """The options that select sites."""
         return SiteSelection(
             sites=self.sites,
             exclude=_as_globs(self, "exclude"),
@@ -166,8 +166,15 @@ class AdapterConfig:
             rules=self.rules,
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The options that are plain data, for JSON: all but those that a plan replaces, and ``inplace``."""
+        left_out = {"rank", "rules", "dtype", "inplace", "regions"}
+        fields = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
+        options = {name: getattr(self, name) for name in fields}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+
     def attaching(self, model: nn.Module) -> AttachOptions:
-        """How adapted weights of a model compute.
+        """How the adapted weights of a model compute.
 
         Raises:
             SiteError: an entry of ``regions`` matches no submodule.
@@ -181,11 +188,11 @@ class AdapterConfig:
 
     @property
     def start(self) -> StartOptions:
-        """The options that say how adapters start."""
+        """The options of the initializer."""
         return StartOptions(name=self.init, std=self.init_std)
 
     def dtype_for(self, site: AdapterSite) -> torch.dtype:
-        """The dtype of the adapter at ``site``."""
+        """The dtype of the adapter at ``site``: ``dtype``, else the weight's, but at least float32."""
         if self.dtype is not None:
             return self.dtype
         return torch.float32 if site.dtype.itemsize < torch.float32.itemsize else site.dtype

@@ -1,4 +1,4 @@
-"""How adapted weights compute."""
+"""The options of attaching adapters: how adapted weights compute."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class AttachOptions:
     """How the adapted weights of a model compute.
 
     Attributes:
-        fused: see :class:`~adapter_compiler.model.dispatch.slots.Slot`.
-        recompute: likewise.
-        checkpointed: names of the modules whose activations are computed again in backward.
+        fused: whether an adapter and its base layer may run as one autograd function.
+        recompute: whether these functions may recompute cheap activations in backward.
+        checkpointed: qualified names of the modules whose activations are recomputed in backward.
     """
 
     fused: bool = True

@@ -1,7 +1,7 @@
-"""Helpers for validated option classes: names other tools use, suggestions, and checks of values.
+"""Helpers for validated option classes: alternative names of options, suggestions, and checks of values.
 
-An error names the option and its value, says what was expected, and ends with a value that works: the
-field's default, or the ``example`` in the metadata of a field whose default is none.
+An error names the option and its value, says what was expected, and ends with a valid value: the ``example`` in the
+field's metadata if it has one, else the field's default.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ T = TypeVar("T")
 def accept_aliases(
     translate: Callable[[dict[str, Any]], dict[str, Any]] | None = None, /, **aliases: str
 ) -> Callable[[type[T]], type[T]]:
-    """Let a keyword-only dataclass take other names for its fields, as ``init_r=12`` for ``rank=12``.
+    """Make a class decorator that lets a keyword-only dataclass accept other names for its fields.
 
-    ``translate`` puts options whose values differ too, as ``use_rslora=True``, into the fields' own terms first.
-    Unknown names raise :class:`ConfigError` with the nearest known one.
+    Unknown names raise :class:`ConfigError` with the most similar known name.
+
+    Args:
+        translate: called with the options first; translates those whose values differ too (``use_rslora=True``).
+        **aliases: the field for each other name (``init_r="rank"``).
     """
 
     def decorate(cls: type[T]) -> type[T]:

@@ -19,16 +19,23 @@ from adapter_compiler.adapters.adapter_state import AdapterState
 from adapter_compiler.adapters.compact import compact_adapters
 from adapter_compiler.adapters.named_adapters import find_module_tensors
 from adapter_compiler.errors import CheckpointError
-from adapter_compiler.saving.primitives.adapter_file import ADAPTERS, FILE_NAME, describe_plan
+from adapter_compiler.saving.fit_tensors import Kind, fit_tensors
+from adapter_compiler.saving.layer_kinds import find_layer_kind
+from adapter_compiler.saving.primitives.adapter_file import (
+    ADAPTERS,
+    FILE_NAME,
+    describe_file,
+    describe_plan,
+    read_sites,
+)
+from adapter_compiler.saving.primitives.file_format import read_file
 from adapter_compiler.saving.primitives.files import written_beside
-from adapter_compiler.saving.primitives.plain_data import read_file, read_sites
 from adapter_compiler.saving.primitives.snapshot import Snapshot
-from passes.adapt.compact_ranks import compact_plan
+from adapter_compiler.saving.quantized_formats import describe_formats, find_formats
 from passes.forms import find_form
+from passes.planning.compact_plan import compact_plan
+from passes.planning.json_schema import show
 from passes.planning.plan import AdapterPlan
-
-#: Shape and dtype of a tensor.
-Kind = tuple[tuple[int, ...], torch.dtype]
 
 
 def save_adapters(adapted: AdapterState, directory: str | Path, *, name: str | None = None) -> Path:
@@ -43,18 +50,13 @@ def save_adapters(adapted: AdapterState, directory: str | Path, *, name: str | N
         The file's path.
 
     Raises:
-        CheckpointError: a tensor is on the meta device.
+        CheckpointError: a tensor is on the meta device, or of a dtype that files cannot hold.
         OSError: the folder cannot be made or written.
     """
     path = Path(directory) / FILE_NAME
     tensors = {key: tensor.detach().contiguous().clone() for key, tensor in find_saved_tensors(adapted, name).items()}
-    for key, tensor in tensors.items():
-        if tensor.is_meta:
-            raise CheckpointError(
-                f"{key} is on the meta device, which holds no values; expected a tensor with values; load them first"
-            )
     with written_beside(path) as draft:
-        save_file(tensors, draft, metadata=ADAPTERS.make_metadata(_describe(adapted, name)))
+        save_file(tensors, draft, metadata=ADAPTERS.make_metadata(_describe(adapted, name), tensors))
     return path
 
 
@@ -80,6 +82,7 @@ def load_adapters(adapted: AdapterState, directory: str | Path) -> None:
     """
     assert_is_adapted(adapted, "load_adapters")
     path = Path(directory) / FILE_NAME
+    _assert_is_not_peft(path)
     header, tensors = read_file(path, ADAPTERS)
     sites = read_sites(path, header)
     plan = match_starts(adapted.plan, sites)
@@ -92,6 +95,15 @@ def load_adapters(adapted: AdapterState, directory: str | Path) -> None:
         if kept:
             compact_adapters(adapted, kept)
         write_values(adapted, values)
+
+
+def _assert_is_not_peft(path: Path) -> None:
+    if not path.exists() and (path.parent / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path.parent} holds adapters of PEFT, expected a folder that AdaptedModel.save wrote; add them with "
+            "adapted.load_adapter(name, folder) and choose them with use(name), or convert the folder with "
+            "adapter-compiler adapters convert"
+        )
 
 
 def assert_is_adapted(adapted: object, function: str) -> None:
@@ -111,11 +123,14 @@ def explained(path: Path, what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, CheckpointError) and str(error).startswith(str(path)):
             raise
-        kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
+        if isinstance(error, CheckpointError):  # which says what to do
+            raise CheckpointError(
+                f"{path}: {what} could not be taken over: {error}. Everything is as it was before"
+            ) from error
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{path}: {what} could not be taken over ({kind}{reason}), expected what fits the objects that are given; "
-            "everything is as it was before; make them as in the run that was saved"
+            f"{path}: {what} could not be taken over ({type(error).__name__}: {reason}), expected what fits the "
+            "objects that are given; everything is as it was before; make them as in the run that was saved"
         ) from error
 
 
@@ -173,44 +188,6 @@ def find_targets(adapted: AdapterState, plan: AdapterPlan) -> dict[str, Kind]:
     return own | others
 
 
-def fit_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], targets: Mapping[str, Kind]
-) -> dict[str, torch.Tensor]:
-    """The tensors of a file in the dtypes of the places that they are for.
-
-    Raises:
-        CheckpointError: there are others, or a shape is another, or a dtype that cannot hold the values.
-    """
-    if odd := sorted(targets.keys() ^ tensors.keys()):
-        raise CheckpointError(f"{path}: tensor {odd[0]} is on one side only; compile with the same trainable=")
-    for name, (shape, _) in targets.items():
-        if shape != tuple(tensors[name].shape):
-            raise CheckpointError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, this model expects {shape}")
-    return {name: cast_exactly(path, name, tensors[name], dtype) for name, (_, dtype) in targets.items()}
-
-
-def cast_exactly(path: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of a file in another dtype, in which each value is the same.
-
-    Raises:
-        CheckpointError: a value would be rounded or become inf.
-    """
-    if tensor.dtype == dtype:
-        return tensor
-    cast = tensor.to(dtype)
-    # float64 holds the values of all other floats, those of 8 bits as well, which cannot be compared by themselves.
-    back, values = (t.double() if t.is_floating_point() else t for t in (cast.to(tensor.dtype), tensor))
-    changed = ((back != values) & ~(back.isnan() & values.isnan())).reshape(-1)
-    if bool(changed.any()):
-        example = tensor.reshape(-1)[changed][0].item()
-        raise CheckpointError(
-            f"{path}: {name} is {tensor.dtype}, this model has {dtype}, which does not hold {int(changed.sum())} of "
-            f"its {tensor.numel()} values ({example!r} would become {cast.reshape(-1)[changed][0].item()!r}), expected "
-            f"a dtype that does; compile a model of {tensor.dtype}, or with AdapterConfig(dtype={tensor.dtype})"
-        )
-    return cast
-
-
 def find_saved_tensors(adapted: AdapterState, name: str | None = None) -> dict[str, torch.Tensor]:
     """What training changes: parameters of an adapter (the active one), fully trained ones, persistent buffers."""
     name = adapted.active_adapter if name is None else name
@@ -231,8 +208,9 @@ def write_values(adapted: AdapterState, values: Mapping[str, torch.Tensor]) -> N
 
 def _describe(adapted: AdapterState, name: str | None) -> dict[str, Any]:
     plan = adapted.plan if name is None else adapted.adapter_set.plans[name]
-    aliases = {alias: adapter.site.weight for adapter in plan for alias in adapter.site.aliases}
-    return {"sites": describe_sites(adapted, name), "aliases": aliases}
+    layers = {weight: find_layer_kind(adapted.module, weight) for weight in plan.by_weight}
+    quantized = describe_formats(find_formats(adapted.module))
+    return describe_file(plan, layers=layers, quantized=quantized, options=adapted.options.to_dict())
 
 
 def describe_sites(adapted: AdapterState, name: str | None = None) -> dict[str, dict[str, Any]]:
@@ -246,7 +224,10 @@ def assert_same_sites(
     """Raise :class:`CheckpointError` unless two descriptions from :func:`describe_sites` agree, some keys apart."""
     if odd := sorted(saved.keys() ^ mine.keys()):
         side = "the file" if odd[0] in saved else "this model"
-        raise CheckpointError(f"{path}: {len(odd)} sites differ, for example {odd[0]} is in {side} only")
+        raise CheckpointError(
+            f"{path}: {len(odd)} sites differ, for example {show(odd[0])[1:-1]} is in {side} only, expected the same "
+            "sites; compile the model that was trained, with the same sites="
+        )
     for name, expected in mine.items():
         for key, value in expected.items():
             found = saved[name].get(key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,8 +11,9 @@ from adapter_compiler.errors import ConfigError
 from adapter_compiler.saving.folders.read_folder import read_saved_adapters
 from adapter_compiler.saving.folders.saved_adapters import SavedAdapters
 from adapter_compiler.saving.folders.write_peft import convert_to_peft
-from adapter_compiler.saving.primitives.adapter_file import FILE_NAME, describe_plan
+from adapter_compiler.saving.primitives.adapter_file import ADAPTERS, FILE_NAME, describe_file
 from adapter_compiler.saving.primitives.files import written_beside
+from adapter_compiler.saving.quantized_formats import describe_formats
 
 #: Formats that adapters can be converted to.
 FORMATS = ("native", "peft-lora", "peft-adalora")
@@ -40,12 +40,15 @@ def convert_adapters(folder: str | Path, out: str | Path, *, to: str) -> Path:
 
 
 def _write_native(saved: SavedAdapters, out: Path) -> Path:
+    saved.assert_plain("a converted folder")
     tensors: dict[str, torch.Tensor] = {}
     for name in saved.adapters:
         for key, value in saved.parameters_of(name).items():
             tensors[f"adapters.{name}.{key}"] = value.contiguous().clone()
     tensors |= {f"module.{name}": saved.tensor(key) for name, key in saved.replacements.items()}
-    header = json.dumps({"version": 1, "sites": describe_plan(saved.plan), "aliases": {}})
+    layers = {one.planned.site.weight: one.layer for one in saved.adapters.values() if one.layer}
+    header = describe_file(saved.plan, layers=layers, quantized=describe_formats(saved.quantized))
+    metadata = ADAPTERS.make_metadata(header, tensors)
     with written_beside(out / FILE_NAME) as draft:
-        save_file(tensors, draft, metadata={"adapter_compiler": header, "format": "pt"})
+        save_file(tensors, draft, metadata=metadata)
     return out

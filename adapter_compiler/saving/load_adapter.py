@@ -17,7 +17,8 @@ from adapter_compiler.adapters.named_adapters import (
     find_module_tensors,
 )
 from adapter_compiler.errors import CheckpointError
-from adapter_compiler.saving.adapters import cast_exactly
+from adapter_compiler.saving.fit_tensors import cast_exactly
+from adapter_compiler.saving.folders.live_models import fit_to_model
 from adapter_compiler.saving.folders.read_folder import read_saved_adapters
 from adapter_compiler.saving.folders.saved_adapters import SavedAdapters
 from adapter_compiler.saving.primitives.snapshot import Snapshot
@@ -33,7 +34,8 @@ def load_adapter(adapted: AdapterState, name: str, directory: str | Path) -> Non
     :func:`adapter_compiler.saving.adapters.load_adapters`.
     """
     adapted.adapter_set.assert_free(name)
-    saved = read_saved_adapters(directory)
+    saved = fit_to_model(read_saved_adapters(directory), adapted.module)
+    saved.assert_plain("a model's adapter")
     known, live = find_known_sites(adapted), find_module_tensors(adapted)
     values = {site: saved.parameters_of(site) for site in saved.adapters}
     entries = saved.adapters.items()

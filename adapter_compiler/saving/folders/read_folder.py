@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from adapter_compiler.errors import CheckpointError
+from adapter_compiler.saving.folders.peft_format.config import PEFT_CONFIG
 from adapter_compiler.saving.folders.read_own import read_own_adapters
 from adapter_compiler.saving.folders.read_peft import read_peft_adapters
-from adapter_compiler.saving.folders.saved_adapters import PEFT_CONFIG, SavedAdapters
+from adapter_compiler.saving.folders.saved_adapters import SavedAdapters
 from adapter_compiler.saving.primitives.adapter_file import FILE_NAME
 
 

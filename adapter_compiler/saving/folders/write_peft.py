@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +13,48 @@ import torch
 from safetensors.torch import save_file
 
 from adapter_compiler.adapters.adapter_state import AdapterState
-from adapter_compiler.adapters.parameters.factors import factor_update, factor_weight
 from adapter_compiler.errors import ConfigError
-from adapter_compiler.saving.folders.read_peft import PEFT_EPSILON, PEFT_PREFIX, PEFT_WEIGHTS
-from adapter_compiler.saving.folders.saved_adapters import PEFT_CONFIG, SavedAdapters
+from adapter_compiler.saving.folders.peft_format.config import PEFT_CONFIG, PEFT_EPSILON
+from adapter_compiler.saving.folders.peft_format.layers import ParametersOf, PeftSite, assert_expressible, make_site
+from adapter_compiler.saving.folders.peft_format.notes import PEFT_WEIGHTS, PeftNotes, make_metadata
+from adapter_compiler.saving.folders.peft_format.tensors import PEFT_PREFIX
+from adapter_compiler.saving.folders.peft_format.trained_modules import TrainedTensors, find_trained, group_trained
+from adapter_compiler.saving.folders.saved_adapters import SavedAdapters
+from adapter_compiler.saving.layer_kinds import LINEAR, LINEAR_OR_CONV1D, find_layer_kind
 from adapter_compiler.saving.primitives.files import written_beside
-from passes.forms.dora import MAGNITUDE
+from adapter_compiler.saving.quantized_formats import QuantizedFormat, find_formats
 from passes.planning.plan import AdapterPlan, PlannedAdapter
 
 #: What a folder may be written as.
 PEFT_KINDS = ("lora", "adalora")
 
-_ParametersOf = Callable[[PlannedAdapter], Mapping[str, torch.Tensor]]
-
-_LAYERS = ("Linear", "Conv1D", "NonDynamicallyQuantizableLinear")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PeftSite:
-    """One module as PEFT wants it: P [out, r], λ [r] and Q [r, in], and the magnitude [out] of DoRA."""
+class _Contents:
+    """What is to be written.
 
-    module: str
-    P: torch.Tensor
-    lam: torch.Tensor
-    Q: torch.Tensor
-    magnitude: torch.Tensor | None = None
+    Attributes:
+        plan: the adapters.
+        parameters_of: returns the parameters of each.
+        layers: the kind of module of each weight.
+        trained: what was trained fully.
+        quantized: the format of each quantized weight.
+    """
+
+    plan: AdapterPlan
+    parameters_of: ParametersOf
+    layers: Mapping[str, str]
+    trained: TrainedTensors
+    quantized: Mapping[str, QuantizedFormat]
 
 
 def save_peft_adapters(adapted: AdapterState, folder: str | Path, *, kind: str = "lora") -> Path:
     """Write the adapters as a folder that ``PeftModel.from_pretrained`` loads.
 
     Args:
-        adapted: the model; every site must be the ``weight`` of an ``nn.Linear`` or a transformers ``Conv1D``.
+        adapted: the model. Sites may be weights of ``nn.Linear``, transformers' ``Conv1D``, ``nn.Embedding``,
+            convolutions without groups and dilation, and ``in_proj_weight`` of ``nn.MultiheadAttention``; of the
+            first two and ``nn.Conv2d`` for AdaLoRA.
         folder: where to write.
         kind: ``"lora"`` writes the live triplets of each site as LoRA of exactly that rank, with λ and the
             scale folded in, and DoRA as PEFT's ``use_dora``; ``"adalora"`` keeps P, λ and Q, padded to one rank.
@@ -53,69 +63,73 @@ def save_peft_adapters(adapted: AdapterState, folder: str | Path, *, kind: str =
         The folder.
 
     Raises:
-        ConfigError: ``kind`` is unknown, or a site is no such weight; it is named.
+        ConfigError: ``kind`` is unknown, or PEFT cannot express a site or what was trained besides; it is named.
     """
     _assert_kind(kind)
-    for adapter in adapted.plan:
-        _assert_is_layer(adapted, adapter)
-    heads = {n.rpartition(".")[0] for n, p in adapted.module.named_parameters() if p.requires_grad}
-    state = adapted.module.state_dict(keep_vars=True)
-    trained = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in heads}
-    return write_peft_folder(list(adapted.plan), adapted.adapters.parameters_of, trained, Path(folder), kind=kind)
+    plan = adapted.plan
+    layers = {weight: find_layer_kind(adapted.module, weight) for weight in plan.by_weight}
+    for adapter in plan:
+        assert_expressible(adapter, layers[adapter.site.weight], kind)
+    contents = _Contents(
+        plan=plan,
+        parameters_of=adapted.adapters.parameters_of,
+        layers=layers,
+        trained=find_trained(adapted.module, {weight.rpartition(".")[0] for weight in layers}),
+        quantized=find_formats(adapted.module),
+    )
+    return _write(contents, Path(folder), kind)
 
 
 def convert_to_peft(saved: SavedAdapters, folder: str | Path, *, kind: str = "lora") -> Path:
-    """The same for adapters that lie in a folder, without the model's code.
-
-    Buffers that moved in training (running statistics) have no place in PEFT's format and are left out, unless
-    they belong to a module whose parameters were trained fully.
-    """
-    heads = {n.rpartition(".")[0] for n in saved.replacements if n.rpartition(".")[2] in ("weight", "bias")}
-    chosen = {name: key for name, key in saved.replacements.items() if name.rpartition(".")[0] in heads}
-    trained = {name: saved.tensor(key) for name, key in chosen.items()}
-    plan = [adapter.planned for adapter in saved.adapters.values()]
-    return write_peft_folder(plan, lambda a: saved.parameters_of(a.site.name), trained, Path(folder), kind=kind)
-
-
-def write_peft_folder(
-    plan: Sequence[PlannedAdapter],
-    parameters_of: _ParametersOf,
-    trained: Mapping[str, torch.Tensor],
-    folder: Path,
-    *,
-    kind: str,
-) -> Path:
-    """Write the two files of a PEFT folder, both or none.
-
-    Args:
-        plan: the adapters.
-        parameters_of: gives the parameters of each.
-        trained: tensors of the modules that were trained fully, by qualified name.
-        folder: where to write.
-        kind: one of :data:`PEFT_KINDS`.
+    """Write the adapters of another folder in the same way, without the model's code.
 
     Raises:
-        ConfigError: PEFT has no way to say what the adapters are.
+        CheckpointError: the folder holds what is no adapter, such as single rows of an embedding.
+        ConfigError: as for :func:`save_peft_adapters`; or the folder does not say what kind of module a site is in.
     """
     _assert_kind(kind)
-    make = _as_lora if kind == "lora" else _as_adalora
-    weights = AdapterPlan(adapters=tuple(plan)).by_weight.values()
-    sites = [site for adapters in weights if (site := make(adapters, parameters_of)).P.shape[1]]
-    _assert_all_or_none_rescale(plan)
+    saved.assert_plain("a converted folder")
+    layers = {one.planned.site.weight: one.layer for one in saved.adapters.values()}
+    if unknown := sorted(weight for weight, layer in layers.items() if not layer):
+        raise ConfigError(
+            f"{saved.path} does not say what kind of module {unknown[0]} belongs to, which PEFT's names of tensors "
+            "depend on; save the adapters again with this version"
+        )
+    trained = {name: saved.tensor(key) for name, key in saved.replacements.items()}
+    contents = _Contents(
+        plan=saved.plan,
+        parameters_of=lambda adapter: saved.parameters_of(adapter.site.name),
+        layers=layers,
+        trained=group_trained(trained, {weight.rpartition(".")[0] for weight in layers}),
+        quantized=saved.quantized,
+    )
+    return _write(contents, Path(folder), kind)
+
+
+def _write(contents: _Contents, folder: Path, kind: str) -> Path:
+    """Write the two files of a PEFT folder, both or none."""
+    weights = contents.plan.by_weight
+    made = [make_site(group, contents.parameters_of, contents.layers[name], kind) for name, group in weights.items()]
+    sites = [site for site in made if site.rank]
+    _assert_all_or_none_rescale(contents.plan)
     if not sites:
         raise ConfigError("no triplet is alive at any site, so there is nothing to write")
-    rank = max(site.P.shape[1] for site in sites)
+    rank = max(site.rank for site in sites)
     if kind == "lora":
         config = _lora_config(sites, rank)
     else:
-        sites = [_pad(site, rank) for site in sites]
-        config = _adalora_config(sites, rank, _common_scale(plan))
-    heads = sorted({name.rpartition(".")[0] for name in trained})
-    config |= {"modules_to_save": heads or None, "fan_in_fan_out": _is_transposed(plan)}
-    tensors = dict(_spell_tensors(sites, kind))
-    tensors |= {PEFT_PREFIX + name: tensor.detach().cpu().contiguous().clone() for name, tensor in trained.items()}
+        sites = [site.pad(rank) for site in sites]
+        config = _adalora_config(sites, rank, _find_common_scale(contents.plan))
+    notes = _find_notes(contents)
+    config |= {
+        "modules_to_save": list(contents.trained.modules) or None,
+        "bias": "lora_only" if contents.trained.biases else "none",
+        "fan_in_fan_out": _is_transposed(contents),
+    }
+    tensors = _spell_tensors(sites, contents.trained, kind)
+    _assert_finite(tensors)
     with written_beside(folder / PEFT_WEIGHTS) as draft:
-        save_file(tensors, draft, metadata={"format": "pt"})
+        save_file(tensors, draft, metadata=make_metadata(notes))
         draft.with_name(PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
 
@@ -125,51 +139,15 @@ def _assert_kind(kind: str) -> None:
         raise ConfigError(f"PEFT adapters of the kind {kind!r}: expected 'lora' or 'adalora'")
 
 
-def _assert_is_layer(adapted: AdapterState, adapter: PlannedAdapter) -> None:
-    module, _, leaf = adapter.site.weight.rpartition(".")
-    kind = type(adapted.module.get_submodule(module)).__name__
-    if leaf != "weight" or kind not in _LAYERS:
+def _assert_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise if a tensor has no numbers, as those have that exceed float32, in which PEFT's adapters are written."""
+    odd = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if odd:
         raise ConfigError(
-            f"site {adapter.site.name} belongs to a {kind}; PEFT's LoRA takes the weight of a Linear or Conv1D only"
+            f"{odd[0]} would have inf or nan in {tensors[odd[0]].dtype}, expected finite values, because PEFT's "
+            "adapters are written in float32; save the adapters with save(), or look for a learning rate that was too "
+            "high"
         )
-
-
-def _as_lora(adapters: Sequence[PlannedAdapter], parameters_of: _ParametersOf) -> PeftSite:
-    left, right = factor_weight(adapters, parameters_of)
-    magnitude = parameters_of(adapters[0]).get(MAGNITUDE)
-    if magnitude is not None and not left.shape[1]:
-        left, right = left.new_zeros(len(left), 1), right.new_zeros(1, right.shape[1])
-    return PeftSite(
-        module=_find_module(adapters[0]),
-        P=left.float(),
-        lam=torch.ones(left.shape[1]),
-        Q=right.float(),
-        magnitude=None if magnitude is None else magnitude.detach().cpu().float(),
-    )
-
-
-def _as_adalora(adapters: Sequence[PlannedAdapter], parameters_of: _ParametersOf) -> PeftSite:
-    adapter = adapters[0]
-    parameters = parameters_of(adapter)
-    if adapter.site.rows is not None:
-        raise ConfigError(f"site {adapter.site.name} covers some rows of its weight, AdaLoRA all; write LoRA")
-    if adapter.form.name == "lora":
-        left, right = factor_update(dataclasses.replace(adapter, scale=1.0), parameters)
-        return PeftSite(module=_find_module(adapter), P=left.float(), lam=torch.ones(left.shape[1]), Q=right.float())
-    if parameters.keys() != {"P", "lam", "Q"}:
-        raise ConfigError(f"site {adapter.site.name} has the form {adapter.form.name!r}, AdaLoRA is 'svd'; write LoRA")
-    own = {name: tensor.detach().cpu() for name, tensor in parameters.items()}
-    return PeftSite(module=_find_module(adapter), **own)
-
-
-def _find_module(adapter: PlannedAdapter) -> str:
-    module, _, leaf = adapter.site.weight.rpartition(".")
-    if leaf != "weight" or len(adapter.site.shape) != 2:
-        raise ConfigError(
-            f"site {adapter.site.name} of shape {list(adapter.site.shape)} is not the weight of a linear layer, and "
-            "PEFT's LoRA takes no other here"
-        )
-    return module
 
 
 def _assert_all_or_none_rescale(plan: Iterable[PlannedAdapter]) -> None:
@@ -183,33 +161,34 @@ def _assert_all_or_none_rescale(plan: Iterable[PlannedAdapter]) -> None:
         )
 
 
-def _is_transposed(plan: Iterable[PlannedAdapter]) -> bool:
-    kinds = {adapter.site.transposed for adapter in plan}
-    if len(kinds) > 1:
-        raise ConfigError("some sites are stored [in, out] and others [out, in]; PEFT has one fan_in_fan_out for all")
-    return kinds == {True}
-
-
-def _pad(site: PeftSite, rank: int) -> PeftSite:
-    """More triplets with λ = 0: PEFT's AdaLoRA has one rank for all modules."""
-    more = rank - len(site.lam)
-    return PeftSite(
-        module=site.module,
-        P=torch.nn.functional.pad(site.P, (0, more)),
-        lam=torch.nn.functional.pad(site.lam, (0, more)),
-        Q=torch.nn.functional.pad(site.Q, (0, 0, 0, more)),
-    )
-
-
-def _common_scale(plan: Iterable[PlannedAdapter]) -> float:
+def _find_common_scale(plan: Iterable[PlannedAdapter]) -> float:
     scales = {adapter.scale for adapter in plan}
-    if len(scales) > 1:
-        raise ConfigError(f"sites have {len(scales)} different scales, PEFT's AdaLoRA has one; write kind='lora'")
+    if len(scales) > 1 or min(scales) <= 0:
+        raise ConfigError(f"sites have the scales {sorted(scales)}, PEFT's AdaLoRA has one above 0; write kind='lora'")
     return scales.pop()
 
 
+def _find_notes(contents: _Contents) -> PeftNotes:
+    """What PEFT's files do not say: the layout of linear layers, and what the base weights were."""
+    transposed = {
+        adapter.site.weight.rpartition(".")[0]: adapter.site.transposed
+        for adapter in contents.plan
+        if contents.layers[adapter.site.weight] == LINEAR
+    }
+    return PeftNotes(transposed=transposed, quantized=contents.quantized)
+
+
+def _is_transposed(contents: _Contents) -> bool:
+    """PEFT's fan_in_fan_out, which it corrects for each module; of a converted folder the value that it had."""
+    layouts: dict[str, set[bool]] = {LINEAR: set(), LINEAR_OR_CONV1D: set()}
+    for adapter in contents.plan:
+        if (layer := contents.layers[adapter.site.weight]) in layouts:
+            layouts[layer].add(adapter.site.transposed)
+    return (layouts[LINEAR_OR_CONV1D] or layouts[LINEAR]) == {True}
+
+
 def _lora_config(sites: Sequence[PeftSite], rank: int) -> dict[str, Any]:
-    ranks = {f"^{re.escape(site.module)}": site.P.shape[1] for site in sites}
+    ranks = {f"^{re.escape(site.module)}": site.rank for site in sites}
     common = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "rank_pattern": ranks, "alpha_pattern": ranks}
     common["use_dora"] = any(site.magnitude is not None for site in sites)
     return {**_common_config(sites), **common}
@@ -226,7 +205,6 @@ def _common_config(sites: Iterable[PeftSite]) -> dict[str, Any]:
     modules = "|".join(re.escape(site.module) for site in sites)
     return {
         "target_modules": f"(?:{modules})",
-        "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -234,13 +212,9 @@ def _common_config(sites: Iterable[PeftSite]) -> dict[str, Any]:
     }
 
 
-def _spell_tensors(sites: Iterable[PeftSite], kind: str) -> Iterable[tuple[str, torch.Tensor]]:
-    suffix = ".weight" if kind == "lora" else ""
-    for site in sites:
-        prefix = f"{PEFT_PREFIX}{site.module}.lora_"
-        yield f"{prefix}A{suffix}", site.Q.contiguous().clone()
-        yield f"{prefix}B{suffix}", site.P.contiguous().clone()
-        if site.magnitude is not None:
-            yield f"{PEFT_PREFIX}{site.module}.lora_magnitude_vector", site.magnitude.contiguous().clone()
-        if kind == "adalora":
-            yield f"{prefix}E", site.lam.reshape(-1, 1).contiguous().clone()
+def _spell_tensors(sites: Iterable[PeftSite], trained: TrainedTensors, kind: str) -> dict[str, torch.Tensor]:
+    found = {name: tensor for site in sites for name, tensor in site.spell(kind)}
+    names = {PEFT_PREFIX + name: tensor for name, tensor in trained.tensors.items()}
+    for name, tensor in trained.biases.items():
+        names[f"{PEFT_PREFIX}{name.removesuffix('.bias')}.base_layer.bias"] = tensor
+    return found | {name: tensor.detach().cpu().contiguous().clone() for name, tensor in names.items()}

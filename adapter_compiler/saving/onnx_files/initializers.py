@@ -20,6 +20,8 @@ from onnx import TensorProto
 
 from adapter_compiler.errors import ExportError
 from adapter_compiler.saving.onnx_files.protobuf_fields import Field, read_range, walk_fields
+from adapter_compiler.saving.primitives.paths import find_inside
+from passes.planning.json_schema import Source, show
 
 _DTYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
@@ -56,6 +58,8 @@ class InitializerFile:
         try:
             with path.open("rb") as file:
                 self._read_model(file)
+        except ExportError:
+            raise
         except Exception as error:  # protobuf and the file system raise unrelated types
             raise ExportError(f"{path} cannot be read as an ONNX model: {error}; expected a whole file") from error
 
@@ -87,7 +91,13 @@ class InitializerFile:
         dtype, place = self.dtype(name), self._places.get(name)
         assert dtype is not None
         if place is None:
-            return torch.from_numpy(numpy.array(onnx.numpy_helper.to_array(self._tensors[name])))
+            try:
+                return torch.from_numpy(numpy.array(onnx.numpy_helper.to_array(self._tensors[name])))
+            except (ValueError, TypeError) as error:
+                raise ExportError(
+                    f"{self.path}: the values of {name} are not as many as its shape says ({error}), expected "
+                    f"{self.shape(name)}; export it again"
+                ) from error
         if not place.length:
             return torch.empty(self.shape(name), dtype=dtype)
         try:
@@ -111,6 +121,11 @@ class InitializerFile:
             )
         if len(data) != place.length:
             raise ExportError(f"{self.path}: {name} takes {place.length} bytes, the new values {len(data)}")
+        if shared := [other for other, one in self._places.items() if other != name and one.overlaps(place)]:
+            raise ExportError(
+                f"{self.path}: the bytes of {name} are those of {shared[0]} too, so that one cannot be overwritten "
+                "alone; expected bytes of its own; export it again"
+            )
         with place.file.open("r+b") as file:
             file.seek(place.offset)
             file.write(data)
@@ -141,15 +156,29 @@ class InitializerFile:
             place = self._find_external(tensor)
         self._tensors[tensor.name] = tensor
         if place is not None:
+            self._assert_place_fits(tensor, place)
             self._places[tensor.name] = place
+
+    def _assert_place_fits(self, tensor: onnx.TensorProto, place: _Place) -> None:
+        """Raise unless the bytes of a weight are in their file, as many as its shape says."""
+        dtype = _DTYPES.get(tensor.data_type)
+        expected = place.length if dtype is None else math.prod(tensor.dims) * dtype.itemsize
+        size = place.file.stat().st_size if place.file.is_file() else -1
+        if place.length != expected or min(place.offset, place.length) < 0 or place.offset + place.length > size:
+            raise ExportError(
+                f"{self.path}: the weight {show(tensor.name)} of shape {show(list(tensor.dims))} has {place.length} "
+                f"bytes at {place.offset} of {place.file.name}, which has {size}, expected {expected} bytes in it; "
+                "export it again, and keep its data beside it"
+            )
 
     def _find_external(self, tensor: onnx.TensorProto) -> _Place:
         """Offset and length may be left out: from the start, as much as the shape says."""
         entries = {entry.key: entry.value for entry in tensor.external_data}
         dtype = _DTYPES.get(tensor.data_type)
         size = 0 if dtype is None else math.prod(tensor.dims) * dtype.itemsize
-        file, length = self.path.parent / entries["location"], int(entries.get("length", size))
-        return _Place(file=file, offset=int(entries.get("offset", 0)), length=length)
+        source = Source(name=str(self.path), error=ExportError, advice="export it again")
+        file = find_inside(source, f"location of {show(tensor.name)}", self.path.parent, entries.get("location"))
+        return _Place(file=file, offset=int(entries.get("offset", 0)), length=int(entries.get("length", size)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +188,11 @@ class _Place:
     file: Path
     offset: int
     length: int
+
+    def overlaps(self, other: _Place) -> bool:
+        """Whether two weights have bytes in common."""
+        is_before = self.offset + self.length <= other.offset or other.offset + other.length <= self.offset
+        return self.file == other.file and not is_before
 
 
 def to_buffer(values: torch.Tensor) -> memoryview:

@@ -18,7 +18,9 @@ import torch
 from adapter_compiler.adapters.adapter_state import AdapterState
 from adapter_compiler.errors import ExportError
 from adapter_compiler.saving.onnx_files.protobuf_fields import copy_range, read_range, walk_fields
+from adapter_compiler.saving.primitives.checksum import compute_checksum
 from passes.capture.calls import ModuleCall
+from passes.planning.json_schema import Source, parse_json
 
 #: Key of the entry in the model's ``metadata_props``.
 METADATA_KEY = "adapter_compiler"
@@ -105,11 +107,22 @@ def read_metadata(model: onnx.ModelProto, name: str) -> dict[str, Any]:
     """
     text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
     if text is None:
-        raise ExportError(f"{name} was not exported by adapter-compiler (no {METADATA_KEY!r} in its metadata)")
-    found = json.loads(text)
+        raise ExportError(
+            f"{name} was not exported by adapter-compiler (no {METADATA_KEY!r} in its metadata), expected a file that "
+            "export_onnx wrote; export the model again"
+        )
+    found = parse_json(Source(name=f"{name}: its metadata", error=ExportError, advice="export the model again"), text)
     if not isinstance(found, dict) or found.get("format") != _FORMAT_VERSION:
-        raise ExportError(f"{name}: its metadata is of another format; expected format {_FORMAT_VERSION}")
+        raise ExportError(
+            f"{name}: its metadata is of another format; expected format {_FORMAT_VERSION}; export the model again"
+        )
     return found
+
+
+def describe_tensor(tensor: torch.Tensor) -> str:
+    """The dtype, shape and checksum of a tensor, by which it can be compared with another one later."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{dtype}{list(tensor.shape)}:{compute_checksum(tensor)}"
 
 
 def _find_version(package: str) -> str:

@@ -94,8 +94,9 @@ def written_folder(path: str | Path) -> Iterator[Path]:
         draft = parent / path.name
         draft.mkdir()
         yield draft
-        for written in draft.iterdir():
-            _flush_to_disk(written)
+        for written in draft.rglob("*"):
+            if written.is_file():
+                _flush_to_disk(written)
         os.replace(draft, path)
 
 

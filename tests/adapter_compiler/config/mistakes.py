@@ -1,4 +1,4 @@
-"""What a row of a table of mistakes is, and how its message is checked."""
+"""The rows of a table of mistakes, and the check of their messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-#: What the user does (in a folder of its own), the error, and four parts of its message divided by `` | ``:
+#: What the user does (in an empty folder), the error, and four parts of its message, separated by `` | ``:
 #: the site or option, what was found, what was expected, what to do next.
 Mistake = tuple[Callable[[Path], object], type[Exception], str]
 
@@ -15,7 +15,7 @@ Mistakes = Mapping[str, Mistake]
 
 
 def assert_message(mistake: Mistake, folder: Path) -> None:
-    """The error comes, and its message has all four parts."""
+    """Check that the error is raised and that its message has all four parts."""
     do, error, parts = mistake
     name, found, expected, advice = parts.split(" | ")
     with pytest.raises(error) as caught:

@@ -1,4 +1,4 @@
-"""What users get wrong, and the message that it gives: the name, what was found, what was expected, what to do."""
+"""Mistakes of users, and their messages: the name, what was found, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ COMPILING: Mistakes = {
     "adapters on adapters": (
         lambda _: compile_net(compile_net()),
         ConfigError,
-        "model | is a AdaptedModel | without adapters | what fold() returns",
+        "model | is a AdaptedSequential | without adapters | the result of fold()",
     ),
     "arguments as a tensor": (
         lambda _: compile_net(args=X),
@@ -119,17 +119,17 @@ COMPILING: Mistakes = {
     "sites that match nothing": (
         lambda _: compile_net(sites="*.query"),
         SiteError,
-        "sites='*.query' | matches no weight | there are: 0.weight, 2.weight | mend it or leave it out",
+        "sites='*.query' | matches no weight | there are: 0.weight, 2.weight | correct it or leave it out",
     ),
     "exclude that matches nothing": (
         lambda _: compile_net(exclude=("0", "head")),
         SiteError,
-        "exclude='head' | matches no weight | there are: 0.weight, 2.weight | mend it or leave it out",
+        "exclude='head' | matches no weight | there are: 0.weight, 2.weight | correct it or leave it out",
     ),
     "trainable that matches nothing": (
         lambda _: compile_net(trainable="head"),
         SiteError,
-        "trainable='head' | matches no parameter | there are: 0.weight, 0.bias | mend it or leave it out",
+        "trainable='head' | matches no parameter | there are: 0.weight, 0.bias | correct it or leave it out",
     ),
     "everything excluded": (
         lambda _: compile_net(exclude="*"),
@@ -205,7 +205,7 @@ TRAINING: Mistakes = {
     "parameters for an optimizer": (
         lambda _: budget(optimizer=[]),
         BudgetError,
-        "optimizer | is a list | expected Optimizer | adapted.trainable_parameters()",
+        "optimizer | is an empty list | expected Optimizer | adapted.trainable_parameters()",
     ),
     "options for a schedule": (
         lambda _: budget(schedule={"target_rank": 2}),
@@ -251,7 +251,7 @@ FILES: Mistakes = {
     "half a file": (
         lambda folder: load(folder, lambda path: path.write_bytes(path.read_bytes()[:200])),
         CheckpointError,
-        "adapters.safetensors | cannot be read as a safetensors file | expected a whole one | save it again",
+        "adapters.safetensors | cannot be read as a safetensors file | expected 2 to 192 | save it again",
     ),
     "adapters of another rank": (
         lambda folder: load(folder, rank=1, alpha=8),

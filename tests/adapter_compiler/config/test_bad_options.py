@@ -22,7 +22,7 @@ def schedule(**options: Any) -> ac.BudgetSchedule:
 
 
 def option(owner: str, name: str, value: Any, expected: str, advice: str) -> Mistake:
-    """An option of a wrong value."""
+    """An option with a wrong value."""
     make = config if owner == "AdapterConfig" else schedule
     parts = (f"{owner}({name}=", f"={value!r})", f"expected {expected}", advice)
     return lambda _: make(**{name: value}), ConfigError, " | ".join(parts)

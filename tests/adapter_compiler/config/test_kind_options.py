@@ -1,4 +1,4 @@
-"""Options for kinds, scalings and starts, in our words and in PEFT's, and what is said where they cannot work."""
+"""Options for kinds, scalings and starts, under our names and PEFT's, and the errors for values that cannot work."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_options_of_peft_are_understood(options: dict[str, Any], expected: tuple
         ({"init": "zeros"}, r"init='zeros'\): expected one of 'gaussian', 'kaiming', 'orthogonal', 'pissa'"),
         ({"init": "pissa_niter_x"}, "init='pissa_niter_x'"),
         ({"init_lora_weights": False}, "init_lora_weights=False"),
-        ({"init_lora_weights": True, "init": "pissa"}, "give one"),
-        ({"use_rslora": True, "scaling": "alpha/r"}, "use_rslora=True and scaling='alpha/r'; give one"),
+        ({"init_lora_weights": True, "init": "pissa"}, "give init or init_lora_weights"),
+        ({"use_rslora": True, "scaling": "alpha/r"}, "use_rslora=True and scaling='alpha/r', which contradict"),
         ({"use_dora": "yes"}, r"use_dora='yes'\): expected True or False"),
     ],
 )
@@ -50,7 +50,7 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: 
 def test_rules_choose_the_kind() -> None:
     with pytest.raises(SiteError, match=r"AdapterRule\(kind='loha'\): expected one of svd, lora"):
         ac.AdapterRule(kind="loha")
-    with pytest.raises(SiteError, match="no kind, no rank and no alpha beside it"):
+    with pytest.raises(SiteError, match="no kind, no rank and no alpha together with it"):
         ac.AdapterRule(kind="lora", exclude=True)
 
 

@@ -12,6 +12,11 @@ def assert_same_bits(found: Any, expected: Any, where: str = "") -> None:
     if isinstance(expected, torch.Tensor):
         assert found.dtype == expected.dtype, where
         assert found.shape == expected.shape, where
+        assert found.layout == expected.layout, where
+        if expected.layout == torch.sparse_coo:
+            found, expected = ([t._indices(), t._values(), t.is_coalesced()] for t in (found, expected))
+            assert_same_bits(found, expected, where)
+            return
         assert _bits(found) == _bits(expected), where
     elif isinstance(expected, dict):
         assert list(found) == list(expected), where

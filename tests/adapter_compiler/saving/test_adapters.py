@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import adapter_compiler as ac
-from adapter_compiler.errors import CheckpointError
+from adapter_compiler.errors import CheckpointError, ConfigError
 from adapter_compiler.saving.convert import convert_adapters
 from adapter_compiler.saving.folding.fold_files import fold_files
 from adapter_compiler.saving.primitives.adapter_file import FILE_NAME
+from tests.adapter_compiler.saving.rewriting import change_tensor, read_header, rewrite
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 
@@ -140,8 +141,8 @@ def rewrite_header(text: str) -> Callable[[Path], None]:
         (empty, "cannot be read as a safetensors file"),
         (strip_header, "was not written by adapter-compiler"),
         (rewrite_header('{"version": 99, "sites": {}}'), "header has format version 99, expected 1"),
-        (rewrite_header("not json"), "header is not JSON"),
-        (rewrite_header('{"version": 1}'), "header names no sites"),
+        (rewrite_header("not json"), "this is not JSON .Expecting value"),
+        (rewrite_header('{"version": 1}'), "its header: the key 'sites' is missing"),
         (rewrite_header("[]"), "format version None, expected 1"),
         (Path.unlink, "does not exist; expected a folder that AdaptedModel.save wrote"),
     ],
@@ -223,11 +224,7 @@ def test_compacted_ranks_come_back(net: Net, tmp_path: Path) -> None:
 def test_fewer_triplets_than_the_header_says_change_nothing(net: Net, tmp_path: Path) -> None:
     compile_net(net, rank=1, alpha=1).save(tmp_path)
     path = tmp_path / FILE_NAME
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["adapter_compiler"])
-    for site in header["sites"].values():
-        site["rank"] = 2
-    rewrite_header(json.dumps(header))(path)
+    rewrite(path, lambda header, _: [site.update(rank=2) for site in header["sites"].values()])
     other = compile_net(net, rank=3, alpha=3)
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(CheckpointError, match=r"has shape \(6, 1\), this model expects \(6, 2\)"):
@@ -248,7 +245,7 @@ READERS: dict[str, Callable[[ac.AdaptedModel, Path], object]] = {
     "load_adapters": ac.load_adapters,
     "load_adapter": lambda adapted, folder: adapted.load_adapter("other", folder),
     "fold_files": fold,
-    "convert": lambda _, folder: convert_adapters(folder, folder / "out", to="peft-lora"),
+    "convert": lambda _, folder: convert_adapters(folder, folder / "out", to="native"),
 }
 
 
@@ -260,8 +257,11 @@ READERS: dict[str, Callable[[ac.AdaptedModel, Path], object]] = {
         ({"version": "1"}, "its header has format version '1', expected 1"),
         ({"version": None}, "its header has format version None, expected 1"),
         ({"kind": "training state"}, "holds 'training state' of version 1, expected 'saved adapters' of version 1"),
-        ({"sites": 3}, "its header names no sites"),
-        ({"sites": {"raw": {"form": "svd"}}}, "site raw was saved with rank=None, expected a number of triplets"),
+        ({"sites": 3}, "its header: sites is 3, expected an object of sites"),
+        (
+            {"sites": {"raw": {"form": "svd"}}},
+            "site raw: the key 'rank' is missing, expected a number of triplets there",
+        ),
     ],
 )
 @pytest.mark.parametrize("reader", READERS)
@@ -269,9 +269,7 @@ def test_every_reader_refuses_another_format(
     trained: ac.AdaptedModel, tmp_path: Path, reader: str, changes: dict[str, Any], message: str
 ) -> None:
     path = trained.save(tmp_path)
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["adapter_compiler"])
-    rewrite_header(json.dumps(header | changes))(path)
+    rewrite(path, lambda header, _: header.update(changes))
     before, names = copy.deepcopy(trained.state_dict()), trained.adapter_names
     with pytest.raises(CheckpointError, match=message) as caught:
         READERS[reader](trained, tmp_path)
@@ -295,22 +293,12 @@ def test_a_site_that_its_tensors_contradict_is_refused(
     trained: ac.AdaptedModel, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     path = trained.save(tmp_path)
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["adapter_compiler"])
-    header["sites"]["raw"] |= changes
-    rewrite_header(json.dumps(header))(path)
+    rewrite(path, lambda header, _: header["sites"]["raw"].update(changes))
     with pytest.raises(CheckpointError, match=message):
         trained.load_adapter("other", tmp_path)
     with pytest.raises(CheckpointError):
         ac.load_adapters(trained, tmp_path)
     assert trained.adapter_names == ("default",)
-
-
-def change_tensor(path: Path, name: str, value: Tensor) -> None:
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        metadata = file.metadata()
-    save_file(tensors | {name: value}, path, metadata=metadata)
 
 
 HEAD, P = "module.head.bias", "adapters.raw.P"
@@ -404,9 +392,7 @@ def test_a_model_of_fewer_bits_does_not_take_the_adapters_of_one_of_more(net: Ne
 
 def test_adapters_of_integers_are_refused(trained: ac.AdaptedModel, tmp_path: Path) -> None:
     change_tensor(trained.save(tmp_path), P, torch.ones(6, 2, dtype=torch.int32))
-    with pytest.raises(
-        CheckpointError, match=r"site raw: its parameters are .*torch\.int32.*, expected floating-point"
-    ):
+    with pytest.raises(CheckpointError, match=r"site raw: P is I32, expected floating-point numbers"):
         trained.load_adapter("other", tmp_path)
     assert trained.adapter_names == ("default",)
 
@@ -447,3 +433,77 @@ def test_adapters_for_parts_of_a_kernel_are_told_from_those_of_stacked_matrices(
     fold(adapted, tmp_path)
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
         assert torch.equal(file.get_tensor("weight"), adapted.fold().state_dict()["weight"])
+
+
+def test_a_converted_folder_has_checksums_and_the_names_of_tied_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    embedding, head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+    head.weight = embedding.weight
+    model, ids = nn.Sequential(embedding, head), torch.randint(0, 9, (2, 3))
+    adapted = ac.compile_with_adapters(model, (ids,), config=ac.AdapterConfig(rank=2, sites=("*",)))
+    adapted.save(tmp_path / "first")
+    convert_adapters(tmp_path / "first", tmp_path / "second", to="native")
+    first, second = (read_header(tmp_path / name / FILE_NAME) for name in ("first", "second"))
+    assert first["aliases"] == second["aliases"] == {"1.weight": "0.weight"}
+    assert first["tensors"] == second["tensors"]
+    assert second["checksum"]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_every_changed_byte_is_noticed(trained: ac.AdaptedModel, tmp_path: Path, reader: str) -> None:
+    path = trained.save(tmp_path)
+    whole = path.read_bytes()
+    before = copy.deepcopy(trained.state_dict())
+    for place in range(5, len(whole), 61):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError) as caught:
+            READERS[reader](trained, tmp_path)
+        assert str(path) in str(caught.value)
+    torch.testing.assert_close(trained.state_dict(), before, rtol=0, atol=0)
+    assert trained.adapter_names == ("default",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda h: h["tensors"].pop(P),
+            r"the tensor adapters\.raw\.P is \['F32', \[6, 2\]\], its header says \[None\]",
+        ),
+        (lambda h: h["tensors"][P].__setitem__(2, "0" * 32), r"tensor adapters\.raw\.P has the checksum \w+, expected"),
+        (lambda h: h.update(checksum="0" * 32), r"its header has the checksum 0000.*, expected \w+: it was changed or"),
+        (lambda h: h.update(tensors=3), "its header: tensors is 3, expected .dtype, shape, checksum. by tensor"),
+        (lambda h: h.update(more=3), "its header: the key 'more' is unknown, expected aliases, checksum, kind, "),
+        (lambda h: h["sites"]["raw"].update(more=3), "site raw: the key 'more' is unknown, expected form, rank, rows"),
+        (lambda h: h.update(aliases={"x": 3}), "its header: aliases is {'x': 3}, expected names by name"),
+        (lambda h: h["sites"]["raw"].update(scale=float("nan")), "site raw: scale is nan, expected a finite number"),
+        (lambda h: h["sites"]["raw"].update(scale=float("inf")), "site raw: scale is inf, expected a finite number"),
+    ],
+)
+def test_headers_that_contradict_the_file_are_refused(
+    trained: ac.AdaptedModel, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path = trained.save(tmp_path)
+
+    def apply(header: dict[str, Any], _: dict[str, Tensor]) -> None:
+        del header["checksum"]
+        change(header)
+
+    rewrite(path, apply, keep_checksums=True)
+    for reader in ("load_adapters", "load_adapter", "convert"):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            READERS[reader](trained, tmp_path)
+        assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("kind", ["peft-lora", "peft-adalora"])
+def test_a_conversion_that_loses_range_is_refused(kind: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 6)).double()
+    adapted = ac.compile_with_adapters(model, (X.double(),), config=ac.AdapterConfig(rank=2))
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.fill_(1e100)
+    adapted.save(tmp_path)
+    with pytest.raises(ConfigError, match=r"lora_A.* would have inf or nan in torch\.float32, expected finite values"):
+        convert_adapters(tmp_path, tmp_path / "out", to=kind)
+    assert not (tmp_path / "out").exists()
