@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapter_compiler.lazy_imports import import_on_demand
+from adapter_compiler.onnx.lazy_imports import import_on_demand
 
 if TYPE_CHECKING:
     from adapter_compiler.onnx.exporting.export import export_onnx

@@ -17,13 +17,13 @@ from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.onnx.exporting.runtime_adapters import verify_runtime_adapters
 from adapter_compiler.onnx.translation.exportable import NamedOutputs, prepare_call
 from adapter_compiler.onnx.translation.fallbacks import find_strategies, write_draft
-from adapter_compiler.onnx.verification.bisect import describe_first_departure
-from adapter_compiler.onnx.verification.cases import DRAWS, VerificationCase, choose_variety, find_cases
+from adapter_compiler.onnx.verification.bisect import describe_first_difference
+from adapter_compiler.onnx.verification.cases import DRAWS, choose_variety, find_cases
 from adapter_compiler.onnx.verification.compare_files import check_file
 from adapter_compiler.onnx.verification.fixed_draws import open_with_fixed_draws
 from adapter_compiler.onnx.verification.inputs import spell_names
 from adapter_compiler.onnx.verification.report import OutputError
-from adapter_compiler.onnx.verification.verify import DepartureError, open_session, verify_cases
+from adapter_compiler.onnx.verification.verify import MismatchError, open_session, verify_cases
 from adapter_compiler.saving.onnx_files.initializers import InitializerFile
 from adapter_compiler.saving.onnx_files.metadata import read_metadata
 from passes.capture.calls import ModuleCall
@@ -70,8 +70,8 @@ def verify_onnx(
     Raises:
         ExportError: the file is missing or damaged.
         ConfigError: its inputs or outputs are not the model's.
-        VerificationError: it departs from PyTorch; the message names the output and, where the file was translated
-            node by node, the first node that departs.
+        VerificationError: it differs from PyTorch; the message names the output and, where the file was translated
+            node by node, the first node that differs.
     """
     path = Path(path)
     check_file(path)
@@ -89,8 +89,8 @@ def verify_onnx(
         fixed_session, reference, _ = open_with_fixed_draws(path, session, exporter.named_outputs)
         try:
             errors, refused = verify_cases(fixed_session, cases, inputs, reference)
-        except DepartureError as error:
-            culprit = _find_culprit(error, path, record, exporter, call, cases, inputs, outputs)
+        except MismatchError as error:
+            culprit = _find_culprit(error, path, record, exporter, call, inputs, outputs)
             raise VerificationError(f"{path.name}: {error}{culprit}") from error
         if kind == "runtime" and isinstance(model, AdaptedModel):
             more, _ = verify_runtime_adapters(session, model, cases, inputs)
@@ -145,16 +145,15 @@ def _read_bounds(
 
 
 def _find_culprit(
-    error: DepartureError,
+    error: MismatchError,
     path: Path,
     record: Mapping[str, Any],
     exporter: NamedOutputs,
     call: ModuleCall,
-    cases: Sequence[VerificationCase],
     inputs: Sequence[str],
     outputs: Sequence[str],
 ) -> str:
-    """The first departing node, by exporting the model once more in the way that the file records.
+    """The first node that differs, by exporting the model once more in the way that the file records.
 
     Another torch may name nodes otherwise, so nothing is said about a file of one.
     """
@@ -167,5 +166,4 @@ def _find_culprit(
             written = write_draft(strategy, exporter, call, Path(folder) / path.name, inputs, outputs, opset=None)
         except ExportError:
             return ""
-    tensors = next(case.call.tensors for case in cases if case.name == error.case)
-    return describe_first_departure(path, written.program, inputs, tensors)
+    return describe_first_difference(path, written.program, inputs, error.tensors)

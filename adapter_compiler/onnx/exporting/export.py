@@ -16,17 +16,26 @@ from adapter_compiler.errors import ConfigError, ExportError, VerificationError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.onnx.exporting.casting import open_with_casts
 from adapter_compiler.onnx.exporting.runtime_adapters import add_runtime_adapters, verify_runtime_adapters
+from adapter_compiler.onnx.exporting.unused_tensors import find_folded_tensors
 from adapter_compiler.onnx.exporting.weights import map_weights
 from adapter_compiler.onnx.translation.exportable import NamedOutputs, prepare_call
-from adapter_compiler.onnx.translation.fallbacks import Strategy, WrittenDraft, find_strategies, write_draft
+from adapter_compiler.onnx.translation.fallbacks import (
+    Strategy,
+    WrittenDraft,
+    find_strategies,
+    find_varying_sizes,
+    is_redundant,
+    write_draft,
+)
 from adapter_compiler.onnx.translation.opsets import check_opset
-from adapter_compiler.onnx.verification.bisect import describe_first_departure
-from adapter_compiler.onnx.verification.cases import DRAWS, choose_variety, find_cases
+from adapter_compiler.onnx.translation.varying_sizes import VaryingSizes
+from adapter_compiler.onnx.verification.bisect import describe_first_difference
+from adapter_compiler.onnx.verification.cases import DRAWS, VerificationCase, choose_variety, find_cases
 from adapter_compiler.onnx.verification.fixed_draws import open_with_fixed_draws
 from adapter_compiler.onnx.verification.inputs import spell_names
 from adapter_compiler.onnx.verification.report import ExportAttempt, ExportReport, OutputError
-from adapter_compiler.onnx.verification.verify import DepartureError, assert_comparable, verify_cases
-from adapter_compiler.saving.onnx_files.metadata import describe_file, write_metadata
+from adapter_compiler.onnx.verification.verify import MismatchError, assert_comparable, verify_cases
+from adapter_compiler.saving.onnx_files.metadata import describe_file, describe_tensor, write_metadata
 from adapter_compiler.saving.primitives.files import written_beside
 from passes.capture.calls import ModuleCall, describe_refusal
 from passes.capture.module_state import canonical_kernels
@@ -68,7 +77,7 @@ def export_onnx(
     Raises:
         ConfigError: an option has a value that cannot work, or adapters are no low-rank additions.
         ExportError: the model does not export; no file is left.
-        VerificationError: the file does not load or departs from PyTorch; no file is left.
+        VerificationError: the file does not load or differs from PyTorch; no file is left.
     """
     check_opset(opset)
     _assert_adapters(adapted_or_model, adapters)
@@ -76,18 +85,30 @@ def export_onnx(
     attempts: list[ExportAttempt] = []
     first: ExportError | None = None
     with canonical_kernels(), torch.no_grad():
-        names = _Names(inputs=spell_names(call.names), outputs=[name for name, _ in _run_example(exporter, call)])
+        outputs = [name for name, _ in _run_example(exporter, call)]
+        task = _Task(
+            model=adapted_or_model,
+            exporter=exporter,
+            call=call,
+            sizes=find_varying_sizes(exporter, call),
+            inputs=spell_names(call.names),
+            outputs=outputs,
+            opset=opset,
+            adapters=adapters if isinstance(adapted_or_model, AdaptedModel) else "none",
+        )
         for strategy in find_strategies(exporter.module):
+            if is_redundant(strategy, task.sizes):
+                continue
             try:
                 with written_beside(path) as draft:
-                    result = _attempt(strategy, adapted_or_model, exporter, call, draft, names, opset, adapters)
+                    result = _attempt(task, strategy, draft)
             except ExportError as error:
                 logger.info("%s failed: %s", strategy.name, error)
                 attempts.append(ExportAttempt(strategy=strategy.name, reason=str(error)))
                 first = first or error
                 continue
-            attempts.append(ExportAttempt(strategy=strategy.name, reason=None))
-            return _report(adapted_or_model, Path(path), names, strategy, attempts, result, adapters)
+            attempts.append(ExportAttempt(strategy=result.strategy.name, reason=None))
+            return _report(task, Path(path), attempts, result)
     assert first is not None
     others = [f"{a.strategy}: {a.reason}" for a in attempts[1:] if a.reason != attempts[0].reason]
     kind = VerificationError if isinstance(first, VerificationError) else ExportError
@@ -95,13 +116,24 @@ def export_onnx(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Names:
+class _Task:
+    """What is exported, and how its file is to be."""
+
+    model: nn.Module
+    exporter: NamedOutputs
+    call: ModuleCall
+    sizes: VaryingSizes
     inputs: list[str]
     outputs: list[str]
+    opset: int | None
+    adapters: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Result:
+    """What one strategy wrote, and how it was verified."""
+
+    strategy: Strategy
     written: WrittenDraft
     errors: list[OutputError]
     refused: list[str]
@@ -137,70 +169,68 @@ def _run_example(exporter: NamedOutputs, call: ModuleCall) -> list[tuple[str, to
     return expected
 
 
-def _attempt(
-    strategy: Strategy,
-    model: nn.Module,
-    exporter: NamedOutputs,
-    call: ModuleCall,
-    draft: Path,
-    names: _Names,
-    opset: int | None,
-    adapters: str,
-) -> _Result:
-    written = write_draft(strategy, exporter, call, draft, names.inputs, names.outputs, opset=opset)
+def _attempt(task: _Task, strategy: Strategy, draft: Path) -> _Result:
+    """Write a file, verify it, and put its description into it."""
+    written = write_draft(
+        strategy, task.exporter, task.call, draft, task.inputs, task.outputs, opset=task.opset, sizes=task.sizes
+    )
     session, casts = open_with_casts(draft)
     draws, factors = choose_variety(DRAWS, is_traced=written.program is None, is_frozen=bool(written.frozen))
-    cases = list(find_cases(call, written.bounds, draws=draws, factors=factors))
-    session, reference, drawing = open_with_fixed_draws(draft, session, exporter.named_outputs)
+    cases = list(find_cases(task.call, written.bounds, draws=draws, factors=factors))
+    session, reference, drawing = open_with_fixed_draws(draft, session, task.exporter.named_outputs)
     try:
-        errors, refused = verify_cases(session, cases, names.inputs, reference)
-    except DepartureError as error:
-        tensors = next(case.call.tensors for case in cases if case.name == error.case)
-        culprit = describe_first_departure(draft, written.program, names.inputs, tensors)
+        errors, refused = verify_cases(session, cases, task.inputs, reference)
+    except MismatchError as error:
+        culprit = describe_first_difference(draft, written.program, task.inputs, error.tensors)
         raise VerificationError(f"{error}{culprit}") from error
-    kind = adapters if isinstance(model, AdaptedModel) else "none"
-    description = describe_file(model, call, names.inputs, adapters=kind, strategy=strategy.name)
-    kept = [f"buffer {name}, which a call of the model changes" for name in exporter.find_written_buffers(call)]
+    kept = [
+        f"buffer {name}, which a call of the model changes" for name in task.exporter.find_written_buffers(task.call)
+    ]
     written = dataclasses.replace(written, frozen=(*written.frozen, *kept))
+    strategy = strategy if written.is_open else dataclasses.replace(strategy, dynamic="none")
+    errors += _finish_file(task, strategy, written, draft, cases)
+    return _Result(strategy=strategy, written=written, errors=errors, refused=refused, casts=casts, drawing=drawing)
+
+
+def _finish_file(
+    task: _Task, strategy: Strategy, written: WrittenDraft, draft: Path, cases: Sequence[VerificationCase]
+) -> list[OutputError]:
+    """Describe the file in its metadata, and give it inputs for adapters if it is to have them; further errors."""
+    description = describe_file(task.model, task.call, task.inputs, adapters=task.adapters, strategy=strategy.name)
     description["frozen"] = list(written.frozen)
-    description["weights"] = map_weights(draft, exporter.module)
-    if adapters == "runtime":
-        assert isinstance(model, AdaptedModel)
-        description["sites"] = add_runtime_adapters(draft, model, description["weights"])
+    weights = description["weights"] = map_weights(draft, task.exporter.module)
+    if task.adapters == "merged":
         write_metadata(draft, description)
-        more, _ = verify_runtime_adapters(open_with_casts(draft)[0], model, cases, names.inputs)
-        errors += more
-    else:
+        return []
+    folded, unused = find_folded_tensors(task.exporter, task.call, weights)
+    description["folded"] = {name: describe_tensor(tensor) for name, tensor in folded.items()}
+    if not isinstance(task.model, AdaptedModel):
         write_metadata(draft, description)
-    return _Result(written=written, errors=errors, refused=refused, casts=casts, drawing=drawing)
+        return []
+    description |= add_runtime_adapters(draft, task.model, weights, unused)
+    write_metadata(draft, description)
+    errors, _ = verify_runtime_adapters(open_with_casts(draft)[0], task.model, cases, task.inputs)
+    return errors
 
 
-def _report(
-    model: nn.Module,
-    path: Path,
-    names: _Names,
-    strategy: Strategy,
-    attempts: list[ExportAttempt],
-    result: _Result,
-    adapters: str,
-) -> ExportReport:
-    is_adapted = isinstance(model, AdaptedModel)
+def _report(task: _Task, path: Path, attempts: list[ExportAttempt], result: _Result) -> ExportReport:
+    model = task.model
     return ExportReport(
         path=path,
-        inputs=tuple(names.inputs),
-        outputs=tuple(names.outputs),
-        dynamic=strategy.dynamic,
+        inputs=tuple(task.inputs),
+        outputs=tuple(task.outputs),
+        dynamic=result.strategy.dynamic,
         dynamic_axes={
             name: tuple(i for i, bound in enumerate(bounds) if bound.symbol is not None)
-            for name, bounds in zip(names.inputs, result.written.bounds, strict=True)
+            for name, bounds in zip(task.inputs, result.written.bounds, strict=True)
         },
         opset=result.written.opset,
         errors=tuple(result.errors),
         not_verified=tuple(result.refused),
-        fold=model.fold_report if isinstance(model, AdaptedModel) and adapters == "merged" else None,
+        fold=model.fold_report if isinstance(model, AdaptedModel) and task.adapters == "merged" else None,
         attempts=tuple(attempts),
         frozen=result.written.frozen,
         casts=result.casts,
         drawing=result.drawing,
-        adapters=adapters if is_adapted else "none",
+        adapters=task.adapters,
     )

@@ -1,39 +1,51 @@
-"""Adapters as inputs of the file: put them there, and verify the file with and without one."""
+"""Adapters as inputs of the file: put them there, and verify the file with and without them."""
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnxruntime
+import torch
 
+from adapter_compiler.adapters.copies import share_unpacked
 from adapter_compiler.errors import ExportError
 from adapter_compiler.model.adapted_model import AdaptedModel
+from adapter_compiler.onnx.exporting.unused_tensors import change_tensor
 from adapter_compiler.onnx.serving.adapter_file import input_names, write_adapter_file
+from adapter_compiler.onnx.serving.base_tensors import describe_base, find_trained_tensors
 from adapter_compiler.onnx.translation.exportable import NamedOutputs, prepare_base, prepare_merged
 from adapter_compiler.onnx.verification.cases import VerificationCase
 from adapter_compiler.onnx.verification.report import OutputError
-from adapter_compiler.onnx.verification.verify import verify_cases
+from adapter_compiler.onnx.verification.verify import compare_outputs, verify_cases
 from passes.export.insert_onnx_adapters import OnnxSite, insert_onnx_adapter
 from passes.planning.plan import PlannedAdapter
 
+#: Rank of the random adapters that a file is verified with, and their values' standard deviation.
+_RANDOM_RANK, _RANDOM_SCALE = 2, 0.1
 
-def add_runtime_adapters(draft: Path, adapted: AdaptedModel, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the base model's file an input for each factor of each adapter, and for each fully trained parameter.
+
+def add_runtime_adapters(
+    draft: Path, adapted: AdaptedModel, weights: Mapping[str, Any], unused: Collection[str]
+) -> dict[str, Any]:
+    """Give the base model's file an input for each factor of each adapter, and for each other tensor that trains.
 
     Args:
         draft: the file of the base model; edited in place.
         adapted: the model.
-        weights: where its weights stand in the file.
+        weights: where the base model's tensors are in the file.
+        unused: tensors of it that the file does not need.
 
     Returns:
-        For the file's metadata: by weight, the names and widths of its inputs.
+        For the file's metadata: ``sites``, by weight the names and widths of its inputs, and ``base``, checksums of
+        the tensors that an adapter must have been trained on.
 
     Raises:
-        ExportError: an adapted weight does not stand in the file as a whole.
+        ExportError: an adapted weight or another tensor that trains is not in the file as a whole.
     """
     model = onnx.load(draft, load_external_data=False)
     sites: dict[str, Any] = {}
@@ -46,11 +58,10 @@ def add_runtime_adapters(draft: Path, adapted: AdaptedModel, weights: Mapping[st
             "in": site.in_features,
             "out": site.out_features,
         }
-    for name, parameter in adapted.module.named_parameters():
-        if parameter.requires_grad:
-            _open_weight(model, _find_initializer(name, weights))
+    _open_trained_tensors(model, find_trained_tensors(adapted), weights, unused)
     onnx.save(model, draft)
-    return sites
+    base = {name: checksum for name, checksum in describe_base(adapted).items() if name not in unused}
+    return {"sites": sites, "base": base}
 
 
 def verify_runtime_adapters(
@@ -59,25 +70,59 @@ def verify_runtime_adapters(
     cases: Sequence[VerificationCase],
     inputs: Sequence[str],
 ) -> tuple[list[OutputError], list[str]]:
-    """Compare the file alone with the base model, and with the adapter active with the merged model.
+    """Compare the file alone with the base model, with the adapter with the merged model, and with random adapters.
 
     Raises:
-        VerificationError: one of them departs.
+        VerificationError: one of them differs.
     """
     base = NamedOutputs(prepare_base(adapted))
     errors, refused = verify_cases(session, cases, inputs, base.named_outputs)
     merged = NamedOutputs(prepare_merged(adapted))
     with tempfile.TemporaryDirectory() as folder:
         file = write_adapter_file(adapted, Path(folder) / "check.onnx_adapter")
-        loaded = onnxruntime.LoraAdapter()
+        loaded = onnxruntime.LoraAdapter()  # must live as long as the options, which keep a bare pointer to it
         loaded.Load(str(file))
     options = onnxruntime.RunOptions()
     options.add_active_adapter(loaded)
-    active = [
-        VerificationCase(name=f"{case.name}, adapter active", call=case.call, fallback=case.fallback) for case in cases
-    ]
+    active = [_rename(case) for case in cases]
     more, _ = verify_cases(session, active, inputs, merged.named_outputs, options)
+    more += _verify_random_adapters(session, adapted, merged, cases[0], inputs)
     return [*errors, *more], refused
+
+
+@torch.no_grad()
+def _verify_random_adapters(
+    session: onnxruntime.InferenceSession,
+    adapted: AdaptedModel,
+    merged: NamedOutputs,
+    example: VerificationCase,
+    inputs: Sequence[str],
+) -> list[OutputError]:
+    """Compare the file with the merged model on random adapters and other values of all else that trains.
+
+    The model's own adapter may be all zeros, and what else trains still has the values that the file has by default.
+    ``merged`` is overwritten.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tensors = {**dict(merged.module.named_parameters()), **dict(merged.module.named_buffers())}
+    feeds = dict(zip(inputs, example.call.tensors, strict=True))
+    for name in find_trained_tensors(adapted):
+        feeds[name] = tensors[name].copy_(change_tensor(tensors[name]))
+    for name, (adapter, *_) in adapted.plan.by_weight.items():
+        site = dataclasses.replace(adapter.site, rows=None)
+        left = torch.randn(site.in_features, _RANDOM_RANK, generator=generator) * _RANDOM_SCALE
+        right = torch.randn(_RANDOM_RANK, site.weight_rows, generator=generator) * _RANDOM_SCALE
+        first, second = input_names(name)
+        feeds[first], feeds[second] = left.to(site.dtype), right.to(site.dtype)
+        base = share_unpacked(adapted.base_weight(name)).detach().cpu()
+        tensors[name].copy_(base + site.from_matrix((left @ right).t()).to(base.dtype))
+    case = f"{example.name}, random adapters"
+    return compare_outputs(session, case, feeds, merged.named_outputs(example.call))
+
+
+def _rename(case: VerificationCase) -> VerificationCase:
+    alternatives = tuple(map(_rename, case.alternatives))
+    return dataclasses.replace(case, name=f"{case.name}, adapter active", alternatives=alternatives)
 
 
 def _describe_site(name: str, adapter: PlannedAdapter, weights: Mapping[str, Any]) -> OnnxSite:
@@ -96,14 +141,37 @@ def _describe_site(name: str, adapter: PlannedAdapter, weights: Mapping[str, Any
 def _find_initializer(name: str, weights: Mapping[str, Any]) -> str:
     if name not in weights:
         raise ExportError(
-            f"weight {name} does not stand in the exported file as a whole, because the exporter folded it into "
-            "something else or the model does not use it; leave it out (AdapterConfig(exclude=...)) or export "
-            "with adapters='merged'"
+            f"weight {name} is not in the exported file as a whole, because the exporter folded it into something else "
+            "or the model does not use it; leave it out (AdapterConfig(exclude=...)) or export with adapters='merged'"
         )
     return str(weights[name]["initializer"])
 
 
-def _open_weight(model: onnx.ModelProto, name: str) -> None:
+def _open_trained_tensors(
+    model: onnx.ModelProto, trained: Mapping[str, torch.Tensor], weights: Mapping[str, Any], unused: Collection[str]
+) -> None:
+    """Make inputs of the tensors that train besides adapters, with their present values as defaults."""
+    for name, tensor in trained.items():
+        if name in unused:
+            # Without a node that reads it, so that adapter files need not know which tensors a call uses.
+            model.graph.initializer.append(_to_initializer(name, tensor))
+        elif name not in weights or weights[name]["initializer"] != name:
+            raise ExportError(
+                f"{name} changes in training, but the exported file cannot take it as an input: the exporter folded it "
+                "into something else, or an input has the same name; export with adapters='merged'"
+            )
+        _open_initializer(model, name)
+
+
+def _to_initializer(name: str, tensor: torch.Tensor) -> onnx.TensorProto:
+    values = tensor.contiguous()
+    if tensor.dtype is torch.bfloat16:
+        data = values.view(torch.int16).numpy().tobytes()
+        return onnx.helper.make_tensor(name, onnx.TensorProto.BFLOAT16, list(tensor.shape), data, raw=True)
+    return onnx.numpy_helper.from_array(values.numpy(), name)
+
+
+def _open_initializer(model: onnx.ModelProto, name: str) -> None:
     """Let the caller override a weight: it becomes an input that has itself as default."""
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     value = onnx.helper.make_tensor_value_info(name, weight.data_type, list(weight.dims))

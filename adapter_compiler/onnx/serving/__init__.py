@@ -1,1 +1,1 @@
-"""Run-time adapters: files that go into a session of onnxruntime, switched per call."""
+"""Adapters at run time: files that go into a session of onnxruntime, chosen for each call."""

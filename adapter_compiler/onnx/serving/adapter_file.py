@@ -1,9 +1,10 @@
-"""Write and read ``.onnx_adapter`` files: what goes into a file exported with ``adapters="runtime"``."""
+"""Write and read ``.onnx_adapter`` files: the inputs of a file that was exported with ``adapters="runtime"``."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
-import zlib
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,10 +14,26 @@ import torch
 from adapter_compiler.adapters.parameters.factors import assert_additive, factor_weight
 from adapter_compiler.errors import CheckpointError, ConfigError
 from adapter_compiler.model.adapted_model import AdaptedModel
+from adapter_compiler.onnx.serving.base_tensors import describe_base, find_trained_tensors
+from adapter_compiler.onnx.serving.manifest import append_manifest, read_with_manifest
 from adapter_compiler.onnx.verification.values import from_ort_value, to_ort_value
 from adapter_compiler.saving.primitives.files import written_beside
 
 _ADAPTER_VERSION = 1
+_MODEL_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterFile:
+    """The content of an adapter file.
+
+    Attributes:
+        tensors: by name of the input.
+        base: checksums of the base model's tensors, by name.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    base: Mapping[str, str]
 
 
 def input_names(weight: str) -> tuple[str, str]:
@@ -27,8 +44,11 @@ def input_names(weight: str) -> tuple[str, str]:
 def save_onnx_adapter(adapted: AdaptedModel, path: str | Path, *, name: str | None = None) -> Path:
     """Write the adapters of ``adapted`` for a file that was exported with ``adapters="runtime"``.
 
-    λ and the scale are folded in, pruned triplets are left out, so each weight has its own rank. Parameters
-    that train fully (``AdapterConfig(trainable=...)``) go along.
+    λ and the scale are multiplied in and pruned triplets left out, so each weight has its own rank. What else training
+    changes is in the file as well: parameters that train fully (``AdapterConfig(trainable=...)``) and persistent
+    buffers such as running statistics. So are checksums of the base model's tensors, which
+    :class:`~adapter_compiler.onnx.serving.session.OnnxAdapters` compares with those of the base file, and a checksum
+    of the file itself.
 
     Args:
         adapted: the model.
@@ -53,20 +73,20 @@ def write_adapter_file(adapted: AdaptedModel, path: Path, name: str | None = Non
         OSError: its place cannot be written.
     """
     tensors = find_adapter_tensors(adapted, name)
-    values = {name: to_ort_value(tensor) for name, tensor in tensors.items()}
     adapter = onnxruntime.AdapterFormat()
     adapter.set_adapter_version(_ADAPTER_VERSION)
-    adapter.set_model_version(hash_inputs({name: tuple(tensor.shape) for name, tensor in tensors.items()}))
-    adapter.set_parameters(values)
+    adapter.set_model_version(_MODEL_VERSION)
+    adapter.set_parameters({key: to_ort_value(tensor) for key, tensor in tensors.items()})
     try:
         adapter.export_adapter(str(path))
     except RuntimeError as error:  # onnxruntime does not say why
         raise OSError(errno.EIO, f"onnxruntime fails to write {path.name}: {error}") from error
+    append_manifest(path, describe_base(adapted, name))
     return path
 
 
 def find_adapter_tensors(adapted: AdaptedModel, name: str | None = None) -> dict[str, torch.Tensor]:
-    """What goes into the file, by the name of the input, in the dtype of the weights."""
+    """The tensors of the file, by the name of the input, in the dtype of the weights."""
     name = adapted.active_adapter if name is None else name
     adapter_parameters, plan = adapted.parameters_of_adapter(name), adapted.adapter_set.plans[name]
     assert_additive(plan)
@@ -77,45 +97,30 @@ def find_adapter_tensors(adapted: AdaptedModel, name: str | None = None) -> dict
         tensors[first] = right.t().contiguous().to(adapters[0].site.dtype)
         tensors[second] = left.t().contiguous().to(adapters[0].site.dtype)
     for site in {a.site.weight: a.site for plan in adapted.adapter_set.plans.values() for a in plan}.values():
-        # A file whose adapters stand at more weights than this one's wants an input for each.
+        # A base file for adapters at more weights than these has an input for each of them.
         first, second = input_names(site.weight)
         tensors.setdefault(first, torch.zeros(site.in_features, 0, dtype=site.dtype))
         tensors.setdefault(second, torch.zeros(0, site.weight_rows, dtype=site.dtype))
-    inactive = adapted.adapter_set.find_inactive(name) or {}
-    parameters = {key: p for key, p in adapted.module.named_parameters() if p.requires_grad}
-    trained = {key: inactive.get(key, p).detach().cpu() for key, p in parameters.items()}
-    return {**tensors, **trained}
+    return {**tensors, **find_trained_tensors(adapted, name)}
 
 
-def read_adapter_file(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter file.
+def read_adapter_file(path: str | Path) -> AdapterFile:
+    """The content of an adapter file.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another format.
     """
-    try:
-        adapter = onnxruntime.AdapterFormat.read_adapter(str(path))
-        values = adapter.get_parameters()
-        return {name: from_ort_value(value) for name, value in values.items()}
-    except Exception as error:  # onnxruntime raises plain RuntimeErrors
-        raise CheckpointError(
-            f"{path} cannot be read as an .onnx_adapter file: {' '.join(str(error).split())}; expected a whole one; "
-            "save it again"
-        ) from error
-
-
-def read_model_version(path: str | Path) -> int:
-    """What :func:`hash_inputs` gave for the model that the file belongs to."""
-    return int(onnxruntime.AdapterFormat.read_adapter(str(path)).get_model_version())
-
-
-def hash_inputs(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """A number for the set of adapter inputs and their widths, ranks apart; it fits 31 bits."""
-    text = ";".join(f"{name}:{_drop_rank(name, shape)}" for name, shape in sorted(shapes.items()))
-    return zlib.crc32(text.encode()) & 0x7FFFFFFF
-
-
-def _drop_rank(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if name.endswith(".adapter_A"):
-        return shape[:1]
-    return shape[1:] if name.endswith(".adapter_B") else shape
+    data, manifest = read_with_manifest(Path(path))
+    with tempfile.TemporaryDirectory() as folder:
+        # onnxruntime reads files only. It gets the bytes that were checked, whatever happens to the file meanwhile.
+        checked = Path(folder) / "checked.onnx_adapter"
+        checked.write_bytes(data)
+        try:
+            values = onnxruntime.AdapterFormat.read_adapter(str(checked)).get_parameters()
+            tensors = {name: from_ort_value(value) for name, value in values.items()}
+        except Exception as error:  # onnxruntime raises plain RuntimeErrors
+            raise CheckpointError(
+                f"{path}: onnxruntime cannot read its tensors ({' '.join(str(error).split())}), expected a file that "
+                "save_onnx_adapter wrote; save it again"
+            ) from error
+    return AdapterFile(tensors=tensors, base=manifest["base"])

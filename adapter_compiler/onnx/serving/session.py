@@ -1,20 +1,31 @@
-"""Serve one file with many adapters, switched per call."""
+"""Serve one file with many adapters, chosen for each call."""
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy
 import onnxruntime
+import torch
 
 from adapter_compiler.errors import AdapterCompilerError, CheckpointError, ConfigError
-from adapter_compiler.onnx.serving.adapter_file import hash_inputs, read_adapter_file, read_model_version
+from adapter_compiler.onnx.serving.adapter_file import AdapterFile, read_adapter_file
+from adapter_compiler.onnx.serving.base_tensors import find_other_tensor
+from adapter_compiler.onnx.verification.values import to_ort_value
 from adapter_compiler.onnx.verification.verify import open_session
+from adapter_compiler.saving.onnx_files.metadata import METADATA_KEY
+from passes.planning.json_schema import Field, Source, check_object, is_object_of, is_text, parse_json
 
 Arrays = dict[str, "numpy.ndarray[Any, Any]"]
+
+_DESCRIPTION: Mapping[str, Field] = {
+    "base": Field(expected="checksums of the base model's tensors", fits=is_object_of(is_text), required=False),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,21 +34,25 @@ class LoadedAdapter:
 
     Attributes:
         path: its file.
-        ranks: rank by site input.
-        handle: onnxruntime's object.
+        ranks: the rank at each weight, by the name of its first input.
+        values: what each of the session's further inputs gets.
     """
 
     path: Path
     ranks: Mapping[str, int]
-    handle: onnxruntime.LoraAdapter
+    values: Mapping[str, onnxruntime.OrtValue] = dataclasses.field(repr=False)
 
 
 class OnnxAdapters:
     """A session on a file exported with ``adapters="runtime"``, and the adapters loaded for it.
 
-    onnxruntime itself accepts two active adapters that share names and lets the first win, ignores adapters
-    under io-binding, and fails late when an adapter belongs to another model. Here at most one is active in a
-    call, io-binding is not offered, and an adapter is checked against the file when it is loaded.
+    Threads may run, load, replace and unload at the same time. A run that has begun keeps the adapter that it began
+    with, one that begins later gets the new adapter. The adapters are fed as inputs: ``RunOptions.add_active_adapter``
+    of onnxruntime keeps a bare pointer to the adapter, which is invalid as soon as Python frees it.
+
+    onnxruntime itself also accepts two active adapters that share names and uses the first, ignores adapters under
+    io-binding, and fails late when an adapter belongs to another model. Here a call has at most one adapter, io-binding
+    is not offered, and an adapter is compared with the file when it is loaded.
 
     Example:
         >>> served = OnnxAdapters("model.onnx")  # doctest: +SKIP
@@ -54,10 +69,14 @@ class OnnxAdapters:
         """
         self.path = Path(path)
         self.session = open_session(path) if session is None else session
-        self._adapters: dict[str, LoadedAdapter] = {}
         self._inputs = {value.name: value for value in self.session.get_inputs()}
+        self._outputs = [value.name for value in self.session.get_outputs()]
         self._slots = {value.name: value for value in self.session.get_overridable_initializers()}
         self._assert_serves_adapters()
+        self._base = self._read_base()
+        self._lock = threading.Lock()
+        #: Never changed, only exchanged, so that other threads can read it at any time.
+        self._adapters: Mapping[str, LoadedAdapter] = MappingProxyType({})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._adapters)
@@ -67,29 +86,43 @@ class OnnxAdapters:
 
     @property
     def adapters(self) -> Mapping[str, LoadedAdapter]:
-        """The loaded adapters by name."""
-        return dict(self._adapters)
+        """The loaded adapters by name, as they are now."""
+        return self._adapters
 
-    def load(self, name: str, path: str | Path) -> LoadedAdapter:
+    def load(self, name: str, path: str | Path, *, check_base: bool = True) -> LoadedAdapter:
         """Load an adapter under a name; one of the same name is replaced.
 
+        The file may be changed or deleted afterwards.
+
+        Args:
+            name: what to call it in :meth:`run`.
+            path: a file that :func:`~adapter_compiler.onnx.serving.adapter_file.save_onnx_adapter` wrote.
+            check_base: refuse an adapter that was trained on other base weights than the file has. Without it only
+                names, shapes and dtypes are compared.
+
         Raises:
-            CheckpointError: the file is missing, damaged, or belongs to another model.
+            CheckpointError: the file is missing, damaged, or belongs to another model. The adapter of this name stays.
         """
-        tensors = read_adapter_file(path)
-        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        self._assert_fits(path, shapes)
-        handle = onnxruntime.LoraAdapter()
-        handle.Load(str(path))
-        ranks = {key: shape[1] for key, shape in shapes.items() if key.endswith(".adapter_A")}
-        loaded = LoadedAdapter(path=Path(path), ranks=ranks, handle=handle)
-        self._adapters[name] = loaded
+        file = read_adapter_file(path)
+        self._assert_fits(path, file.tensors)
+        if check_base:
+            self._assert_same_base(path, file)
+        ranks = {key: tensor.shape[1] for key, tensor in file.tensors.items() if key.endswith(".adapter_A")}
+        values = {key: to_ort_value(tensor) for key, tensor in file.tensors.items()}
+        loaded = LoadedAdapter(path=Path(path), ranks=ranks, values=values)
+        with self._lock:
+            self._adapters = MappingProxyType({**self._adapters, name: loaded})
         return loaded
 
     def unload(self, name: str) -> None:
-        """Forget an adapter."""
-        self._find(name)
-        del self._adapters[name]
+        """Remove an adapter; runs that have begun with it end with it.
+
+        Raises:
+            ConfigError: no adapter of this name is loaded.
+        """
+        with self._lock:
+            self._find(name)
+            self._adapters = MappingProxyType({key: one for key, one in self._adapters.items() if key != name})
 
     def run(self, feeds: Mapping[str, Any], adapter: str | None = None) -> Arrays:
         """Run the file with one adapter, or as the base model.
@@ -108,15 +141,11 @@ class OnnxAdapters:
             raise ConfigError(f"{self.path.name} needs the input {missing[0]}; given: {', '.join(feeds) or 'none'}")
         if odd := sorted(feeds.keys() - self._inputs.keys()):
             raise ConfigError(f"{self.path.name} has no input {odd[0]}; it has: {', '.join(self._inputs)}")
-        options = None
-        if adapter is not None:
-            options = onnxruntime.RunOptions()
-            options.add_active_adapter(self._find(adapter).handle)
-        names = [value.name for value in self.session.get_outputs()]
-        return dict(zip(names, self.session.run(names, dict(feeds), options), strict=True))
+        values = {} if adapter is None else self._find(adapter).values
+        return dict(zip(self._outputs, self.session.run(self._outputs, {**feeds, **values}), strict=True))
 
     def run_with_iobinding(self, *_: Any, **__: Any) -> None:
-        """Refused: onnxruntime ignores adapters under io-binding without a word.
+        """Refused: onnxruntime ignores adapters under io-binding without an error.
 
         Raises:
             AdapterCompilerError: always.
@@ -126,9 +155,10 @@ class OnnxAdapters:
         )
 
     def _find(self, name: str) -> LoadedAdapter:
-        if name not in self._adapters:
-            raise ConfigError(f"no adapter {name!r} is loaded; loaded: {', '.join(self._adapters) or 'none'}")
-        return self._adapters[name]
+        adapters = self._adapters
+        if name not in adapters:
+            raise ConfigError(f"no adapter {name!r} is loaded; loaded: {', '.join(adapters) or 'none'}")
+        return adapters[name]
 
     def _assert_serves_adapters(self) -> None:
         without_default = sorted(name for name in self._inputs if name.endswith((".adapter_A", ".adapter_B")))
@@ -140,25 +170,59 @@ class OnnxAdapters:
         if not any(name.endswith(".adapter_A") for name in self._slots):
             raise ConfigError(f"{self.path.name} has no inputs for adapters; export it with adapters='runtime'")
 
-    def _assert_fits(self, path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        if odd := sorted(shapes.keys() ^ self._slots.keys()):
-            side = "the adapter" if odd[0] in shapes else self.path.name
+    def _read_base(self) -> Mapping[str, str] | None:
+        """Checksums of the base model's tensors, as the export wrote them into the file."""
+        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        if text is None:
+            return None
+        source = Source(name=str(self.path), error=ConfigError, advice="export it again with adapters='runtime'")
+        description = check_object(
+            source, "its description", parse_json(source, text), _DESCRIPTION, allow_unknown=True
+        )
+        base: Mapping[str, str] | None = description.get("base")
+        return base
+
+    def _assert_same_base(self, path: str | Path, file: AdapterFile) -> None:
+        if self._base is None:
+            raise CheckpointError(
+                f"{self.path.name} does not say which base weights it holds, so {path} cannot be compared with it; "
+                "export it again with adapters='runtime', or load with check_base=False"
+            )
+        other = find_other_tensor(self._base, file.base)
+        if other is not None:
+            problem = "has other values" if other in file.base else "is missing"
+            raise CheckpointError(
+                f"{path} belongs to another base model than {self.path.name}: {other} {problem} in the model that it "
+                "was saved from; export that model with adapters='runtime', or load with check_base=False if the "
+                "difference does not matter"
+            )
+
+    def _assert_fits(self, path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        if odd := sorted(tensors.keys() ^ self._slots.keys()):
+            side = "the adapter" if odd[0] in tensors else self.path.name
             raise CheckpointError(
                 f"{path}: {len(odd)} inputs differ from those of {self.path.name}, for example {odd[0]} is in {side} "
                 "only; it belongs to another model"
             )
-        for name, shape in shapes.items():
-            wanted = self._slots[name].shape
-            fits = len(wanted) == len(shape) and all(
-                isinstance(want, str) or want is None or want == size for want, size in zip(wanted, shape, strict=True)
-            )
-            if not fits:
+        for name, tensor in tensors.items():
+            self._assert_fits_slot(path, name, tensor)
+            right = name.removesuffix("A") + "B"
+            if name.endswith(".adapter_A") and tensor.shape[1] != tensors[right].shape[0]:
                 raise CheckpointError(
-                    f"{path}: {name} has shape {list(shape)}, {self.path.name} expects {list(wanted)}; "
-                    "it belongs to another model"
+                    f"{path}: {name} has rank {tensor.shape[1]} but {right} has {tensors[right].shape[0]}, expected "
+                    "the same; save it again"
                 )
-            left, right = name, name.removesuffix("A") + "B"
-            if name.endswith(".adapter_A") and shape[1] != shapes[right][0]:
-                raise CheckpointError(f"{path}: {left} has rank {shape[1]} but {right} has {shapes[right][0]}")
-        if read_model_version(path) != hash_inputs(shapes):
-            raise CheckpointError(f"{path}: its inputs are not those it was written with; save the adapter again")
+
+    def _assert_fits_slot(self, path: str | Path, name: str, tensor: torch.Tensor) -> None:
+        wanted, dtype = self._slots[name].shape, to_ort_value(tensor).data_type()
+        if dtype != self._slots[name].type:
+            raise CheckpointError(
+                f"{path}: {name} is a {dtype}, {self.path.name} expects a {self._slots[name].type}; save the adapter "
+                "from a model of that dtype, or export the base model in the adapter's"
+            )
+        sizes = zip(wanted, tensor.shape, strict=False)
+        if len(wanted) != tensor.dim() or any(isinstance(want, int) and want != size for want, size in sizes):
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(tensor.shape)}, {self.path.name} expects {list(wanted)}; "
+                "it belongs to another model"
+            )

@@ -11,11 +11,12 @@ from torch import nn
 from adapter_compiler.adapters.copies import copy_module, share_parameter
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.model.adapted_model import AdaptedModel
-from adapter_compiler.model.transformers_caches import register_caches
-from adapter_compiler.onnx.verification.inputs import bind_to_names, name_leaves
+from adapter_compiler.model.capture.transformers_caches import register_caches
+from adapter_compiler.onnx.verification.inputs import bind_to_names, name_leaves, spell_names
 from passes.capture.calls import ModuleCall
 from passes.capture.module_state import restored_state
 from passes.capture.self_check import is_identical
+from passes.compat import pytree
 
 
 class NamedOutputs(nn.Module):
@@ -27,17 +28,24 @@ class NamedOutputs(nn.Module):
         self.training = module.training
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        """The flat outputs."""
-        return tuple(_distinct_tensors(self.module(*args, **kwargs)).values())
+        """The flat outputs. An argument that is returned is copied: in a file, an output is no input."""
+        given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
+        outputs = _distinct_tensors(self.module(*args, **kwargs)).values()
+        return tuple(tensor.clone() if id(tensor) in given else tensor for tensor in outputs)
 
     def named_outputs(self, call: ModuleCall) -> list[tuple[str, torch.Tensor]]:
-        """The outputs for a call, named after the keys of what the module returns; the call leaves no trace."""
+        """The outputs for a call, named after the keys of what the module returns; the call leaves no trace.
+
+        A name that an input has is given to an output as ``output.<name>``.
+        """
         args, kwargs = call.rebuild(call.tensors)
+        taken = set(spell_names(call.names))
         with restored_state(self.module):
-            return list(_distinct_tensors(self.module(*args, **kwargs)).items())
+            outputs = _distinct_tensors(self.module(*args, **kwargs))
+        return [(f"output.{name}" if name in taken else name, tensor) for name, tensor in outputs.items()]
 
     def find_written_buffers(self, call: ModuleCall) -> list[str]:
-        """The buffers that a call changes. A file cannot: each of its calls begins as the first one does here."""
+        """The buffers that a call changes. In a file they are constants."""
         args, kwargs = call.rebuild(call.tensors)
         before = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
         with restored_state(self.module):
@@ -100,4 +108,4 @@ def prepare_base(model: nn.Module) -> nn.Module:
 
 def _to_cpu(tree: Any) -> Any:
     """The same nesting with every tensor detached and on the CPU."""
-    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), tree)
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), tree)

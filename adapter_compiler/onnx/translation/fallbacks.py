@@ -1,22 +1,22 @@
-"""The strategies: one way to an ONNX file after another, until one is verified.
+"""The strategies: ways to export a model as an ONNX file, tried in order until one is verified.
 
-From best to last resort:
+From the most to the least preferred:
 
-    torch.export      all dimensions open, then the first one of each tensor, then none
+    torch.export      all dimensions open, then those that are not one in the example, then the batch, then none
     captured graph    the same for ``forward`` alone, as compiling captures it, without hooks of the model itself
     recorded call     the same for the operators that one call runs, for what torch.export refuses for other reasons
-    TorchScript       the same; freezes branches and loops, so verification decides
-    assumed values    torch.export once more, with branches on values frozen as in the example
+    TorchScript       the same; branches and loops become constants, so verification decides
+    assumed values    torch.export once more, with branches on values decided as in the example
 
-Inputs and outputs are always flat, with names from the model's signature, which alone rescues models that
+Inputs and outputs are always flat, with names from the model's signature; this is enough to export models that
 return caches or take dicts. The captured graph can help only where a call runs more than ``forward``: what
-torch.export refuses inside ``forward`` has no graph of the whole, and runs as Python around smaller graphs.
+torch.export refuses inside ``forward`` cannot be captured as one graph either.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -29,24 +29,31 @@ from adapter_compiler.onnx.translation.exportable import NamedOutputs
 from adapter_compiler.onnx.translation.opsets import assert_opset
 from adapter_compiler.onnx.translation.torchscript import guess_bounds, trace_to_file
 from adapter_compiler.onnx.translation.translate import translate_program
-from adapter_compiler.onnx.verification.inputs import double_batch_of_one
+from adapter_compiler.onnx.translation.varying_sizes import Group, VaryingSizes
+from adapter_compiler.onnx.verification.sizes import Bounds
 from passes.capture.assumptions import find_assumptions
 from passes.capture.calls import ModuleCall, split_call
-from passes.capture.capture import ASSUMED_CHOICES, DYNAMIC_CHOICES, DimensionBound, ExportedCall, export_call
+from passes.capture.capture import ExportedCall, export_call
 from passes.capture.module_state import runs_more_than_forward
 from passes.capture.recording import record_call
 
-_OPENNESS = {"all": "all dimensions open", "first": "batch open", "none": "fixed shapes"}
+_OPENNESS = {
+    "all": "all dimensions open",
+    "larger": "dimensions above one open",
+    "first": "batch open",
+    "none": "fixed shapes",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """One rung of the strategies.
+    """One way to export.
 
     Attributes:
         exporter: ``"torch.export"``, ``"captured graph"``, ``"recorded call"``, ``"TorchScript"`` or
             ``"assumed values"``.
-        dynamic: ``"all"``, ``"first"`` or ``"none"``: the dimensions to leave open.
+        dynamic: the dimensions to leave open: ``"all"``; ``"larger"``: those that are not one in the example, and the
+            batch; ``"first"``: the batch; or ``"none"``.
     """
 
     exporter: str
@@ -59,29 +66,34 @@ class Strategy:
 
 
 def find_strategies(module: nn.Module) -> tuple[Strategy, ...]:
-    """The rungs for a model; the captured graph is one only where ``forward`` is not all that a call runs."""
+    """The strategies for a model; the captured graph is tried only where a call runs more than ``forward``."""
     captured = ("captured graph",) if runs_more_than_forward(module) else ()
     exporters = ("torch.export", *captured, "recorded call", "TorchScript")
-    rungs = [(exporter, dynamic) for exporter in exporters for dynamic in DYNAMIC_CHOICES]
-    rungs += [("assumed values", dynamic) for dynamic in ASSUMED_CHOICES]
-    return tuple(Strategy(exporter=exporter, dynamic=dynamic) for exporter, dynamic in rungs)
+    pairs = [(exporter, dynamic) for exporter in exporters for dynamic in _OPENNESS]
+    pairs += [("assumed values", dynamic) for dynamic in _OPENNESS if dynamic != "none"]
+    return tuple(Strategy(exporter=exporter, dynamic=dynamic) for exporter, dynamic in pairs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WrittenDraft:
-    """What a strategy wrote, not yet verified.
+    """The file that a strategy wrote, not yet verified.
 
     Attributes:
         opset: the operator set.
-        bounds: per input tensor, per dimension, what sizes the file should be right for.
-        frozen: values that became constants, by the exporter's own warnings.
-        program: what the file was translated from, if that is known node by node.
+        bounds: for each input tensor, for each dimension, the sizes that the file should be valid for.
+        frozen: values that became constants, according to the exporter's warnings.
+        program: the program that the file was translated from, if its nodes correspond to the file's.
     """
 
     opset: int
-    bounds: Sequence[Sequence[DimensionBound]]
+    bounds: Bounds
     frozen: tuple[str, ...] = ()
     program: ExportedProgram | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any dimension of any input is open."""
+        return any(bound.symbol is not None for bounds in self.bounds for bound in bounds)
 
 
 def write_draft(
@@ -93,19 +105,31 @@ def write_draft(
     outputs: Sequence[str],
     *,
     opset: int | None,
+    sizes: VaryingSizes | None = None,
 ) -> WrittenDraft:
     """Write ``draft`` by one strategy.
+
+    Args:
+        strategy: how.
+        exporter: the model.
+        call: the example.
+        draft: the file to write.
+        inputs: names for its inputs.
+        outputs: names for its outputs.
+        opset: the operator set; by default the exporter's.
+        sizes: which dimensions of the example vary, if they have been looked for.
 
     Raises:
         ExportError: the strategy does not work for this model, or not with this opset.
     """
+    sizes = find_varying_sizes(exporter, call) if sizes is None else sizes
     if strategy.exporter == "TorchScript":
-        doubled = double_batch_of_one(call) or call
-        bounds = guess_bounds(doubled, strategy.dynamic)
-        frozen = trace_to_file(exporter, doubled, draft, inputs, outputs, bounds, opset=opset)
+        enlarged = next(_enlarge(sizes, strategy.dynamic))
+        bounds = guess_bounds(enlarged, _choose_groups(sizes, strategy.dynamic))
+        frozen = trace_to_file(exporter, enlarged, draft, inputs, outputs, bounds, opset=opset)
         written = WrittenDraft(opset=assert_opset(draft, opset), bounds=bounds, frozen=frozen)
     else:
-        written = _translate(strategy, exporter, call, draft, inputs, outputs, opset)
+        written = _translate(strategy, exporter, sizes, draft, inputs, outputs, opset)
     try:
         onnx.checker.check_model(str(draft))
     except onnx.checker.ValidationError as error:
@@ -113,25 +137,63 @@ def write_draft(
     return written
 
 
+def find_varying_sizes(exporter: NamedOutputs, call: ModuleCall) -> VaryingSizes:
+    """Which dimensions of a call vary; the model is run when that is first asked."""
+    return VaryingSizes(lambda other: [tensor for _, tensor in exporter.named_outputs(other)], call)
+
+
+def is_redundant(strategy: Strategy, sizes: VaryingSizes) -> bool:
+    """Whether a strategy leaves the same dimensions open as the one before it."""
+    return strategy.dynamic == "larger" and not sizes.has_other_ones
+
+
+def _enlarge(sizes: VaryingSizes, dynamic: str) -> Iterator[ModuleCall]:
+    """The example with two or more instead of one where a dimension is to be open, since exporters take one for fixed.
+
+    The first is to be preferred; the others have fewer such dimensions.
+    """
+    if dynamic == "all":
+        yield sizes.enlarge(sizes.of_one)
+    if dynamic != "none":
+        yield sizes.enlarge([sizes.batch])
+    yield sizes.call
+
+
+def _choose_groups(sizes: VaryingSizes, dynamic: str) -> list[Group]:
+    """What a trace leaves open: the batch and, unless it is to be that alone, lengths of tokens, flags and outputs."""
+    if dynamic == "none":
+        return []
+    if dynamic == "first":
+        return [sizes.batch]
+    tensors = sizes.call.tensors
+    others = [group for group in sizes.groups if any(not tensors[place.tensor].is_floating_point() for place in group)]
+    others += [group for group, is_visible in sizes.groups.items() if is_visible and dynamic == "all"]
+    return list(dict.fromkeys([sizes.batch, *others]))
+
+
 def _translate(
     strategy: Strategy,
     exporter: NamedOutputs,
-    call: ModuleCall,
+    sizes: VaryingSizes,
     draft: Path,
     inputs: Sequence[str],
     outputs: Sequence[str],
     opset: int | None,
 ) -> WrittenDraft:
-    """Export on two rows instead of one where the example has one, so that the batch stays open."""
-    doubled = double_batch_of_one(call) if strategy.dynamic != "none" else None
-    failure: CaptureError | None = None
-    for candidate in (doubled, call):
-        if candidate is None:
+    """Export on the enlarged example, or on one with fewer sizes changed where the exporter fixes or refuses those."""
+    failure: ExportError | CaptureError | None = None
+    tried: list[ModuleCall] = []
+    for candidate in _enlarge(sizes, strategy.dynamic):
+        if any(_has_same_sizes(candidate, other) for other in tried):
             continue
+        tried.append(candidate)
         try:
-            exported = _export(strategy, exporter, candidate)
+            exported = _export(strategy, exporter, candidate, sizes)
         except CaptureError as error:
             failure = failure or error
+            continue
+        if not _allows(exported.bounds, sizes.call):
+            failure = failure or ExportError("sizes that are one in the example are fixed to another size")
             continue
         translated = translate_program(exported.program, inputs, outputs, opset=opset)
         translated.save(draft)
@@ -141,9 +203,28 @@ def _translate(
     raise ExportError(f"not exported: {failure}") from failure
 
 
-def _export(strategy: Strategy, exporter: NamedOutputs, call: ModuleCall) -> ExportedCall:
+def _has_same_sizes(one: ModuleCall, other: ModuleCall) -> bool:
+    return all(a.shape == b.shape for a, b in zip(one.tensors, other.tensors, strict=True))
+
+
+def _allows(bounds: Bounds, call: ModuleCall) -> bool:
+    """Whether each size of a call is open or the one that is fixed."""
+    return all(
+        bound.symbol is not None or bound.least == size
+        for tensor, dimensions in zip(call.tensors, bounds, strict=True)
+        for size, bound in zip(tensor.shape, dimensions, strict=True)
+    )
+
+
+def _export(strategy: Strategy, exporter: NamedOutputs, call: ModuleCall, sizes: VaryingSizes) -> ExportedCall:
+    dynamic, batch = strategy.dynamic, None
+    if dynamic == "larger":
+        dynamic = "all"
+    elif dynamic == "first":
+        batch = [[p.dimension for p in sizes.batch if p.tensor == i] for i in range(len(call.tensors))]
     if strategy.exporter in ("torch.export", "assumed values"):
-        return export_call(exporter, call, (strategy.dynamic,), assume=strategy.exporter == "assumed values")
+        assume = strategy.exporter == "assumed values"
+        return export_call(exporter, call, (dynamic,), assume=assume, batch=batch)
     is_recorded = strategy.exporter == "recorded call"
     graph_module = record_call(exporter, call) if is_recorded else capture_forward(exporter.module, call)
-    return export_call(graph_module, split_call(call.tensors, {}), (strategy.dynamic,))
+    return export_call(graph_module, split_call(call.tensors, {}), (dynamic,), batch=batch)

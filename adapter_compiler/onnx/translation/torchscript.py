@@ -1,15 +1,15 @@
-"""The last strategy: trace the model with TorchScript and let torch's old exporter write the file.
+"""Trace the model with TorchScript and let torch's old exporter write the file.
 
-It gets through where torch.export refuses (packed sequences, data-dependent shapes), because it only records
-what one call did: branches and Python loops are frozen as the example took them, silently. So its file counts
-only when it is verified on varied inputs, and what the tracer warned of is handed on.
+It works where torch.export refuses (packed sequences, data-dependent shapes), because it only records what one call
+did: branches and Python loops stay as they went for the example. Its file is therefore used only if it is right on
+varied inputs, and the tracer's warnings become part of the report.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from torch import nn
 from adapter_compiler.errors import ExportError
 from adapter_compiler.onnx.translation.opsets import NEWEST_TRACED_OPSET
 from adapter_compiler.onnx.translation.translate import clean_up, innermost, quiet_exporter
+from adapter_compiler.onnx.verification.sizes import Place
 from passes.capture.calls import ModuleCall
 from passes.capture.capture import DimensionBound
 
 
 class _TracedCall(nn.Module):
-    """Takes the tensors of a call one by one, as the old exporter wants them."""
+    """Takes the tensors of a call one by one, as the old exporter requires."""
 
     def __init__(self, module: nn.Module, call: ModuleCall) -> None:
         super().__init__()
@@ -38,24 +39,22 @@ class _TracedCall(nn.Module):
         return self.module(*args, **kwargs)
 
 
-def guess_bounds(call: ModuleCall, dynamic: str) -> tuple[tuple[DimensionBound, ...], ...]:
-    """Which dimensions to leave open, since a trace knows none.
+def guess_bounds(call: ModuleCall, groups: Sequence[Collection[Place]]) -> tuple[tuple[DimensionBound, ...], ...]:
+    """Sizes that the file may be valid for, since a trace does not know: any size of the dimensions in ``groups``.
 
-    They are the first one of each tensor and, with ``"all"``, the second one of whole numbers and flags, which
-    is a length. Verification shows whether that is right.
+    Verification shows whether that is right.
     """
+    symbols = {place: f"size_{number}" for number, group in enumerate(groups) for place in group}
     return tuple(
-        tuple(_guess_bound(tensor, dimension, dynamic) for dimension in range(tensor.dim())) for tensor in call.tensors
+        tuple(_guess_bound(size, symbols.get(Place(i, dimension))) for dimension, size in enumerate(tensor.shape))
+        for i, tensor in enumerate(call.tensors)
     )
 
 
-def _guess_bound(tensor: torch.Tensor, dimension: int, dynamic: str) -> DimensionBound:
-    size = tensor.shape[dimension]
-    is_open = dynamic != "none" and dimension == 0
-    is_open |= dynamic == "all" and dimension == 1 and not tensor.is_floating_point()
-    if not is_open or size < 2:
+def _guess_bound(size: int, symbol: str | None) -> DimensionBound:
+    if symbol is None or size < 2:
         return DimensionBound(symbol=None, least=size, greatest=size)
-    return DimensionBound(symbol=f"dimension_{dimension}_of_{size}", least=2, greatest=float("inf"))
+    return DimensionBound(symbol=symbol, least=2, greatest=float("inf"))
 
 
 def trace_to_file(

@@ -9,7 +9,6 @@ the file.
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import logging
 import warnings
@@ -25,7 +24,9 @@ from torch.onnx import ONNXProgram
 from adapter_compiler.errors import ExportError
 from passes.capture.capture import MODULE_PREFIX
 from passes.capture.quiet import quiet_loggers
+from passes.compat import ONNX_LOGGER, without_onnx_log
 from passes.export.decompose_exports import decompose_for_export
+from passes.export.fold_constant_sizes import FoldConstantSizesPass
 from passes.export.lift_attention import LiftAttentionPass
 
 _FOLDING_ROUNDS = 2
@@ -39,6 +40,7 @@ def translate_program(
     Raises:
         ExportError: an operator has no translation.
     """
+    FoldConstantSizesPass()(program.graph_module)
     LiftAttentionPass()(program.graph_module)
     with quiet_exporter(), torch.enable_grad():
         try:
@@ -55,7 +57,10 @@ def translate_program(
         except Exception as error:  # the exporter raises many types
             raise ExportError(f"torch.onnx has no translation for this model: {innermost(error)}") from error
         assert translated is not None
-        clean_up(translated.model, _find_weights(program))
+        try:
+            clean_up(translated.model, _find_weights(program))
+        except Exception as error:  # so does the optimizer, for example where it folds constants
+            raise ExportError(f"onnxscript cannot optimize the translated model: {innermost(error)}") from error
     return translated
 
 
@@ -110,24 +115,12 @@ def spellings(name: str) -> Iterator[str]:
 def quiet_exporter() -> Iterator[None]:
     """Inside, what exporters complain of is not shown: a missing torchvision, their own deprecations, failed graphs."""
     with (
-        quiet_loggers("torch.onnx._internal.exporter._registration", level=logging.ERROR),
+        quiet_loggers(ONNX_LOGGER, level=logging.ERROR),
         warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        _quiet_graphs(),
+        without_onnx_log(),
     ):
         warnings.simplefilter("ignore")
         yield
-
-
-@contextlib.contextmanager
-def _quiet_graphs() -> Iterator[None]:
-    """The TorchScript exporter writes a graph that it fails on past Python's streams, thousands of lines long."""
-    was_enabled = torch._C._jit_is_onnx_log_enabled()
-    torch._C._jit_set_onnx_log_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._jit_set_onnx_log_enabled(was_enabled)
 
 
 def innermost(error: BaseException) -> str:

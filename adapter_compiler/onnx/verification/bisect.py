@@ -1,7 +1,7 @@
-"""Find the first node of an exported file whose value departs from the graph it was translated from.
+"""Find the first node of an exported file whose value differs from the graph it was translated from.
 
-The exporter names each ONNX value after the node of the fx graph that it stands for, so both sides can be
-run with intermediate values laid open, a handful at a time, in graph order.
+The exporter names each ONNX value after its node of the fx graph, so the intermediate values of both sides can be
+compared, a handful at a time, in graph order.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from adapter_compiler.onnx.verification.verify import compare_values, open_sessi
 
 logger = logging.getLogger(__name__)
 
-#: Values laid open in one run; keeps memory at a handful of activations.
+#: Intermediate values that one run returns; few, so that little memory is used.
 _AT_A_TIME = 32
 
 
-def describe_first_departure(
+def describe_first_difference(
     path: Path, program: ExportedProgram | None, inputs: Sequence[str], tensors: Sequence[torch.Tensor]
 ) -> str:
-    """Text for the end of an error message that names the first departing node; empty if it cannot be found.
+    """Text for the end of an error message that names the first node that differs; empty if it cannot be found.
 
     Args:
         path: the file.
@@ -42,17 +42,17 @@ def describe_first_departure(
     if program is None:
         return ""
     try:
-        found = find_first_departure(path, program, inputs, tensors)
+        found = find_first_difference(path, program, inputs, tensors)
     except Exception as failure:  # the search must not hide the error it explains
-        logger.info("the first departing node was not found: %s", failure)
+        logger.info("the first node that differs was not found: %s", failure)
         return ""
-    return f"; the first node that departs is {found}" if found else ""
+    return f"; the first node that differs is {found}" if found else ""
 
 
-def find_first_departure(
+def find_first_difference(
     draft: Path, program: ExportedProgram, inputs: Sequence[str], tensors: Sequence[torch.Tensor]
 ) -> str | None:
-    """The first node whose value departs, with its operator and its place in the model.
+    """The first node whose value differs, with its operator and its place in the model.
 
     Args:
         draft: the exported file.
@@ -61,7 +61,7 @@ def find_first_departure(
         tensors: the call's tensors, in the same order.
 
     Returns:
-        For example ``node_linear_3 (Add, encoder.0.query)``, or ``None`` if no value that both sides know departs.
+        For example ``node_linear_3 (Add, encoder.0.query)``, or ``None`` if no value that both sides have differs.
     """
     model = onnx.load(draft, load_external_data=False)
     graph_module = program.module()
@@ -74,7 +74,7 @@ def find_first_departure(
         expected = _run_graph(graph_module, tensors, set(names))
         found = _run_opened(draft, model, names, feeds)
         for value, node in chunk:
-            if _departs(found.get(value), expected.get(value)):
+            if _differs(found.get(value), expected.get(value)):
                 return f"{node.name or value} ({node.op_type}{_spell_place(node)})"
     return None
 
@@ -110,7 +110,7 @@ def _run_graph(graph_module: GraphModule, tensors: Sequence[torch.Tensor], wante
 def _run_opened(
     draft: Path, model: onnx.ModelProto, names: list[str], feeds: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Values of the named intermediates; the opened copy stands beside the draft, where its external data is."""
+    """Values of the named intermediates; the copy that returns them is beside the draft, where its external data is."""
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
     del opened.graph.output[:]
@@ -121,7 +121,7 @@ def _run_opened(
     return dict(zip(names, run_session(session, names, feeds), strict=True))
 
 
-def _departs(found: torch.Tensor | None, want: torch.Tensor | None) -> bool:
+def _differs(found: torch.Tensor | None, want: torch.Tensor | None) -> bool:
     if found is None or want is None:
         return False
     if want.is_floating_point() and not bool(want.isfinite().any()):

@@ -1,26 +1,33 @@
 """The inputs that a file is verified on: the example, other sizes, and random values in the example's ranges.
 
-Random values show a branch that an exporter froze; other sizes a dimension that it froze.
+Random values reveal a branch that an exporter made constant, other sizes a dimension that it fixed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from adapter_compiler.onnx.verification.inputs import find_open_dimensions, resize_call, spell_names
+from adapter_compiler.onnx.verification.inputs import spell_names
+from adapter_compiler.onnx.verification.sizes import (
+    Bounds,
+    Place,
+    SizeGroup,
+    choose_sizes,
+    find_size_groups,
+    resize,
+)
 from passes.capture.calls import ModuleCall, split_call
-from passes.capture.capture import DimensionBound
 
 #: Random inputs that a file is verified on.
 DRAWS = 3
-#: A traced file must show on more of them that nothing that matters was frozen.
+#: A traced file may have constant branches, so it is verified on more of them.
 _DRAWS_FOR_TRACES = 8
-#: Where the tracer warned of frozen values, inputs beyond the example's range must agree as well.
+#: Where the tracer warned of constant values, inputs outside the example's range must agree as well.
 _FACTORS_FOR_FROZEN = (-1.0, 10.0, -10.0)
-#: Inputs that a case's name lists one by one.
+#: Inputs that the name of a case lists one by one.
 _KEPT_IN_A_NAME = 2
 
 
@@ -30,49 +37,51 @@ class VerificationCase:
 
     Attributes:
         name: ``example``, ``batch 5``, ``dimension 1 of size 9``, ``random values 1``; where some inputs could not
-            follow, ``batch 5 (image kept at 2)``.
+            be resized with the others, ``batch 5 (image kept at 2)``.
         call: the arguments.
-        fallback: milder arguments, for a model that refuses ``call`` or gives no finite values for it.
+        alternatives: what to use instead, in order, if the model refuses ``call`` or gives no finite values for it.
     """
 
     name: str
     call: ModuleCall
-    fallback: ModuleCall | None = None
+    alternatives: tuple[VerificationCase, ...] = ()
 
 
 def choose_variety(draws: int, *, is_traced: bool, is_frozen: bool = False) -> tuple[int, tuple[float, ...]]:
-    """``draws`` and ``factors`` for :func:`find_cases`: a traced file must stand more than a translated one."""
+    """``draws`` and ``factors`` for :func:`find_cases`: a traced file is verified on more inputs."""
     return (max(draws, _DRAWS_FOR_TRACES) if is_traced else draws), (_FACTORS_FOR_FROZEN if is_frozen else ())
 
 
 def find_cases(
     call: ModuleCall,
-    bounds: Sequence[Sequence[DimensionBound]],
+    bounds: Bounds,
     *,
     draws: int = DRAWS,
     factors: Sequence[float] = (),
 ) -> Iterator[VerificationCase]:
-    """The example, one case for each open dimension, and ``draws`` random ones of the example's sizes.
+    """The example, one case for each group of open dimensions, and ``draws`` random ones of the example's sizes.
 
     ``factors`` scale the example's floating-point values beyond its range, one case each.
     """
     yield VerificationCase(name="example", call=call)
-    for dimension, size in find_open_dimensions(call, bounds):
-        other = size + 1 if size > 1 else 3
-        resized = resize_call(call, bounds, dimension, size, other)
-        kept = _spell_kept(call, resized, bounds, dimension, size)
-        name = "batch" if dimension == 0 else f"dimension {dimension} of size"
-        yield VerificationCase(name=f"{name} {other}{kept}", call=resized)
+    groups = find_size_groups(call, bounds)
+    for group in groups:
+        first, *others = (_resize_case(call, bounds, group, sizes) for sizes in choose_sizes(group, groups, call))
+        yield dataclasses.replace(first, alternatives=tuple(others))
     if not call.tensors:
         return
     generator = torch.Generator().manual_seed(0)
     for number in range(1, draws + 1):
         drawn = _replace_tensors(call, lambda tensor: draw_like(tensor, generator))
-        shuffled = shuffle_call(call, generator)
-        yield VerificationCase(name=f"random values {number}", call=drawn, fallback=shuffled)
+        yield _with_shuffled(f"random values {number}", drawn, call, generator)
     for factor in factors:
         scaled = _replace_tensors(call, lambda tensor: _scale(tensor, factor))  # noqa: B023 - called at once
-        yield VerificationCase(name=f"values times {factor:g}", call=scaled, fallback=shuffle_call(call, generator))
+        yield _with_shuffled(f"values times {factor:g}", scaled, call, generator)
+
+
+def _with_shuffled(name: str, call: ModuleCall, example: ModuleCall, generator: torch.Generator) -> VerificationCase:
+    shuffled = VerificationCase(name=name, call=shuffle_call(example, generator))
+    return VerificationCase(name=name, call=call, alternatives=(shuffled,))
 
 
 def draw_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -80,7 +89,7 @@ def draw_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
     Floating-point values come from a random part of that range, so that their mean moves from draw to draw: a
     branch on it shows. A floating-point tensor of a single value, which is a placeholder, gets values of both
-    signs up to it. Flags and other tensors of two values keep theirs, in rows that change place.
+    signs up to it. Flags and other tensors of two values keep theirs, with the rows in another order.
     """
     if not tensor.numel() or tensor.is_complex():
         return tensor
@@ -118,17 +127,32 @@ def shuffle_call(call: ModuleCall, generator: torch.Generator) -> ModuleCall:
     return _replace_tensors(call, reorder)
 
 
-def _spell_kept(
-    call: ModuleCall, resized: ModuleCall, bounds: Sequence[Sequence[DimensionBound]], dimension: int, size: int
-) -> str:
-    """Which inputs did not follow, of those that have the same dimension: a batch, the same size, or an open one."""
+def _resize_case(call: ModuleCall, bounds: Bounds, group: SizeGroup, sizes: Mapping[Place, int]) -> VerificationCase:
+    resized = resize(call, sizes)
+    first = min(group.places)
+    kind = "batch" if group.dimension == 0 else f"dimension {group.dimension} of size"
+    name = f"{kind} {sizes[first]}{_spell_other(call, group, sizes)}{_spell_kept(call, resized, bounds, group)}"
+    return VerificationCase(name=name, call=resized)
+
+
+def _spell_other(call: ModuleCall, group: SizeGroup, sizes: Mapping[Place, int]) -> str:
+    """The first input of another group that was resized as well."""
+    other = next((place for place in sizes if place not in group.places), None)
+    return "" if other is None else f" and {spell_names(call.names)[other.tensor]} {sizes[other]}"
+
+
+def _spell_kept(call: ModuleCall, resized: ModuleCall, bounds: Bounds, group: SizeGroup) -> str:
+    """Which inputs kept their size in this dimension although it is the batch, of the same size, or open."""
     inputs = zip(spell_names(call.names), call.tensors, resized.tensors, bounds, strict=True)
+    dimension = group.dimension
+    touched = {place.tensor for place in group.places}
     kept = [
         f"{name} kept at {before.shape[dimension]}"
-        for name, before, after, bound in inputs
-        if before.dim() > dimension
+        for i, (name, before, after, bound) in enumerate(inputs)
+        if i not in touched
+        and before.dim() > dimension
         and before.shape[dimension] == after.shape[dimension]
-        and (dimension == 0 or before.shape[dimension] == size or bound[dimension].symbol is not None)
+        and (dimension == 0 or before.shape[dimension] == group.size or bound[dimension].symbol is not None)
     ]
     if len(kept) > _KEPT_IN_A_NAME:
         kept = [kept[0], f"{len(kept) - 1} more"]

@@ -19,11 +19,11 @@ import onnxruntime
 import torch
 from onnx_ir import tape
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapter_compiler.onnx.verification.verify import Reference, open_session
 from passes.capture.calls import ModuleCall
-from passes.export.decompose_exports import draw_samples
+from passes.compat import TorchDispatchMode
+from passes.export.decompositions.draws import draw_samples
 
 _GOLDEN = 0.6180339887
 #: A uniform draw, less 1/2 and times this, has the variance of a normal one.

@@ -1,4 +1,4 @@
-"""Names for a model's inputs and outputs, and further inputs to verify an export on."""
+"""Names for the inputs and outputs of a model's file."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from passes.capture.calls import ModuleCall, split_call
-from passes.capture.capture import DimensionBound
+from passes.compat import pytree
 
 
 def bind_to_names(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> ModuleCall:
@@ -60,51 +58,3 @@ def _flatten(tree: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...
 def _join(path: tuple[Any, ...], default: str) -> str:
     text = pytree.keystr(path)
     return text if re.search(r"[A-Za-z_]", text) else default + text
-
-
-def double_batch_of_one(call: ModuleCall) -> ModuleCall | None:
-    """The call with each row given twice, if every tensor has a first dimension of one; else ``None``.
-
-    A size of one cannot be exported as dynamic, because export decides on broadcasting by it.
-    """
-    tensors = [t for t in call.tensors if t.dim() > 0]
-    if not tensors or any(t.shape[0] != 1 for t in tensors):
-        return None
-    return split_call(*call.rebuild([t if t.dim() == 0 else t.repeat_interleave(2, 0) for t in call.tensors]))
-
-
-def find_open_dimensions(call: ModuleCall, bounds: Sequence[Sequence[DimensionBound]]) -> list[tuple[int, int]]:
-    """``(dimension, size)`` of what the export left open, the batch first.
-
-    Two tensors whose same dimension has the same size are taken to mean the same thing (a label for each
-    row), even where the model's code alone does not tie them together.
-    """
-    found = [
-        (dimension, tensor.shape[dimension])
-        for tensor, dimensions in zip(call.tensors, bounds, strict=True)
-        for dimension, bound in enumerate(dimensions)
-        if bound.symbol is not None
-    ]
-    return sorted(dict.fromkeys(found), key=lambda pair: pair[0])
-
-
-def resize_call(
-    call: ModuleCall, bounds: Sequence[Sequence[DimensionBound]], dimension: int, size: int, other: int
-) -> ModuleCall:
-    """The call with this dimension of this size, and all tied to it, brought to ``other`` entries.
-
-    Entries are repeated or dropped, so that values stay within the example's.
-    """
-    tied = {
-        b[dimension].symbol
-        for b, t in zip(bounds, call.tensors, strict=True)
-        if t.dim() > dimension and t.shape[dimension] == size
-    } - {None}
-    tensors = []
-    for tensor, dimensions in zip(call.tensors, bounds, strict=True):
-        for position, bound in enumerate(dimensions):
-            if bound.symbol in tied:
-                index = torch.arange(other, device=tensor.device) % tensor.shape[position]
-                tensor = tensor.index_select(position, index)
-        tensors.append(tensor)
-    return split_call(*call.rebuild(tensors))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from adapter_compiler.adapters.reports import FoldReport
@@ -51,17 +52,18 @@ class ExportReport:
         path: the ONNX file.
         inputs: names of its inputs, in the order of the call's tensors.
         outputs: names of its outputs, in the order of the model's.
-        dynamic: symbolic dimensions: ``"all"`` that the model allows, ``"first"`` of each tensor, or ``"none"``.
-        dynamic_axes: the dimensions left open, by input.
+        dynamic: which dimensions were asked to be open: ``"all"``, ``"larger"`` (those above one in the example, and
+            the batch) or ``"first"`` (the batch); ``"none"`` if none is open.
+        dynamic_axes: the dimensions that are open in the file, by input; all others have the example's size.
         opset: the ONNX operator set.
         errors: one entry for each output of each input the file was verified on.
         not_verified: inputs the file could not be compared on, because the model itself refuses them.
         fold: rounding errors of the fold, if adapters were folded.
         attempts: the strategies in the order tried, the last one successful.
-        frozen: what is a constant in the file: buffers that a call of the model changes, and branches and loops
-            on values, by their lines or the TorchScript exporter's words, that no verified input has shown to matter.
+        frozen: what is constant in the file: buffers that a call of the model changes, and branches and loops on
+            values, by their lines or the TorchScript exporter's warnings, none of which changed a verified output.
         casts: operators that run in float32, because onnxruntime lacks them for the model's dtype.
-        drawing: nodes of the file that draw random numbers; it was compared with PyTorch on draws that are fixed.
+        drawing: nodes of the file that draw random numbers; for the comparison both sides were given the same ones.
         adapters: ``"merged"``, ``"runtime"``, or ``"none"`` for a model without adapters.
     """
 
@@ -108,6 +110,10 @@ class ExportReport:
         largest = {"max_abs_error": self.max_abs_error, "max_rel_error": self.max_rel_error}
         return {**data, "path": str(self.path), "fold": fold, **derived, **largest}
 
+    def _spell_open(self) -> str:
+        spelled = [f"{name} {', '.join(map(str, axes))}" for name, axes in self.dynamic_axes.items() if axes]
+        return "; ".join(spelled) or "none"
+
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=140, record=True)
         console.print(self)
@@ -123,11 +129,16 @@ class ExportReport:
             agreement = "" if error.argmax_agreement is None else f"{error.argmax_agreement:.1%}"
             table.add_row(error.case, error.output, f"{error.max_abs:.1e}", f"{error.max_rel:.1e}", agreement)
         yield table
-        yield f"exported by {self.strategy}, opset {self.opset}, open dimensions: {self.dynamic}"
+        yield from map(Text, self._describe())
+
+    def _describe(self) -> Iterator[str]:
+        """What stands below the table, line by line."""
+        yield f"exported by {self.strategy}, opset {self.opset}"
+        yield f"open dimensions: {self._spell_open()}; all others have the example's size"
         yield from (f"tried before: {a.strategy}: {a.reason}" for a in self.attempts if a.reason is not None)
         yield from (f"not verified on {case}: the model itself refuses it" for case in self.not_verified)
         yield from (f"frozen: {what}" for what in self.frozen)
         if self.casts:
-            yield f"run in float32 for want of a kernel: {', '.join(self.casts)}"
+            yield f"run in float32, because onnxruntime has no other kernel: {', '.join(self.casts)}"
         if self.drawing:
-            yield f"{self.drawing} nodes draw random numbers, and were compared with PyTorch on draws that are fixed"
+            yield f"{self.drawing} nodes draw random numbers; for the comparison both sides were given the same ones"

@@ -60,11 +60,11 @@ def test_a_file_with_runtime_adapters_is_verified_without_and_with_them(model: n
     assert "example" in {error.case for error in verify_onnx(tmp_path / "model.onnx", model, EXAMPLE).errors}
 
 
-def test_the_first_node_that_departs_is_named(model: nn.Module, tmp_path: Path) -> None:
+def test_the_first_node_that_differs_is_named(model: nn.Module, tmp_path: Path) -> None:
     ac.export_onnx(model, tmp_path / "model.onnx", EXAMPLE)
     with torch.no_grad():
         model.get_parameter("mix.weight")[3, 3] += 1
-    with pytest.raises(VerificationError, match=r"output hidden on example: .*first node that departs .*\(\w+, mix\)"):
+    with pytest.raises(VerificationError, match=r"output hidden on example: .*first node that differs .*\(\w+, mix\)"):
         verify_onnx(tmp_path / "model.onnx", model, EXAMPLE)
 
 

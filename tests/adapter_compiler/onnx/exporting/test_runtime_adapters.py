@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -105,23 +103,7 @@ def test_an_adapter_of_another_model_is_refused(served: dict[str, Any], tmp_path
     other = ac.compile_with_adapters(nn.Linear(4, 4), (torch.randn(2, 4),), config=ac.AdapterConfig(rank=1))
     with pytest.raises(CheckpointError, match="belongs to another model"):
         session.load("x", ac.save_onnx_adapter(other, tmp_path / "x.onnx_adapter"))
-    wrong = onnxruntime.AdapterFormat.read_adapter(str(served["folder"] / "a.onnx_adapter"))
-    values = {name: value for name, value in wrong.get_parameters().items()}
-    values["square.adapter_A"] = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((5, 2), np.float32))
-    wrong.set_parameters(values)
-    wrong.export_adapter(str(tmp_path / "wrong.onnx_adapter"))
-    with pytest.raises(CheckpointError, match=r"square.adapter_A has shape \[5, 2\]"):
-        session.load("x", tmp_path / "wrong.onnx_adapter")
     assert len(session) == 0
-
-
-def test_damaged_and_missing_files_are_refused(served: dict[str, Any], tmp_path: Path) -> None:
-    session = ac.OnnxAdapters(served["folder"] / "model.onnx")
-    data = (served["folder"] / "a.onnx_adapter").read_bytes()
-    (tmp_path / "cut.onnx_adapter").write_bytes(data[: len(data) // 2])
-    for name in ("cut.onnx_adapter", "none.onnx_adapter"):
-        with pytest.raises(CheckpointError, match="cannot be read as an"):
-            session.load("x", tmp_path / name)
 
 
 def test_wrong_calls_are_refused(served: dict[str, Any], tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_dtypes_that_onnxruntime_has_gaps_in(dtype: torch.dtype, tmp_path: Path)
     assert dtype is not torch.bfloat16 or "Gemm" in report.casts
 
 
-def test_the_first_departing_node_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_node_that_differs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = onnx.checker.check_model
 
     def damage_then_check(path: str) -> None:
@@ -162,7 +162,7 @@ def test_the_first_departing_node_is_named(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("adapter_compiler.onnx.translation.fallbacks.onnx.checker.check_model", damage_then_check)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)).eval()
-    with pytest.raises(VerificationError, match=r"the first node that departs is node_linear_1 \(\w+, 2\)"):
+    with pytest.raises(VerificationError, match=r"the first node that differs is node_linear_1 \(\w+, 2\)"):
         ac.export_onnx(model, tmp_path / "model.onnx", (torch.randn(3, 4),))
 
 
