@@ -1,1 +1,1 @@
-"""What happens between two optimizer steps: budgets, starts from data, resume."""
+"""Training of adapters: rank budgets, initialization from data, and resuming a run."""

@@ -1,4 +1,4 @@
-"""The states of all random number generators that a training loop may use."""
+"""Read and restore the states of all random number generators that a training loop may use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def read_random_state() -> dict[str, Any]:
-    """States of torch (CPU and each accelerator device), Python and, if it is in use, numpy."""
+    """The states of torch (CPU and each accelerator device), Python and, if it is imported, numpy."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -24,7 +24,7 @@ def read_random_state() -> dict[str, Any]:
 
 
 def write_random_state(state: Mapping[str, Any]) -> None:
-    """Go on from a state of :func:`read_random_state`; devices that are not here are left out."""
+    """Restore a state of :func:`read_random_state`; states of devices that this machine does not have are skipped."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     if "cuda" in state and torch.cuda.is_available():

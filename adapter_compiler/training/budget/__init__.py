@@ -1,4 +1,4 @@
-"""Rank budget: which triplets live, decided while the user's own loop trains."""
+"""The rank budget, which prunes triplets while the user's own loop trains."""
 
 from adapter_compiler.training.budget.allocation import Allocation
 from adapter_compiler.training.budget.masking_record import MaskingRecord

@@ -1,4 +1,4 @@
-"""Which triplets live: the options of an allocation."""
+"""The options of an allocation: the rule by which a budget chooses the live triplets."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from adapter_compiler.errors import BudgetError, ConfigError
 from adapter_compiler.training.scoring.metrics import METRICS
 from passes.planning.site import find_matching_glob
 
-#: What ``Allocation(allocator=...)`` may name.
+#: The values of ``Allocation(allocator=...)``.
 ALLOCATORS = ("adalora", "redistribute")
 
 
 @accept_aliases(min_r="min_rank", max_r="max_rank")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """By what rule a budget is given to the triplets.
+    """The rule by which a budget chooses the live triplets.
 
-    ``allocator="adalora"`` lets the best scores over all sites live (arXiv 2303.10512).
-    ``allocator="redistribute"`` first gives each site a rank in proportion to its importance, a smoothed
-    ‖ΔW‖_F, by largest remainders, and then lets the best scores within each site live.
+    ``allocator="adalora"`` keeps the triplets with the best scores over all sites (arXiv 2303.10512).
+    ``allocator="redistribute"`` first gives each site a rank in proportion to its importance, a smoothed ‖ΔW‖_F, by the
+    largest-remainder method. It then keeps the triplets with the best scores within each site.
 
     Attributes:
-        metric: how triplets are scored: ``"sensitivity"`` (Ī·U), ``"importance"`` (I) or ``"magnitude"``
-            (|λ| ‖p‖ ‖q‖, which is |λ| where the factors are orthonormal).
+        metric: the score of a triplet: ``"sensitivity"`` (Ī·Ū), ``"importance"`` (I) or ``"magnitude"``
+            (|λ| ‖p‖ ‖q‖, which is |λ| if the factors are orthonormal).
         allocator: ``"adalora"`` or ``"redistribute"``.
-        min_rank: triplets that each site keeps at least; a number, or numbers by glob over site names.
-        max_rank: triplets that each site keeps at most, likewise; ``None`` for no limit.
-        grow: share of the budget that at each masking but the last goes to pruned triplets, those with
-            the greatest smoothed |∂L/∂λ|.
-        smoothing: β of the site importance in ``"redistribute"`` and of |∂L/∂λ|.
+        min_rank: the least number of triplets that each site keeps; a number, or numbers by glob over site names.
+        max_rank: the largest number of triplets that each site keeps, in the same form; ``None`` for no limit.
+        grow: the share of the budget that each masking except the last gives to pruned triplets, to those with the
+            largest smoothed |∂L/∂λ|.
+        smoothing: the decay β of the site importance in ``"redistribute"`` and of |∂L/∂λ|.
 
     Raises:
         ConfigError: a value cannot work.
@@ -58,7 +58,11 @@ class Allocation:
                     raise ConfigError(f"Allocation({name}={value!r}): expected integers of at least 0")
 
     def bounds(self, sites: Sequence[str], ranks: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Least and greatest rank of each site, never more than it has.
+        """The least and the largest rank of each site, both at most its present rank.
+
+        Args:
+            sites: the names of the sites.
+            ranks: the present rank of each site.
 
         Raises:
             BudgetError: a glob matches no site, or a minimum exceeds its maximum.
@@ -68,10 +72,16 @@ class Allocation:
         for option in (self.min_rank, self.max_rank):
             for glob in option if isinstance(option, Mapping) else ():
                 if not any(find_matching_glob([site], (glob,)) for site in sites):
-                    raise BudgetError(f"Allocation: {glob!r} matches no site; there are: {', '.join(sites[:8])}")
+                    raise BudgetError(
+                        f"Allocation: {glob!r} matches no site, expected a glob that does; correct it or leave it out; "
+                        f"there are: {', '.join(sites[:8])}"
+                    )
         for site, least, most in zip(sites, low, high, strict=True):
             if least > most:
-                raise BudgetError(f"site {site}: min_rank {least} exceeds max_rank {most}; expected at most that")
+                raise BudgetError(
+                    f"site {site}: min_rank {least} exceeds max_rank {most}, expected a minimum of at most {most}; "
+                    "lower min_rank or raise max_rank"
+                )
         clipped = [min(a, rank) for a, rank in zip(low, ranks, strict=True)]
         return clipped, [min(b, rank) for b, rank in zip(high, ranks, strict=True)]
 

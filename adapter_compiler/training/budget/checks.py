@@ -1,11 +1,12 @@
-"""What can be wrong between a budget, its model and its optimizer, and how it is said."""
+"""Checks that a budget fits its model and its optimizers, with error texts and warnings."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
+from torch import nn
 
 from adapter_compiler.errors import BudgetError, NonFiniteGradientError
 from adapter_compiler.model.adapted_model import AdaptedModel
@@ -18,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 _LETTERS = {"lam": "λ", "P": "P", "Q": "Q"}
 
-#: Steps without gradient after which a site is reported.
+#: The number of steps without a gradient after which sites are reported.
 _PATIENCE = 3
 
 
 class GradientWatch:
-    """Says once when adapters get no gradient for some steps, and why that may be."""
+    """Warns once if adapters get no gradient for some steps, with possible causes."""
 
     def __init__(self, adapted: AdaptedModel) -> None:
         """Watch the adapters of ``adapted``."""
@@ -31,8 +32,8 @@ class GradientWatch:
         self._steps = 0
         self._done = False
 
-    def look(self, triplets: TripletBuffers, step: int) -> None:
-        """Look at the gradients of one step."""
+    def check(self, triplets: TripletBuffers, step: int) -> None:
+        """Check the gradients of one step, and warn if it is due."""
         if self._done:
             return
         if all(p.grad is not None or not p.numel() for p in triplets.parameters.values()):
@@ -54,11 +55,11 @@ class GradientWatch:
 
     def _explain(self) -> str:
         if not self._adapted.was_called:
-            return "the adapted model was not called; compute the loss with it and not with the model it was made from"
+            return "the adapted model was not called; compute the loss with it and not with the original model"
         return (
-            "the loss does not depend on it, or its gradient was cut off: look for detach() or no_grad between the "
-            "model's output and the loss, and for zero_grad() between backward() and step(); exclude a weight that no "
-            "call uses from the sites"
+            "the loss does not depend on it, or something stops its gradient: look for detach() or no_grad between the "
+            "model's output and the loss, and for zero_grad() between backward() and step(); if no call uses the "
+            "weight, exclude it from the sites"
         )
 
 
@@ -67,33 +68,98 @@ def _has_no_gradient(triplets: TripletBuffers, site: str) -> bool:
     return any(p.grad is None and p.numel() for p in parameters)
 
 
-def assert_finite(triplets: TripletBuffers, gradients: Sequence[torch.Tensor], step: int) -> None:
-    """Raise :class:`NonFiniteGradientError`, naming the site, if a gradient has inf or nan."""
-    # A sum is one fast kernel; where finite gradients overflow it, the look at each parameter finds nothing.
-    sums = [gather_full(g.sum()).float() for g in gradients]
+def assert_finite(
+    triplets: TripletBuffers,
+    gradients: Sequence[torch.Tensor],
+    step: int,
+    others: Sequence[torch.Tensor] = (),
+    model: nn.Module | None = None,
+) -> None:
+    """Raise :class:`NonFiniteGradientError`, naming the site or parameter, if a gradient has inf or nan.
+
+    Args:
+        triplets: the triplets.
+        gradients: their gradients.
+        step: the number of the step, for messages.
+        others: other parameters with gradients, such as those of a head that is trained fully.
+        model: where these have names.
+    """
+    # A sum is one fast kernel. If finite gradients overflow in it, the loop over the parameters finds nothing.
+    sums = [gather_full(g.sum()).float() for g in (*gradients, *(p.grad for p in others if p.grad is not None))]
     if bool(torch.isfinite(sum((s.to(sums[0].device) for s in sums[1:]), start=sums[0]))):
         return
-    for (site, name), p in triplets.parameters.items():
-        if p.grad is not None and not bool(torch.isfinite(gather_full(p.grad)).all()):
+    names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+    own = {f"site {site}: the gradient of {_LETTERS[name]}": p for (site, name), p in triplets.parameters.items()}
+    more = {f"parameter {names.get(id(p), number)}: the gradient": p for number, p in enumerate(others)}
+    for what, p in {**own, **more}.items():
+        if p.grad is not None and not _is_finite(gather_full(p.grad)):
             raise NonFiniteGradientError(
-                f"site {site}: the gradient of {_LETTERS[name]} has inf or nan at step {step}, expected "
-                "finite values; nothing was changed. Lower the learning rate, clip the gradients, or use a "
-                "GradScaler, which skips such steps"
+                f"{what} has inf or nan at step {step}, expected finite values; nothing was changed. Lower the "
+                "learning rate, clip the gradients, or use a GradScaler, which skips such a step"
             )
 
 
-def assert_kinds(adapted: object, optimizer: object, schedule: object) -> None:
-    """Raise :class:`BudgetError` unless each is of its kind."""
-    expected: list[tuple[str, object, type, str]] = [
-        ("adapted", adapted, AdaptedModel, "what compile_with_adapters returned"),
-        ("optimizer", optimizer, torch.optim.Optimizer, "one over adapted.trainable_parameters()"),
-        ("schedule", schedule, BudgetSchedule, "BudgetSchedule(target_rank=..., total_steps=...)"),
-    ]
-    for name, value, kind, hint in expected:
-        if not isinstance(value, kind):
-            raise BudgetError(
-                f"RankBudget({name}=...) is a {type(value).__name__}, expected {kind.__name__}; give {hint}"
-            )
+def find_others(triplets: TripletBuffers, optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor]:
+    """The parameters of optimizers that belong to no triplet and have a gradient, each once."""
+    known = {id(p) for p in triplets.parameters.values()}
+    held = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    return list({id(p): p for p in held if p.grad is not None and id(p) not in known}.values())
+
+
+def _is_finite(gradient: torch.Tensor) -> bool:
+    values = gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
+    return bool(torch.isfinite(values).all())
+
+
+def assert_reachable(
+    schedule: BudgetSchedule, sites: Sequence[str], least: Sequence[int], costs: Sequence[int], target: int
+) -> None:
+    """Raise :class:`BudgetError` unless the target pays for a triplet, and for those that every site keeps.
+
+    Args:
+        schedule: the schedule, for messages.
+        sites: the names of the sites.
+        least: by site, how many triplets it keeps at least.
+        costs: by site, what a triplet costs in the unit of the budget.
+        target: bT.
+    """
+    option = "target_parameters" if schedule.counts_parameters else "target_rank"
+    given = f"BudgetSchedule({option}={getattr(schedule, option):g})"
+    if target < min(costs):
+        cheapest = sites[costs.index(min(costs))]
+        raise BudgetError(
+            f"{given} is below the cost of one triplet, which is {min(costs)} at {cheapest} and no less elsewhere; "
+            f"expected at least {min(costs)}; raise it"
+        )
+    needed = sum(number * cost for number, cost in zip(least, costs, strict=True))
+    if needed > target:
+        unit = "parameters" if schedule.counts_parameters else "triplets"
+        raise BudgetError(
+            f"Allocation(min_rank={schedule.allocation.min_rank}) keeps {needed} {unit} over {len(sites)} sites, "
+            f"{given} leaves {target}; expected at most that; lower min_rank or raise {option}"
+        )
+
+
+def assert_kinds(adapted: object, schedule: object) -> AdaptedModel:
+    """Check the types of a budget's arguments.
+
+    Returns:
+        The adapted model.
+
+    Raises:
+        BudgetError: an argument has the wrong type.
+    """
+    if not isinstance(schedule, BudgetSchedule):
+        raise BudgetError(
+            f"RankBudget(schedule=...) is a {type(schedule).__name__}, expected BudgetSchedule; give "
+            "BudgetSchedule(target_rank=..., total_steps=...)"
+        )
+    if not isinstance(adapted, AdaptedModel):
+        raise BudgetError(
+            f"RankBudget(adapted=...) is a {type(adapted).__name__}, expected AdaptedModel; give what "
+            "compile_with_adapters returned"
+        )
+    return adapted
 
 
 def assert_active(adapted: AdaptedModel, name: str) -> None:
@@ -106,38 +172,39 @@ def assert_active(adapted: AdaptedModel, name: str) -> None:
 
 
 def warn_of_shifted_starts(adapted: AdaptedModel) -> None:
-    """Say that pruning takes parts of the weights away where adapters do not start at P = 0 or λ = 0."""
+    """Warn if adapters start at ΔW ≠ 0, because pruning then removes parts of the original weights."""
     prunable = _find_prunable(adapted)
     shifted = [adapter.site.name for adapter in prunable if adapter.form.name != adapter.form.core.name]
     if shifted:
         logger.warning(
-            "%d of %d sites start from a part of the weight itself (pissa, lora_ga; first: %s): a triplet that is "
-            "pruned takes its part out of the weight. Start from 'orthogonal', 'gradient_svd' or 'eva' to prune, or "
-            "train without a RankBudget",
+            "%d of %d sites start from a part of the weight itself (pissa, lora_ga; first: %s): pruning a triplet "
+            "removes its part from the weight. Start from 'orthogonal', 'gradient_svd' or 'eva' to prune, or train "
+            "without a RankBudget",
             len(shifted),
             len(prunable),
             shifted[0],
         )
 
 
-def assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedule: BudgetSchedule) -> None:
-    """Raise :class:`BudgetError` unless the optimizer holds all adapters and the target is within their ranks."""
+def assert_fits(adapted: AdaptedModel, optimizers: Sequence[torch.optim.Optimizer], schedule: BudgetSchedule) -> None:
+    """Raise :class:`BudgetError` unless the optimizers hold all adapters and the target is within their ranks."""
     prunable = _find_prunable(adapted)
     if not prunable:
         kinds = ", ".join(sorted({adapter.form.name for adapter in adapted.plan}))
         raise BudgetError(
-            f"the adapters are of the kind {kinds}, which has no λ to prune by, expected triplets P, λ, Q at one site "
-            "at least; compile with AdapterConfig(kind='svd') or kind='dora-svd', or train without a RankBudget"
+            f"the adapters are of the kind {kinds}, which has no λ and cannot be pruned, expected triplets P, λ, Q at "
+            "one site or more; compile with AdapterConfig(kind='svd') or kind='dora-svd', or train without a RankBudget"
         )
     names = {adapter.site.name for adapter in prunable}
     if others := [adapter.site.name for adapter in adapted.plan if adapter.site.name not in names]:
         logger.warning(
-            "%d of %d sites have no λ (first: %s); their ranks stay, and the budget is for the others",
+            "%d of %d sites have no λ (first: %s); their ranks do not change, and the budget is for the other sites",
             len(others),
             len(adapted.plan),
             others[0],
         )
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
     missing = [
         adapter.site.name
         for adapter in prunable
@@ -165,11 +232,11 @@ def assert_fits(adapted: AdaptedModel, optimizer: torch.optim.Optimizer, schedul
 
 
 def _find_prunable(adapted: AdaptedModel) -> list[PlannedAdapter]:
-    """The adapters that have a λ."""
+    """The adapters with λ."""
     sites = set(adapted.adapters.prunable_sites)
     return [adapter for adapter in adapted.plan if adapter.site.name in sites]
 
 
 def _is_held(adapted: AdaptedModel, name: str, held: Collection[int]) -> bool:
-    """Whether an optimizer that holds parameters of these ids holds all of an adapter."""
+    """Whether all parameters of an adapter are among those with these ids."""
     return all(id(parameter) in held for parameter in adapted.parameters_of_adapter(name).parameters())

@@ -1,4 +1,4 @@
-"""What one masking did."""
+"""The record of one masking."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskingRecord:
-    """What one masking did.
+    """The record of one masking.
 
     Attributes:
-        step: when, counted as the schedule counts.
-        budget: b(t).
-        ranks: live triplets by site.
-        live: their sum.
-        loss: the last loss given to ``RankBudget.note_loss``.
+        step: the step number, as the schedule counts.
+        budget: b(t), in triplets or parameters.
+        ranks: the number of live triplets by site.
+        live: the number of live triplets over all sites.
+        loss: the last loss given to ``RankBudget.note_loss``, or ``None``.
     """
 
     step: int

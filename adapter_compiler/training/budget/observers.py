@@ -1,4 +1,4 @@
-"""What may watch a budget: each is called with the record of every masking."""
+"""Observers of a budget, which are called with the record of every masking."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ class TensorBoardObserver:
     """
 
     def __init__(self, target: str | Path | Any, *, prefix: str = "adapters") -> None:
-        """Write to a new log in a folder, or to a ``SummaryWriter`` that is open already.
+        """Write to a new log in a folder, or to an open ``SummaryWriter``.
 
         Args:
-            target: a folder, or anything with ``add_scalar(tag, value, step)``.
+            target: a folder, or an object with ``add_scalar(tag, value, step)``.
             prefix: the first part of every tag.
 
         Raises:
-            MissingDependencyError: a folder was given and the package tensorboard is missing.
+            MissingDependencyError: a folder was given and the package tensorboard is not installed.
         """
         if isinstance(target, (str, Path)):
             try:
                 from torch.utils.tensorboard.writer import SummaryWriter
             except ImportError as error:
                 raise MissingDependencyError(
-                    f"TensorBoardObserver({str(target)!r}) writes by the package tensorboard, which cannot be imported "
+                    f"TensorBoardObserver({str(target)!r}) needs the package tensorboard, which cannot be imported "
                     f"({error}); pip install tensorboard, or give an open SummaryWriter"
                 ) from error
             target = SummaryWriter(str(target))

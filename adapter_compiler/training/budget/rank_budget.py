@@ -1,25 +1,25 @@
 """Prune ranks to a global budget while the user's own loop trains.
 
-The optimizer step is the only hook, so that nothing can be forgotten or called in the wrong order:
+All work is done in hooks on the optimizer step, so users have no method to call and no order of calls to keep:
 
-    before the step    regularizer's gradient, scores (semantics "paper")
-    after the step     scores (semantics "peft"), masking when it is due, compaction when the set is final
+    before the step    gradient of the regularizer; scores with semantics "paper"
+    after the step     scores with semantics "peft"; masking when it is due; compaction when the set is fixed
 
-A step that a GradScaler skips never happens here either. If the step gets a closure, "before the step" is after
-each call of it; scores follow the first, whose gradient belongs to the weights before the step. The loss that a
-closure returns is left alone, so a line search does not see the regularizer's value.
+A step that a GradScaler skips has no effect here either. If the step gets a closure, "before the step" is after each
+evaluation of it. Scores use the first evaluation, whose gradient belongs to the weights before the step. The loss that
+the closure returns does not change, so a line search does not include the regularizer.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
-from adapter_compiler.adapters.compact import compact_adapters
+from adapter_compiler.adapters.compact import compact_adapters, forget_empty, forget_other_shapes
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.training.budget.checks import (
     GradientWatch,
@@ -27,129 +27,146 @@ from adapter_compiler.training.budget.checks import (
     assert_finite,
     assert_fits,
     assert_kinds,
+    assert_reachable,
+    find_others,
     warn_of_shifted_starts,
 )
-from adapter_compiler.training.budget.closures import StepArguments, call_after_closure
 from adapter_compiler.training.budget.masking_record import MaskingRecord
 from adapter_compiler.training.budget.schedule import BudgetSchedule
 from adapter_compiler.training.budget.state import assert_same_run, dump_state, restore_state
+from adapter_compiler.training.budget.stepping.copies import mask_copies, mask_second_weights
+from adapter_compiler.training.budget.stepping.rounds import StepRounds
+from adapter_compiler.training.budget.stepping.wrappers import (
+    assert_can_shrink,
+    assert_not_replicated,
+    find_optimizers,
+    unwrap_model,
+)
 from adapter_compiler.training.scoring.allocator import Request, allocate_best, allocate_by_site, choose_grown
 from adapter_compiler.training.scoring.importance import SiteImportance
-from adapter_compiler.training.scoring.metrics import GrowthTracker, make_metric, take_triplets
+from adapter_compiler.training.scoring.metrics import GrowthTracker, Metric, make_metric, take_triplets
 from adapter_compiler.training.scoring.regularizer import add_regularizer_gradient
 from adapter_compiler.training.scoring.triplet_buffers import TripletBuffers
 
 logger = logging.getLogger(__name__)
 
-#: γ where λ starts at zero: from there the factors would grow in place of λ.
+#: γ if λ starts at zero; without the regularizer the factors would then grow instead of λ.
 _GAMMA = 0.1
 
 
 class RankBudget:
-    """Scores every triplet at each optimizer step and keeps the best b(t) of them.
+    """Scores every triplet at each optimizer step and keeps the best b(t) of them (AdaLoRA, arXiv 2303.10512).
 
-    Masking sets λ of the other triplets to zero; P and Q stay, and λ may grow back until the next
-    masking. From ``schedule.freeze_step`` on the set is fixed and the pruned λ are exactly zero after
-    every step.
+    Masking sets λ of the other triplets to zero. Their P and Q do not change, and λ can grow again until the next
+    masking. From ``schedule.freeze_step`` on, the set of live triplets is fixed, and the pruned λ are exactly zero
+    after every step.
 
     Attributes:
-        schedule: when, how far and by what rule to prune.
-        step: number of optimizer steps seen.
-        history: one record a masking, oldest first.
+        schedule: when, how far and by which rule to prune.
+        step: the number of optimizer steps so far.
+        history: one record for each masking, the oldest first.
     """
 
     def __init__(
         self,
-        adapted: AdaptedModel,
-        optimizer: torch.optim.Optimizer,
+        adapted: nn.Module | Callable[..., Any],
+        optimizer: Any,
         schedule: BudgetSchedule,
         *,
         observers: Sequence[Callable[[MaskingRecord], None]] = (),
     ) -> None:
-        """Hook the budget to ``optimizer``; each observer is called with the record of each masking.
+        """Register hooks on the optimizer steps.
+
+        Args:
+            adapted: the result of ``compile_with_adapters``, also inside DDP or ``torch.compile``.
+            optimizer: an optimizer, also inside wrappers (Accelerate, Lightning, SAM, a scheduler), or a list of
+                optimizers that have all adapters together, such as Muon for P and Q and AdamW for λ. One step of the
+                budget is one step of each optimizer.
+            schedule: when, how far and by which rule to prune.
+            observers: functions to call with the record of each masking.
 
         Raises:
-            BudgetError: the optimizer does not hold the adapters, or the target exceeds their ranks or leaves none.
+            BudgetError: the optimizers do not hold the adapters, the target exceeds their ranks or leaves none, or
+                ranks are to shrink and cannot.
         """
-        assert_kinds(adapted, optimizer, schedule)
+        given, adapted = adapted, assert_kinds(unwrap_model(adapted, AdaptedModel), schedule)
+        self._chains = find_optimizers(optimizer)
+        if schedule.compact:
+            assert_can_shrink(given, self._chains)
+            assert_not_replicated(adapted)
         self.schedule = schedule
         self.step = 0
         self.history: list[MaskingRecord] = []
         self.observers = list(observers)
         self._adapted = adapted
         self._adapter = adapted.active_adapter
-        self._optimizer = optimizer
-        assert_fits(adapted, optimizer, schedule)
+        assert_fits(adapted, [chain[0] for chain in self._chains], schedule)
         self._triplets = TripletBuffers(adapted.adapters)
         self._gamma = adapted.options.gamma
         self._costs = self._find_costs()
         self._initial = sum(size * cost for size, cost in zip(self._triplets.sizes, self._costs, strict=True))
         self._target = schedule.target_triplets(len(self._triplets.sites), self._initial)
-        schedule.allocation.bounds(self._triplets.sites, self._triplets.sizes)
+        least, _ = schedule.allocation.bounds(self._triplets.sites, self._triplets.sizes)
+        assert_reachable(schedule, self._triplets.sites, least, self._costs, self._target)
         self._mask = torch.ones(sum(self._triplets.sizes), dtype=torch.bool, device=self._triplets.device)
         self._pruned = self._triplets.split_lam(~self._mask)
-        self._metric = make_metric(schedule.allocation.metric, self._triplets, schedule.beta1, schedule.beta2)
-        self._growth = (
-            GrowthTracker(self._triplets, schedule.allocation.smoothing) if schedule.allocation.grow else None
-        )
+        self._metric, self._growth = self._make_statistics()
         self._importance = SiteImportance(len(self._triplets.sites), schedule.allocation.smoothing)
-        self._skips_step = False
+        self._origin = {site: torch.arange(shape[-1]) for site, shape in self._triplets.shapes.items()}
+        self._copies: list[nn.Module] = []
         self._has_followed = False
         self._watch = GradientWatch(adapted)
         self._loss: float | torch.Tensor | None = None
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._rounds = StepRounds(self._chains, begin=self._begin_step, take=self._take_gradients, end=self._end_step)
+        adapted.add_follower(self)
 
     @property
     def gamma(self) -> float:
-        """The regularizer's weight. Without ``AdapterConfig.gamma``, the first step chooses it by where λ stand."""
+        """The weight γ of the regularizer; by default 0.1 if all λ are 0 at the first step, else 0."""
         return _choose_gamma(self._triplets) if self._gamma is None else self._gamma
 
     @property
     def budget(self) -> int:
-        """b(t) at the last optimizer step (at the start, everything), in triplets or parameters."""
+        """The budget b(t) at the last optimizer step, in triplets or parameters; before the first step, b0."""
         return self.schedule.budget(self._last_step_number, self._initial, self._target) if self.step else self._initial
 
     @property
     def live_triplets(self) -> int:
-        """Triplets that the last masking kept. Between maskings a masked λ may regrow and is not counted."""
+        """The number of triplets that the last masking kept; masked λ that have grown since do not count."""
         return int(self._mask.sum())
 
     @property
     def live_parameters(self) -> int:
-        """Parameters that these triplets consist of."""
+        """The number of parameters in the live triplets."""
         ranks = self.ranks()
         plan = {adapter.site.name: adapter.site for adapter in self._adapted.adapter_set.plans[self._adapter]}
         return sum(rank * (plan[name].out_features + plan[name].in_features + 1) for name, rank in ranks.items())
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the surviving set is fixed."""
+        """Whether the set of live triplets is fixed."""
         return self.step > 0 and self._last_step_number >= self.schedule.freeze_step
 
     def ranks(self) -> dict[str, int]:
-        """Live triplets by site; sites that compaction emptied have 0."""
+        """The number of live triplets of each site, also of sites that compaction has emptied."""
         counts = [int(part.sum()) for part in self._mask.cpu().split(self._triplets.sizes)]
         return dict(zip(self._triplets.sites, counts, strict=True))
 
     def note_loss(self, loss: float | torch.Tensor) -> None:
-        """Remember the last loss for :attr:`history`; a tensor is read only when the next masking comes."""
+        """Record a loss for :attr:`history`; the value of a tensor is read only at the next masking."""
         self._loss = loss.detach() if isinstance(loss, torch.Tensor) else float(loss)
 
     def compact(self) -> dict[str, int]:
-        """Remove the pruned triplets from memory: parameters, gradients, optimizer state, statistics, graphs.
+        """Remove the pruned triplets from memory: from parameters, gradients, optimizer state and statistics.
 
-        Outputs stay as with the mask, and the optimizer and the loop go on as they are. λ that has grown
-        back since the last masking is pruned first. Wrappers that hold the adapters' shapes (DDP) must be
-        made anew.
+        Outputs are those of the masked model within rounding, and the optimizer and the loop need no change. λ that has
+        grown since the last masking is pruned first. Wrappers that keep the adapters' shapes (DDP) must be made again.
 
         Returns:
-            The ranks that are left, by site.
+            The remaining rank of each site.
 
         Raises:
-            BudgetError: another adapter is active, a parameter is sharded, or the optimizer keeps a state that
+            BudgetError: another adapter is active, a parameter is sharded, or the optimizer keeps a state tensor that
                 cannot be cut.
         """
         assert_active(self._adapted, self._adapter)
@@ -161,34 +178,34 @@ class RankBudget:
         return self.ranks()
 
     def shrink(self, kept: Mapping[str, torch.Tensor]) -> None:
-        """Keep these triplets of each site only (ascending indices), whether the others live or not."""
+        """Keep only these triplets of each site (ascending indices), even if others are live."""
         assert_active(self._adapted, self._adapter)
         self._refresh()
         self._resize(dict(kept))
 
-    def assert_same_run(self, state: Mapping[str, Any]) -> None:
-        """Raise :class:`CheckpointError` if a state is of another version, schedule or other sites.
+    def assert_same_run(self, state: Mapping[str, Any], kept: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Raise :class:`CheckpointError` unless a state fits this budget.
 
-        Ranks may differ: those of the state are smaller if it was saved after compaction.
+        Args:
+            state: a state from :meth:`state_dict`.
+            kept: for each site that will be compacted before the state is loaded, the triplets that it keeps.
         """
-        assert_same_run(self, state)
+        assert_same_run(self, state, kept)
 
     def detach(self) -> None:
-        """Take the hooks off the optimizer; the adapters stay as they are."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Remove the hooks from the optimizer; the adapters do not change."""
+        self._rounds.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit for bit, together with the model's and the optimizer's states."""
+        """The state that, with those of the model and the optimizer, continues a run bit for bit."""
         self._refresh()
         return dump_state(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state from :meth:`state_dict`. Nothing changes if it does not fit.
+        """Restore a state from :meth:`state_dict`. Nothing changes if it does not fit.
 
         Raises:
-            CheckpointError: other version, schedule, sites or shapes.
+            CheckpointError: the state has another version, schedule, sites or shapes.
         """
         self._refresh()
         restore_state(self, state)
@@ -197,32 +214,46 @@ class RankBudget:
     def _last_step_number(self) -> int:
         return self.step - 1 + self.schedule.first_step
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> StepArguments | None:
-        # A GradScaler tells a fused optimizer, which unscales inside its step, the scale and whether to skip.
-        found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-        self._skips_step = found_inf is not None and bool(found_inf)
-        if self._skips_step:
-            return None
+    def apply_mask(self, module: nn.Module | None = None) -> None:
+        """Set λ of the pruned triplets to zero, in the model or in a copy of it.
+
+        From the freeze step on, each optimizer step does this. Call it if something else has changed λ since: averaged
+        weights (``apply_mask(ema)``), or an optimizer that switches weights (schedule-free's ``optimizer.eval()``).
+
+        Args:
+            module: a copy, such as ``AveragedModel(adapted)``; if the model was compacted, the copy is compacted first.
+
+        Raises:
+            BudgetError: there is no adapted model in ``module``, or one with other sites or ranks.
+        """
+        self._refresh()
+        if module is None:
+            self._apply_mask()
+        else:
+            mask_copies(module, self._adapter, self._pruned_by_site(), self._origin)
+
+    def follow(self, module: nn.Module) -> None:
+        """Call :meth:`apply_mask` on a copy, such as ``AveragedModel(adapted)``, whenever the model is masked."""
+        self.apply_mask(module)
+        self._copies.append(module)
+
+    def _begin_step(self) -> None:
         assert_active(self._adapted, self._adapter)
         if not self.step:
             warn_of_shifted_starts(self._adapted)
         self._has_followed = False
-        grad_scale = None if found_inf is None or scale is None else float(scale)
-        take = functools.partial(self._take_gradients, grad_scale)
-        with_closure = call_after_closure(args, kwargs, take)
-        if with_closure is None:
-            take()
-        return with_closure
 
     @torch.no_grad()
     def _take_gradients(self, scale: float | None) -> None:
-        """What is to be done when the gradients of a step are there, and with closures perhaps several times."""
+        """Add the regularizer's gradient and update scores; with closures, this may run several times a step."""
         self._refresh()
         grad_scale = 1.0 if scale is None else scale
         gradients = self._triplets.gather_gradients()
         if scale is None:
-            assert_finite(self._triplets, gradients, self.step + 1)
-        self._watch.look(self._triplets, self.step + 1)
+            optimizers = (one for chain in self._chains for one in chain)
+            others = find_others(self._triplets, optimizers)
+            assert_finite(self._triplets, gradients, self.step + 1, others, self._adapted)
+        self._watch.check(self._triplets, self.step + 1)
         self._gamma = self.gamma
         if self._gamma > 0:
             add_regularizer_gradient(self._triplets, gradients, self._gamma, self.schedule.semantics, grad_scale)
@@ -232,9 +263,7 @@ class RankBudget:
             self._follow(gradients, grad_scale)
 
     @torch.no_grad()
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._skips_step:
-            return
+    def _end_step(self) -> None:
         self.step += 1
         number = self._last_step_number
         if self.schedule.semantics == "peft" and number < self.schedule.freeze_step:
@@ -244,10 +273,12 @@ class RankBudget:
         if self.schedule.is_masking_step(number) or number > self.schedule.freeze_step:
             self._apply_mask()
         if number == self.schedule.freeze_step and self.schedule.compact:
+            assert_not_replicated(self._adapted)
             self.compact()
         if number == self.schedule.total_steps + self.schedule.first_step:
             logger.warning(
-                "the optimizer took more than total_steps=%d steps; ranks stay as they are", self.schedule.total_steps
+                "the optimizer took more than total_steps=%d steps; ranks do not change any more",
+                self.schedule.total_steps,
             )
 
     def _follow(self, gradients: Sequence[torch.Tensor], grad_scale: float) -> None:
@@ -260,7 +291,7 @@ class RankBudget:
         low, high = self.schedule.allocation.bounds(self._triplets.sites, self._triplets.sizes)
         preferred = None
         if self._growth is not None and number < self.schedule.freeze_step:
-            # A share of the budget is a share of the triplets that it buys at the average cost.
+            # The number of triplets that this share of the budget pays for at the average cost.
             count = int(self.schedule.allocation.grow * budget * len(self._mask) / max(1, self._spendable()))
             preferred = choose_grown(self._growth.growth, self._mask, count)
         request = Request(
@@ -273,7 +304,7 @@ class RankBudget:
             preferred=preferred,
         )
         if self.schedule.allocation.allocator == "redistribute":
-            mask = allocate_by_site(request, self._importance.follow(self._triplets, self._adapted.plan))
+            mask = allocate_by_site(request, self._importance.update(self._triplets, self._adapted.plan))
         else:
             mask = allocate_best(request)
         self._set_mask(mask)
@@ -298,24 +329,59 @@ class RankBudget:
     def _apply_mask(self) -> None:
         for lam, pruned in zip(self._triplets.lam(self._triplets.values), self._pruned, strict=True):
             lam.masked_fill_(pruned, 0.0)
+        if self.is_frozen:
+            pruned_by_site = self._pruned_by_site()
+            lam_of = {site: self._triplets.parameters[site, "lam"] for site in self._triplets.sites}
+            mask_second_weights([one for chain in self._chains for one in chain], lam_of, pruned_by_site)
+        self._mask_copies()
+
+    def _mask_copies(self) -> None:
+        for copy in self._copies:
+            mask_copies(copy, self._adapter, self._pruned_by_site(), self._origin)
+
+    def _pruned_by_site(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self._triplets.sites, (~self._mask).split(self._triplets.sizes), strict=True))
 
     def _columns(self) -> list[tuple[str, torch.Tensor]]:
-        """By site, which columns of λ [..., r] hold a live triplet."""
+        """By site, the columns of λ [..., r] with a live triplet, [r] of bool."""
         parts = zip(self._triplets.sites, self._mask.split(self._triplets.sizes), strict=True)
         return [(site, part.view(-1, self._triplets.shapes[site][-1]).any(0)) for site, part in parts if part.numel()]
 
     def _resize(self, kept: Mapping[str, torch.Tensor]) -> None:
-        """Keep these triplets of each site only, in the adapters and in all that is known about them."""
+        """Keep only these triplets of each site, in the adapters and in the statistics."""
         whole = {site: torch.arange(self._triplets.shapes[site][-1]) for site in self._triplets.sites}
         kept = whole | dict(kept)
         mask = take_triplets(self._mask, self._triplets, kept)
-        compact_adapters(self._adapted, kept, self._optimizer)
+        compact_adapters(self._adapted, kept, *(one for chain in self._chains for one in chain))
+        self._origin = {site: index[kept[site]] for site, index in self._origin.items()}
         self._rebind(kept, mask)
+        self._mask_copies()
 
     def _refresh(self) -> None:
-        """Follow the adapter parameters when their memory has moved (``.to()``, sharding)."""
+        """Make new triplet buffers if the memory of the adapter parameters has changed (``.to()``, sharding)."""
         if not self._triplets.is_current():
             self._rebind(None, self._mask)
+
+    def follow_ranks(self) -> None:
+        """Reset the statistics and make every triplet live, because a loaded state dict has changed the ranks.
+
+        The old statistics belong to other triplets. If the budget's own state is loaded next, it has the right ones.
+        """
+        triplets = TripletBuffers(self._adapted.parameters_of_adapter(self._adapter))
+        optimizers = [one for chain in self._chains for one in chain]
+        forget_empty(optimizers, triplets.parameters.values())
+        if triplets.shapes == self._triplets.shapes:
+            return
+        forget_other_shapes(optimizers, triplets.parameters.values())
+        self._triplets = triplets
+        self._metric, self._growth = self._make_statistics()
+        self._origin = {site: torch.arange(shape[-1]) for site, shape in triplets.shapes.items()}
+        self._set_mask(torch.ones(sum(triplets.sizes), dtype=torch.bool, device=triplets.device))
+
+    def _make_statistics(self) -> tuple[Metric, GrowthTracker | None]:
+        allocation = self.schedule.allocation
+        metric = make_metric(allocation.metric, self._triplets, self.schedule.beta1, self.schedule.beta2)
+        return metric, GrowthTracker(self._triplets, allocation.smoothing) if allocation.grow else None
 
     def _rebind(self, kept: Mapping[str, torch.Tensor] | None, mask: torch.Tensor) -> None:
         old, self._triplets = self._triplets, TripletBuffers(self._adapted.parameters_of_adapter(self._adapter))

@@ -1,4 +1,4 @@
-"""How many triplets may live at each step: AdaLoRA's cubic budget (arXiv 2303.10512, section 3.3) and others."""
+"""The number of live triplets at each step: AdaLoRA's cubic budget (arXiv 2303.10512, section 3.3) and others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from adapter_compiler.config.validation import accept_aliases, assert_choice, as
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.training.budget.allocation import Allocation
 
-#: Progress of pruning, 0 to 1 → share of b0 - bT that is left.
+#: The share of b0 - bT that is left, as a function of the progress of pruning from 0 to 1.
 SHAPES: dict[str, Callable[[float], float]] = {
     "cubic": lambda progress: (1 - progress) ** 3,
     "linear": lambda progress: 1 - progress,
@@ -27,33 +27,34 @@ SHAPES: dict[str, Callable[[float], float]] = {
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BudgetSchedule:
-    """b(t), and at which steps it is enforced. PEFT's names for the options are accepted too.
+    """The budget b(t), and the steps of masking. PEFT's names for the options are accepted too.
 
-    With b0 triplets at the start and bT at the end, T = total_steps, ti = warmup_steps and
-    tf = final_steps: b(t) = b0 before ti, then bT + (b0 - bT)(1 - (t - ti)/(T - ti - tf))³, and bT
-    from T - tf on, where the surviving set is fixed.
+    With b0 triplets at the start and bT at the end, T = total_steps, ti = warmup_steps and tf = final_steps, the budget
+    is b(t) = b0 before ti, then bT + (b0 - bT)(1 - (t - ti)/(T - ti - tf))³, and bT from T - tf on (AdaLoRA, section
+    3.3). From T - tf on, the set of live triplets is fixed.
 
-    ``semantics="paper"`` is Algorithm 1 of the paper; its steps count from 1 to T.
-    ``semantics="peft"`` repeats peft's and loralib's code step for step; its steps count from 0, as
-    in peft's documentation, so it needs ``final_steps >= 1`` to reach its end.
+    ``semantics="paper"`` is Algorithm 1 of the paper; it counts steps from 1 to T.
+    ``semantics="peft"`` does at each step the same as the code of peft and loralib; it counts steps from 0, as in
+    peft's documentation, so it needs ``final_steps >= 1`` to reach its end.
 
-    A budget counts triplets or, with ``target_parameters``, the parameters that they consist of; a triplet at
-    a weight of d1 × d2 costs d1 + d2 + 1 of them, and only whole triplets are kept.
+    A budget counts triplets or, with ``target_parameters``, the parameters in them. A triplet at a weight of d1 × d2
+    has d1 + d2 + 1 parameters, and only whole triplets are kept.
 
     Attributes:
-        target_rank: average rank per site at the end; bT = target_rank × number of sites.
+        target_rank: average rank of a site at the end; bT = target_rank × number of sites.
         target_parameters: bT in parameters; give either this or ``target_rank``.
-        total_steps: optimizer steps T of the whole training.
-        warmup_steps: ti, steps before pruning starts; a tenth of T by default.
-        final_steps: tf, steps of training with the final set; three tenths of T by default.
-        interval: ΔT, steps from one masking to the next.
+        total_steps: T, the number of optimizer steps of the whole training.
+        warmup_steps: ti, the number of steps before pruning starts; by default a tenth of T.
+        final_steps: tf, the number of steps with the final set; by default three tenths of T.
+        interval: ΔT, the number of steps from one masking to the next.
         semantics: ``"paper"`` or ``"peft"``.
-        beta1: decay of the smoothed sensitivity.
-        beta2: decay of its uncertainty.
-        shape: how the budget falls: ``"cubic"`` (1 - p)³, ``"linear"`` 1 - p, ``"constant"`` (all at once after the
-            warm-up), or a function of p = (t - ti)/(T - ti - tf) that gives the share of b0 - bT left, 1 to 0.
-        allocation: by what rule the budget is given to the triplets.
-        compact: remove pruned triplets from memory when the surviving set becomes fixed.
+        beta1: decay of the smoothed sensitivity Ī (eq. 9).
+        beta2: decay of its uncertainty Ū (eq. 10).
+        shape: how the budget decreases: ``"cubic"`` (1 - p)³, ``"linear"`` 1 - p, ``"constant"`` (all at once after the
+            warm-up), or a function of the progress p = (t - ti)/(T - ti - tf) that returns the share of b0 - bT that is
+            left, from 1 to 0.
+        allocation: the rule by which the budget chooses the live triplets.
+        compact: remove pruned triplets from memory when the set of live triplets becomes fixed.
 
     Raises:
         ConfigError: a value cannot work, or the schedule would never end.
@@ -107,7 +108,7 @@ class BudgetSchedule:
             raise ConfigError(f"BudgetSchedule(allocation={self.allocation!r}): expected an Allocation")
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as plain data for JSON; a function is named."""
+        """The options as plain data for JSON, with the name of a function in place of it."""
         options = dataclasses.asdict(self)
         if callable(self.shape):
             options["shape"] = f"{self.shape.__module__}.{getattr(self.shape, '__qualname__', type(self.shape))}"
@@ -115,18 +116,18 @@ class BudgetSchedule:
 
     @property
     def counts_parameters(self) -> bool:
-        """Whether the budget counts parameters and not triplets."""
+        """Whether the budget counts parameters instead of triplets."""
         return self.target_parameters is not None
 
     @property
     def warmup(self) -> int:
-        """ti, whether given or by default."""
+        """The number of warm-up steps, ti, given or by default."""
         assert self.warmup_steps is not None
         return self.warmup_steps
 
     @property
     def final(self) -> int:
-        """tf, whether given or by default."""
+        """The number of final steps, tf, given or by default."""
         assert self.final_steps is not None
         return self.final_steps
 
@@ -137,18 +138,22 @@ class BudgetSchedule:
 
     @property
     def freeze_step(self) -> int:
-        """T - tf: the step of the last masking, after which the surviving set is fixed."""
+        """The step of the last masking, T - tf, after which the set of live triplets is fixed."""
         return self.total_steps - self.final
 
     def target_triplets(self, sites: int, initial: int) -> int:
-        """BT in the budget's unit, at most ``initial``."""
+        """The final budget bT, in triplets or parameters, at most ``initial``."""
         if self.target_rank is None:
             assert self.target_parameters is not None
             return min(self.target_parameters, initial)
         return min(round(self.target_rank * sites), initial)
 
     def budget(self, step: int, initial: int, target: int) -> int:
-        """b(step) for b0 = ``initial`` and bT = ``target``, rounded down as in the public codes."""
+        """The budget b(step) for b0 = ``initial`` and bT = ``target``, rounded down as in loralib and peft.
+
+        Raises:
+            ConfigError: the function ``shape`` returned a value outside 0 to 1.
+        """
         if step <= self.warmup:
             return initial
         if step >= self.freeze_step:

@@ -1,1 +1,1 @@
-"""Starts and ranks that come from gradients or layer inputs of a few batches."""
+"""Initial values and ranks computed from gradients or layer inputs of a few batches."""

@@ -1,8 +1,8 @@
-"""Ranks by site before training, from a look at data: an alternative to pruning while it goes on.
+"""Choose the rank of each site from data before training, as an alternative to pruning during training.
 
-eva        the components of all layers' inputs with the greatest explained variance (arXiv 2410.07170)
-gora       in proportion to mean |W ∘ G| over √(in + out), by largest remainders (arXiv 2502.12171)
-gradient   the largest singular values of all weights' gradients
+eva        by the largest shares of explained variance over the inputs of all layers (arXiv 2410.07170)
+gora       in proportion to mean |W ∘ G| / √(in + out), by the largest-remainder method (arXiv 2502.12171)
+gradient   by the largest singular values over the gradients of all weights
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from adapter_compiler.training.calibration.start_from_data import decompose_laye
 from adapter_compiler.training.scoring.allocator import Request, allocate_best, share_out
 from passes.planning.plan import AdapterPlan
 
-#: What ``StaticAllocation(method=...)`` may name.
+#: The values of ``StaticAllocation(method=...)``.
 METHODS = ("eva", "gora", "gradient")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StaticAllocation:
-    """How ranks are given out before training.
+    """The options of choosing ranks before training.
 
     Attributes:
         method: ``"eva"``, ``"gora"`` or ``"gradient"``.
-        total: the sum of all ranks, met exactly; by default that of the plan there is.
-        min_rank: what each site gets at least; sites that get 0 carry no adapter.
-        max_rank: what each site gets at most; by default twice its present rank (EVA's ρ = 2). A weight's smaller
-            dimension bounds it as well.
-        at_once: how many gradients memory may hold, see :class:`~adapter_compiler.DataStart`.
+        total: the exact sum of all ranks; by default that of the present plan.
+        min_rank: the least rank of each site; a site of rank 0 gets no adapter.
+        max_rank: the largest rank of each site; by default twice its present rank (EVA's ρ = 2). A rank is also at most
+            the weight's smaller dimension.
+        at_once: the number of gradients in memory at once, see :class:`~adapter_compiler.DataStart`.
 
     Raises:
         ConfigError: a value cannot work.
@@ -62,17 +62,17 @@ def allocate_ranks(
 ) -> AdapterPlan:
     """The model's plan with other ranks, for ``compile_with_adapters(model, plan=...)``. The model is not changed.
 
-    Scales stay as they are planned.
+    The scales of the plan do not change.
 
     Args:
-        adapted: the model, before training, in the mode that it is to be looked at in.
-        allocation: the method by name, or with options.
-        batches: a few of them, each what ``loss`` takes.
-        loss: ``loss(model, batch)`` gives the loss; for ``"eva"`` it is enough that it calls the model.
+        adapted: the model, before training; it runs in its present training mode.
+        allocation: the method's name, or the options.
+        batches: a few batches, in the form that ``loss`` takes.
+        loss: ``loss(model, batch)`` returns the loss of a batch; for ``"eva"`` it only needs to call the model.
 
     Raises:
-        ConfigError: the model is not adapted, the total cannot be met within the bounds, or there is no batch.
-        SiteError: the loss does not depend on a weight, or its inputs are not to be had.
+        ConfigError: the model is not adapted, the total is outside the bounds, or there is no batch.
+        SiteError: the loss does not depend on a weight, or no operator with the weight was seen (``"eva"``).
     """
     options = allocation if isinstance(allocation, StaticAllocation) else StaticAllocation(method=allocation)
     assert_adapted(adapted, "allocate_ranks")
@@ -85,8 +85,8 @@ def allocate_ranks(
     low = [min(options.min_rank, most) for most in high]
     if not sum(low) <= total <= sum(high):
         raise ConfigError(
-            f"StaticAllocation: a total of {total} does not lie between the least and greatest ranks of all "
-            f"{len(plan)} sites, {sum(low)} and {sum(high)}; change total, min_rank or max_rank"
+            f"StaticAllocation: the total is {total}, expected a number from {sum(low)} to {sum(high)}, the sums of "
+            f"the least and largest ranks of all {len(plan)} sites; change total, min_rank or max_rank"
         )
     collected = as_batches(batches)
     if options.method == "gora":
@@ -114,7 +114,7 @@ def _find_singular_values(
 
 
 def _weigh(adapted: AdaptedModel, options: StaticAllocation, batches: Sequence[Any], loss: Loss) -> list[float]:
-    """Mean |W ∘ G| over √(in + out) of each site."""
+    """The importance of each site in GoRA: mean |W ∘ G| / √(in + out)."""
     importance = []
     for adapter, gradient in find_weight_gradients(adapted, batches, loss, at_once=options.at_once):
         weight = adapter.site.to_matrix(adapted.base_weight(adapter.site.weight).detach())
@@ -124,7 +124,7 @@ def _weigh(adapted: AdaptedModel, options: StaticAllocation, batches: Sequence[A
 
 
 def _take_best(scores: Sequence[torch.Tensor], total: int, low: Sequence[int], high: Sequence[int]) -> list[int]:
-    """How many of each site's scores are among the best; a site with fewer scores than its bound has zeros."""
+    """The number of each site's scores that are among the ``total`` best; missing scores count as zero."""
     padded = []
     for values, most in zip(scores, high, strict=True):
         row = torch.zeros(most, dtype=torch.float64)

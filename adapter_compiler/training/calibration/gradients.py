@@ -26,21 +26,20 @@ def find_weight_gradients(
     at_once: int = 1,
     with_adapters: bool = False,
 ) -> Iterator[tuple[PlannedAdapter, torch.Tensor]]:
-    """∂L/∂W of every adapted weight as [out, in], averaged over the batches.
+    """The gradient ∂L/∂W [out, in] of every adapted weight, averaged over the batches.
 
-    With ``at_once=1`` memory never holds more than one gradient, at the price of a pass over the batches for
-    each weight; backward goes only as far back as it must. What running the model leaves behind (random states,
-    buffers) is undone, and every pass sees the same random states.
+    With ``at_once=1``, memory holds one gradient at most, but each weight needs a pass over the batches. Random states
+    and buffers that the runs change are restored, and every pass starts from the same random states.
 
     Args:
-        adapted: the model; its training mode is left as it is.
-        batches: a sequence, as it is gone through several times.
-        loss: gives the loss of ``loss(model, batch)``, for a model that is called like the user's.
-        at_once: how many gradients may be held at a time.
-        with_adapters: at W + ΔW; otherwise at W.
+        adapted: the model; it runs in its present training mode.
+        batches: the batches; they are read several times if there are several passes.
+        loss: ``loss(model, batch)`` returns the loss of a batch; the model is called like the user's.
+        at_once: the number of gradients in memory at once.
+        with_adapters: whether the gradient is taken at W + ΔW instead of W.
 
     Yields:
-        The adapter and the gradient, in model order.
+        Each adapter with the gradient of its weight, in model order.
 
     Raises:
         ConfigError: there is no batch.
@@ -55,7 +54,7 @@ def find_weight_gradients(
         gradients = [weight.grad for weight in weights]
         for weight in weights:
             weight.grad = None
-        # Adapters for different rows of a weight have the same gradient.
+        # Adapters for different rows of one weight share the gradient tensor, which must be divided only once.
         for gradient in {id(gradient): gradient for gradient in gradients if gradient is not None}.values():
             gradient.div_(len(collected))
         for adapter in group:
@@ -75,11 +74,11 @@ def as_batches(batches: Iterable[Any]) -> Sequence[Any]:
     """The batches as a sequence.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no batch.
     """
     collected = batches if isinstance(batches, Sequence) else list(batches)
     if not len(collected):
-        raise ConfigError("batches is empty, expected at least one batch; give a list of what your loss takes")
+        raise ConfigError("batches is empty, expected at least one batch; give a list of batches that the loss takes")
     return collected
 
 
@@ -96,7 +95,7 @@ def _accumulate(
 
 @contextlib.contextmanager
 def _only_these_train(adapted: AdaptedModel, weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients that were there before are put back afterwards, and so are the flags."""
+    """A context in which only these weights require grad; flags and other gradients are restored afterwards."""
     parameters = list(adapted.parameters())
     before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
     wanted = {id(weight) for weight in weights}
@@ -116,11 +115,11 @@ def _check(adapter: PlannedAdapter, gradient: torch.Tensor | None) -> torch.Tens
     if gradient is None:
         raise SiteError(
             f"site {adapter.site.name}: the loss does not depend on the weight, expected a gradient; compute the loss "
-            "with the model that the function is given, or exclude the weight"
+            "with the model that your loss function gets as its argument, or exclude the weight"
         )
     if not bool(torch.isfinite(gradient).all()):
         raise SiteError(
-            f"site {adapter.site.name}: its gradient has inf or nan, expected finite values; use other batches, or "
-            "float32"
+            f"site {adapter.site.name}: the gradient of the weight has inf or nan, expected finite values; use other "
+            "batches, or float32"
         )
     return adapter.site.to_matrix(gradient)

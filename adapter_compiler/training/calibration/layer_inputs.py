@@ -1,9 +1,9 @@
-"""What the layers read: the inputs of every adapted weight, seen where the operators run.
+"""Observe the inputs of every adapted weight, by watching the operators of a run.
 
-    y = x Wᵀ, x W, whole or by rows, as part of whatever module   →   x as [rows, in]
-    y = x ∗ W, one- or two-dimensional, ungrouped                 →   the patches of x as [rows, in]
+    y = x Wᵀ or x W, with all or some rows of W, in any module   →   x as [rows, in]
+    y = x ∗ W, one- or two-dimensional, ungrouped                →   the patches of x as [rows, in]
 
-Weights are known by the memory that they stand in, so it does not matter who computes with them.
+A weight is recognized by its memory, so it does not matter which module computes with it.
 """
 
 from __future__ import annotations
@@ -13,53 +13,54 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapter_compiler.errors import SiteError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from passes.capture.module_state import restored_state, without_fast_path
+from passes.compat import TorchDispatchMode
 from passes.planning.plan import PlannedAdapter
 
 aten = torch.ops.aten
 
-#: Called as ``look(site, rows)`` with [rows, in].
-Look = Callable[[str, torch.Tensor], None]
+#: Called as ``observe(site, rows)`` with the site's name and its inputs [rows, in].
+Observer = Callable[[str, torch.Tensor], None]
 
-#: Products with a matrix: where x and the weight stand among the arguments.
+#: Matrix products: the positions of x and of the weight among the arguments.
 _PRODUCTS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
 
 
 def watch_layer_inputs(
-    adapted: AdaptedModel, batches: Iterable[Any], call: Callable[[nn.Module, Any], Any], look: Look
+    adapted: AdaptedModel, batches: Iterable[Any], call: Callable[[nn.Module, Any], Any], observe: Observer
 ) -> None:
-    """Run the model without adapters and without gradients on each batch, and show what each weight multiplies.
+    """Run the model on each batch, without adapters and gradients, and report the inputs of each adapted weight.
 
     Args:
-        adapted: the model; what running it leaves behind is undone.
-        batches: what ``call`` takes.
-        call: runs one batch: ``call(model, batch)``; a loss does.
-        look: gets the site's name and [rows, in], as often as the weight is used.
+        adapted: the model; random states and buffers that the run changes are restored.
+        batches: the batches, in the form that ``call`` takes.
+        call: ``call(model, batch)`` runs one batch, as a loss function does.
+        observe: called at each use of a weight, with the site's name and its inputs [rows, in].
 
     Raises:
-        SiteError: a weight was never seen; nothing then can be said about its inputs.
+        SiteError: no matrix product or convolution with a weight was seen.
     """
-    watch = _WatchProducts(adapted, look)
+    watch = _WatchProducts(adapted, observe)
     with restored_state(adapted.module), adapted.disable_adapters(), without_fast_path(), torch.no_grad(), watch:
         for batch in batches:
             call(adapted, batch)
     if missing := [name for name in watch.weights if name not in watch.seen]:
         raise SiteError(
-            f"site {missing[0]} (one of {len(missing)}): no matrix product or convolution with the weight was seen, "
-            "expected one, to know its inputs; leave it out (AdapterConfig(exclude=...)) or initialize in another way"
+            f"site {missing[0]} (one of {len(missing)}): the batches use no matrix product or convolution with the "
+            "weight, expected one, whose inputs are needed; exclude the weight (AdapterConfig(exclude=...)) or use "
+            "another method"
         )
 
 
 class _WatchProducts(TorchDispatchMode):
-    def __init__(self, adapted: AdaptedModel, look: Look) -> None:
+    def __init__(self, adapted: AdaptedModel, observe: Observer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.weights = {a.site.name: (a, adapted.base_weight(a.site.weight).detach()) for a in adapted.plan}
         self.seen: set[str] = set()
-        self._look = look
+        self._observe = observe
         self._by_storage: dict[int, list[str]] = {}
         for name, (_, weight) in self.weights.items():
             self._by_storage.setdefault(weight.untyped_storage().data_ptr(), []).append(name)
@@ -88,11 +89,11 @@ class _WatchProducts(TorchDispatchMode):
             within = 0 <= operand.storage_offset() - own.storage_offset() < own.numel()
             if within and fits(adapter, own):
                 self.seen.add(name)
-                self._look(name, read())
+                self._observe(name, read())
 
 
 def _is_product(adapter: PlannedAdapter, own: torch.Tensor, operand: torch.Tensor) -> bool:
-    """Whether x times the operand is x Wᵀ for the rows of W or some of them, and not x W."""
+    """Whether x times the operand is x Wᵀ, for all or some rows of W, and not x W."""
     if "conv" in adapter.site.op:
         return False
     expected = adapter.site.to_matrix(own).t()
@@ -100,7 +101,7 @@ def _is_product(adapter: PlannedAdapter, own: torch.Tensor, operand: torch.Tenso
 
 
 def _find_patches(args: Sequence[Any]) -> torch.Tensor:
-    """What a kernel is laid upon, [rows, in]."""
+    """The patches of x that a convolution multiplies by its kernel, [rows, in]."""
     x, weight, _, stride, padding, dilation = args[:6]
     kernel = list(weight.shape[2:])
     if x.dim() == 3:

@@ -1,15 +1,15 @@
-"""Re-diagonalize P, λ, Q while they train, and point what is unused to where the gradient is now.
+"""Re-diagonalize P, λ, Q during training, and re-align unused triplets with the present gradient.
 
-Training takes P and Q away from orthonormal, so that λ no longer are singular values. The same ΔW has another
-factorization in which they are: with QR decompositions P = U_P R_P and Qᵀ = U_Q R_Q,
+Training makes P and Q less orthonormal, and then λ are not singular values any more. The same ΔW has another
+factorization in which they are. With QR decompositions P = U_P R_P and Qᵀ = U_Q R_Q,
 
     R_P diag(λ) R_Qᵀ = X Σ Yᵀ  (r × r)   →   P = U_P X,  λ = Σ,  Q = (U_Q Y)ᵀ
 
-Where ΔW has a smaller rank than there are triplets, the others carry nothing. They get P = 0 and λ = 1 beside a Q
-that is orthonormal to the rest, as a fresh adapter has them: with λ = 0 they would look as if they were pruned.
+If the rank of ΔW is smaller than the number of triplets, the others are unused. They get P = 0, λ = 1 and a Q that is
+orthonormal to the other rows, as in a new adapter. With λ = 0 they would count as pruned.
 
-Triplets that carry nothing are free to go anywhere without changing the model: where the gradient G of the weight has
-left the subspace, ‖P PᵀG + G QᵀQ‖ < threshold · ‖G‖, they take the largest singular vectors of what is outside of it.
+Unused triplets can take any direction without changing the model. If the gradient G of the weight has left the
+subspace, ‖P PᵀG + G QᵀQ‖ < threshold · ‖G‖, they take the largest singular vectors of the part of G outside of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from adapter_compiler.training.calibration.gradients import Loss, as_batches, fi
 
 logger = logging.getLogger(__name__)
 
-#: λ below this share of the largest one count as zero, in multiples of the dtype's rounding.
+#: λ below this multiple of the dtype's epsilon times the largest λ count as zero.
 _NEGLIGIBLE = 8
 
 _STATE_VERSION = 1
@@ -36,15 +36,14 @@ _STATE_VERSION = 1
 def rediagonalize(adapted: AdaptedModel, optimizer: torch.optim.Optimizer | None = None) -> list[str]:
     """Make P and Q of live triplets orthonormal and λ the singular values of ΔW / s, without changing ΔW.
 
-    Triplets with λ = 0, such as a budget has pruned, stay as they are, in their places. λ come in falling order
-    within the live places of each site; where ΔW has a smaller rank than there are live triplets, the last of them
-    start again with P = 0, λ = 1 and a Q that is orthonormal to the others, so that they can learn. A site whose ΔW
-    is 0, as at the default start, stays as it is. What the optimizer knows of the parameters that are changed
-    (moments) is about other directions and is forgotten.
+    Triplets with λ = 0, such as those that a budget has pruned, do not change. The live λ of each site are in
+    descending order afterwards. If the rank of ΔW is smaller than the number of live triplets, the last of them start
+    again with P = 0, λ = 1 and a Q that is orthonormal to the others, so that they can learn. A site with ΔW = 0, as at
+    the default start, does not change.
 
     Args:
-        adapted: the model; adapters without λ are left alone.
-        optimizer: whose state for the parameters is reset.
+        adapted: the model; adapters without λ do not change.
+        optimizer: its state (moments) for changed parameters is deleted, because it belongs to other directions.
 
     Returns:
         The sites that were changed.
@@ -60,11 +59,11 @@ def rediagonalize(adapted: AdaptedModel, optimizer: torch.optim.Optimizer | None
         if found is not None:
             P[:, live], lam[live], Q[live] = found
             changed.append(site)
-            _forget(optimizer, (P, lam, Q))
+            _delete_state(optimizer, (P, lam, Q))
     return changed
 
 
-def _forget(optimizer: torch.optim.Optimizer | None, parameters: Iterable[torch.Tensor]) -> None:
+def _delete_state(optimizer: torch.optim.Optimizer | None, parameters: Iterable[torch.Tensor]) -> None:
     for parameter in parameters if optimizer is not None else ():
         optimizer.state.pop(parameter, None)  # type: ignore[union-attr]
 
@@ -72,16 +71,16 @@ def _forget(optimizer: torch.optim.Optimizer | None, parameters: Iterable[torch.
 def _diagonalize(
     P: torch.Tensor, lam: torch.Tensor, Q: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """The singular value decomposition of P diag(λ) Q, at the cost of r² (d1 + d2); ``None`` if all values are zero.
+    """The singular value decomposition of P diag(λ) Q, at a cost of O(r² (d1 + d2)); ``None`` if all values are zero.
 
-    In place of negligible values there is 1, and a column of zeros in P.
+    A negligible value is replaced by 1, and its column of P by zeros.
     """
     wide = torch.promote_types(P.dtype, torch.float32 if P.device.type == "mps" else torch.float64)
     left, upper = torch.linalg.qr(P.to(wide))
     right, lower = torch.linalg.qr(Q.to(wide).mT)
     X, values, Y = torch.linalg.svd(upper * lam.to(wide) @ lower.mT)
     smallest = _NEGLIGIBLE * torch.finfo(P.dtype).eps * values[:1]
-    # Half precision holds no values below 6e-8, whatever the largest one is.
+    # float16 rounds values below 6e-8 to zero, whatever the largest value is.
     is_negligible = (values <= smallest) | (values.to(lam.dtype) == 0)
     if bool(is_negligible.all()):
         return None
@@ -90,9 +89,14 @@ def _diagonalize(
 
 
 def measure_alignment(P: torch.Tensor, Q: torch.Tensor, gradient: torch.Tensor) -> float:
-    """‖P PᵀG + G QᵀQ‖_F / ‖G‖_F for orthonormal P [out, r] and Q [r, in]: how much of G the adapter can follow.
+    """The share of the gradient G that the adapter can follow, ‖P PᵀG + G QᵀQ‖_F / ‖G‖_F.
 
-    Directions on both sides count twice, so that it lies between 0 and 2.
+    Directions that both P and Q contain count twice, so the result is between 0 and 2.
+
+    Args:
+        P: [out, r], orthonormal columns.
+        Q: [r, in], orthonormal rows.
+        gradient: G, [out, in].
     """
     norm = torch.linalg.matrix_norm(gradient)
     reached = P @ (P.mT @ gradient) + (gradient @ Q.mT) @ Q
@@ -100,15 +104,15 @@ def measure_alignment(P: torch.Tensor, Q: torch.Tensor, gradient: torch.Tensor) 
 
 
 class Realigner:
-    """Re-diagonalizes every few steps of an optimizer, and re-aligns unused triplets where batches are given.
+    """Re-diagonalizes every few optimizer steps, and re-aligns unused triplets if batches are given.
 
-    To stop a run and go on, give it to both of ``save_training_state(..., realigner=realigner)`` and
+    To stop and resume a run, pass it to both ``save_training_state(..., realigner=realigner)`` and
     ``load_training_state``.
 
     Attributes:
-        every: optimizer steps from one time to the next.
-        alignment: what was measured at each site the last time.
-        step: number of optimizer steps seen.
+        every: the number of optimizer steps from one re-diagonalization to the next.
+        alignment: the last result of :func:`measure_alignment` for each site.
+        step: the number of optimizer steps so far.
     """
 
     def __init__(
@@ -121,15 +125,15 @@ class Realigner:
         loss: Loss | None = None,
         threshold: float = 0.5,
     ) -> None:
-        """Hook to ``optimizer``, beside a :class:`~adapter_compiler.RankBudget` if there is one.
+        """Register a hook on the optimizer; a :class:`~adapter_compiler.RankBudget` may be on it too.
 
         Args:
             adapted: the model.
-            optimizer: the one that trains it.
-            realign_every: steps.
-            batches: for the gradients of the weights; without them nothing is re-aligned.
-            loss: ``loss(model, batch)``.
-            threshold: re-align sites whose alignment is below, see :func:`measure_alignment`.
+            optimizer: the optimizer that trains it.
+            realign_every: the number of optimizer steps from one re-diagonalization to the next.
+            batches: batches for the gradients of the weights; without them, nothing is re-aligned.
+            loss: ``loss(model, batch)`` returns the loss of a batch.
+            threshold: sites whose alignment is below this are re-aligned, see :func:`measure_alignment`.
 
         Raises:
             ConfigError: a value cannot work, or no adapter has a λ.
@@ -151,39 +155,39 @@ class Realigner:
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     def detach(self) -> None:
-        """Take the hook off the optimizer."""
+        """Remove the hook from the optimizer."""
         self._handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on bit for bit, together with the model's and the optimizer's states."""
+        """The state that, with those of the model and the optimizer, continues a run bit for bit."""
         return {**self._options, "step": self.step, "alignment": dict(self.alignment)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state from :meth:`state_dict`. Nothing changes if it does not fit.
+        """Restore a state from :meth:`state_dict`. Nothing changes if it does not fit.
 
-        The batches are not part of it: give the same ones, in the same order.
+        The batches are not part of the state: give the same batches in the same order.
 
         Raises:
-            CheckpointError: it has another version or other options, or is no such state.
+            CheckpointError: the state has another version or other options, or is not a realigner's state.
         """
         for key, mine in self._options.items():
             if state.get(key) != mine:
                 raise CheckpointError(
                     f"the Realigner's state has {key}={state.get(key)!r}, this one has {key}={mine!r}; resume with the "
-                    "same options, and give what Realigner.state_dict() gave"
+                    "same options, and give a state from Realigner.state_dict()"
                 )
         step, alignment = state.get("step"), state.get("alignment")
         sites = set(self._adapted.adapters.prunable_sites)
         if type(step) is not int or step < 0 or not isinstance(alignment, Mapping) or not alignment.keys() <= sites:
             raise CheckpointError(
                 f"the Realigner's state has step={step!r} and alignment={alignment!r}, expected a number of steps and "
-                "numbers by site of this model; give what Realigner.state_dict() gave for the same model"
+                "numbers by site of this model; give a state from Realigner.state_dict() for the same model"
             )
         self.step, self.alignment = step, dict(alignment)
 
     @property
     def _options(self) -> dict[str, Any]:
-        """What must be the same where a run goes on."""
+        """The options that must be the same when a run is resumed."""
         batches = None if self._batches is None else len(self._batches)
         return {"version": _STATE_VERSION, "every": self.every, "threshold": self.threshold, "batches": batches}
 
@@ -193,11 +197,15 @@ class Realigner:
             self.realign()
 
     def realign(self) -> list[str]:
-        """Do it now. Returns the sites that were re-aligned to the gradient."""
+        """Re-diagonalize and re-align now.
+
+        Returns:
+            The sites that were re-aligned with the gradient.
+        """
         rediagonalize(self._adapted, self._optimizer)
         if self._batches is None or self._loss is None:
             return []
-        turned, alignment = [], {}
+        realigned, alignment = [], {}
         found = find_weight_gradients(self._adapted, self._batches, self._loss, with_adapters=True)
         parameters = self._adapted.adapters.keyed_parameters
         prunable = set(self._adapted.adapters.prunable_sites)
@@ -206,42 +214,48 @@ class Realigner:
             if site not in prunable or not adapter.rank:
                 continue
             P, lam, Q = (parameters[site, name] for name in ("P", "lam", "Q"))
-            live = _find_carrying(P, lam, Q)
+            used = _find_used(P, lam, Q)
             wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            basis = P.detach()[:, live].to(wide.dtype), Q.detach()[live].to(wide.dtype)
+            basis = P.detach()[:, used].to(wide.dtype), Q.detach()[used].to(wide.dtype)
             alignment[site] = measure_alignment(*basis, wide)
-            if alignment[site] < self.threshold and not bool(live.all()):
-                _turn((P, lam, Q), ~live, basis, wide)
-                _forget(self._optimizer, (P, lam, Q))
-                turned.append(site)
+            if alignment[site] < self.threshold and not bool(used.all()):
+                _realign_unused((P, lam, Q), ~used, basis, wide)
+                _delete_state(self._optimizer, (P, lam, Q))
+                realigned.append(site)
         self.alignment = alignment
-        logger.info("re-aligned %d of %d sites at step %d", len(turned), len(alignment), self.step)
-        return turned
+        logger.info("re-aligned %d of %d sites at step %d", len(realigned), len(alignment), self.step)
+        return realigned
 
 
-def _find_carrying(P: torch.Tensor, lam: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
-    """Which triplets have a part in ΔW, [r]."""
+def _find_used(P: torch.Tensor, lam: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
+    """Which triplets contribute to ΔW, [r] of bool."""
     found: torch.Tensor = (lam.detach() != 0) & (P.detach() != 0).any(0) & (Q.detach() != 0).any(1)
     return found
 
 
 @torch.no_grad()
-def _turn(
+def _realign_unused(
     factors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    free: torch.Tensor,
+    unused: torch.Tensor,
     basis: tuple[torch.Tensor, torch.Tensor],
     gradient: torch.Tensor,
 ) -> None:
-    """Let free triplets take the largest singular vectors of the gradient outside of the others, the basis.
+    """Give unused triplets the largest singular vectors of the part of the gradient outside of the used ones.
 
-    ΔW stays: where λ is 0, P and Q are these vectors, and λ has the singular value for its gradient; where it is not,
-    P is 0, and its gradient has the direction and the size that the vectors stand for.
+    ΔW does not change. Where λ = 0, P and Q become singular vectors, and the gradient of λ is s σ. Where λ ≠ 0, Q
+    becomes a singular vector and P stays 0, and the gradient of P is along the other singular vector.
+
+    Args:
+        factors: P [out, r], λ [r] and Q [r, in]; changed in place.
+        unused: the unused triplets, [r] of bool.
+        basis: P and Q of the used triplets.
+        gradient: G, [out, in].
     """
     (P, lam, Q), (left, right) = factors, basis
     outside = gradient - left @ (left.mT @ gradient)
     outside = outside - (outside @ right.mT) @ right
-    count = int(free.sum())
+    count = int(unused.sum())
     U, _, V = torch.linalg.svd(outside, full_matrices=False)
-    places = free.nonzero()[:, 0]
-    P[:, places] = U[:, :count].masked_fill(lam[places] != 0, 0).to(P.dtype)
-    Q[places] = V[:count].to(Q.dtype)
+    indices = unused.nonzero()[:, 0]
+    P[:, indices] = U[:, :count].masked_fill(lam[indices] != 0, 0).to(P.dtype)
+    Q[indices] = V[:count].to(Q.dtype)

@@ -1,8 +1,8 @@
-"""Give adapters a start that was learned from data: LoRA-GA, gradient SVD, EVA.
+"""Initialize adapters from data: LoRA-GA, gradient SVD, EVA.
 
-lora_ga        both factors from the averaged gradient; the frozen weight is shifted (arXiv 2407.05000)
-gradient_svd   P, Q from the averaged gradient, λ = 0; the frozen weight is untouched
-eva            A or Q from the inputs of the layer; the frozen weight is untouched (arXiv 2410.07170)
+lora_ga        both factors from the averaged gradient; the start is subtracted from the weight (arXiv 2407.05000)
+gradient_svd   P and Q from the averaged gradient, λ = 0; ΔW = 0
+eva            A or Q from the inputs of the layer; ΔW = 0 (arXiv 2410.07170)
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataStart:
-    """How adapters are initialized from data.
+    """The options of initializing adapters from data.
 
     Attributes:
         method: ``"lora_ga"``, ``"gradient_svd"`` or ``"eva"``.
-        at_once: how many gradients memory may hold; with 1 each weight costs a pass over the batches.
-        iterations: power iterations of a randomized decomposition of gradients; ``None`` for an exact one.
-        stable_gamma: γ of LoRA-GA, whose factors are multiplied by d_out^(1/4)/√γ.
-        use_sign: for ``"gradient_svd"``, decompose the gradient's sign, which is where Adam's first step goes.
+        at_once: the number of gradients in memory at once; with 1, each weight needs a pass over the batches.
+        iterations: power iterations of a randomized decomposition of gradients; ``None`` for an exact decomposition.
+        stable_gamma: γ of LoRA-GA, whose factors are multiplied by d_out^(1/4)/√γ (theorem 3.2).
+        use_sign: for ``"gradient_svd"``, decompose the sign of the gradient, the direction of Adam's first step.
 
     Raises:
         ConfigError: a value cannot work.
@@ -63,12 +63,12 @@ class DataStart:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiteStart:
-    """What was found at one weight.
+    """What was measured at one weight.
 
     Attributes:
-        values: for each rank, σ of the gradient, or the share of the variance of the inputs (EVA).
-        left_over: the share of ‖G‖² that the first step cannot follow (LoRA-GA, gradient SVD), or of the variance of
-            the inputs that lies outside the directions (EVA).
+        values: for each rank, the singular value σ of the gradient, or the share of the inputs' variance (EVA).
+        left_over: the share of ‖G‖² that the first step cannot follow (LoRA-GA, gradient SVD), or the share of the
+            inputs' variance that is outside the chosen directions (EVA).
     """
 
     values: tuple[float, ...]
@@ -77,18 +77,18 @@ class SiteStart:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitializationReport:
-    """What :func:`initialize_adapters` found.
+    """The result of :func:`initialize_adapters`.
 
     Attributes:
-        method: how.
-        sites: by weight.
+        method: the method.
+        sites: what was measured, by the site's name.
     """
 
     method: str
     sites: Mapping[str, SiteStart]
 
     def ranking(self) -> list[tuple[str, int, float]]:
-        """All ranks of all sites as (site, number, value), the greatest value first: which of them promise most."""
+        """All ranks of all sites as (site, index, value), with the largest value first."""
         entries = [(name, i, value) for name, site in self.sites.items() for i, value in enumerate(site.values)]
         return sorted(entries, key=lambda entry: -entry[2])
 
@@ -96,23 +96,24 @@ class InitializationReport:
 def initialize_adapters(
     adapted: AdaptedModel, start: DataStart | str, batches: Iterable[Any], loss: Loss
 ) -> InitializationReport:
-    """Start the adapters from data. Outputs stay those of the base model within rounding.
+    """Initialize the adapters from data. Outputs are those of the base model within rounding.
 
-    To be called before training: what the adapters have learned is lost, and what an optimizer knows of them is
-    about other values. Parameters keep their identity, so an optimizer and a ``RankBudget`` may exist already.
+    Call it before training, because it overwrites what the adapters have learned. The Parameter objects stay the same,
+    so an optimizer and a ``RankBudget`` may already exist.
 
     Args:
-        adapted: the model, in the mode that it is to be looked at in.
-        start: the method by name, or with options.
-        batches: a few of them, each what ``loss`` takes.
-        loss: ``loss(model, batch)`` gives the loss; for EVA it is enough that it calls the model.
+        adapted: the model; it runs in its present training mode.
+        start: the method's name, or the options.
+        batches: a few batches, in the form that ``loss`` takes.
+        loss: ``loss(model, batch)`` returns the loss of a batch; for EVA it only needs to call the model.
 
     Returns:
-        What was found at each weight.
+        What was measured at each weight.
 
     Raises:
-        ConfigError: the method is unknown, or there is no batch.
-        SiteError: the loss does not depend on a weight, or its inputs or gradient are not to be had.
+        ConfigError: the method is unknown, there is no batch, or too few rows of inputs (EVA).
+        SiteError: the loss does not depend on a weight, its gradient is not finite, or no operator with the weight was
+            seen (EVA).
     """
     options = start if isinstance(start, DataStart) else DataStart(method=start)
     assert_adapted(adapted, "initialize_adapters")
@@ -124,12 +125,12 @@ def initialize_adapters(
         weight = adapted.base_weight(adapter.site.weight)
         write_start(adapter, adapted.adapters.parameters_of(adapter), weight, factors)
         sites[adapter.site.name] = found
-    logger.info("%s: %d sites started from %d batches", options.method, len(sites), len(collected))
+    logger.info("%s: initialized %d sites from %d batches", options.method, len(sites), len(collected))
     return InitializationReport(method=options.method, sites=sites)
 
 
 def _give_forms(adapted: AdaptedModel, *, shifted: bool) -> None:
-    """Let the adapters keep where they start where that is not ΔW = 0, and only there."""
+    """Give the adapters forms that keep and subtract their start if it is ΔW ≠ 0, else forms that do not."""
     adapters = [
         dataclasses.replace(
             adapter, form=with_offset(adapter.form, adapter.rank) if shifted and adapter.rank else adapter.form.core
@@ -168,7 +169,7 @@ def _draw_from_inputs(adapted: AdaptedModel, options: DataStart, batches: Any, l
         if len(inputs.components) < adapter.rank:
             raise ConfigError(
                 f"site {adapter.site.name}: the batches have only {len(inputs.components)} rows of inputs, expected at "
-                f"least as many as the rank {adapter.rank}; give more of them"
+                f"least as many as the rank {adapter.rank}; give more batches"
             )
         explained = inputs.explained
         start = SiteStart(values=tuple(explained.tolist()), left_over=max(0.0, 1 - float(explained.sum())))
@@ -178,7 +179,14 @@ def _draw_from_inputs(adapted: AdaptedModel, options: DataStart, batches: Any, l
 def decompose_layer_inputs(
     adapted: AdaptedModel, batches: Any, call: Loss, counts: Mapping[str, int]
 ) -> dict[str, IncrementalSvd]:
-    """The right singular vectors of the inputs of each adapted weight, as many as ``counts`` says, at least one."""
+    """The right singular vectors of the inputs of each adapted weight.
+
+    Args:
+        adapted: the model.
+        batches: the batches, in the form that ``call`` takes.
+        call: ``call(model, batch)`` runs one batch.
+        counts: the number of vectors for each site; at least one is computed.
+    """
     found = {adapter.site.name: IncrementalSvd(max(1, counts[adapter.site.name])) for adapter in adapted.plan}
     watch_layer_inputs(adapted, batches, call, lambda site, rows: found[site].add(rows))
     return found

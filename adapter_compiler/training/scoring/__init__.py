@@ -1,1 +1,1 @@
-"""What a triplet is worth, and which ones a budget keeps."""
+"""Scores of triplets, and the choice of the triplets that a budget keeps."""

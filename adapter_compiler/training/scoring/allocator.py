@@ -1,6 +1,6 @@
-"""Give a budget to the triplets: by score over all sites, or by site first.
+"""Choose the live triplets for a budget: by score over all sites, or by a rank for each site first.
 
-Equal scores are settled by order (site, then triplet), so every rank and every run agrees.
+Ties are broken by order (site, then triplet), so all processes and all runs choose the same triplets.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What an allocator decides from. Vectors run over all triplets, site by site.
+    """The input of an allocator. Vectors have one entry for each of the n triplets, site by site.
 
     Attributes:
-        scores: what each triplet is worth, [n].
-        sizes: how many triplets each site has.
-        budget: what may be spent.
-        costs: what a triplet of each site costs.
-        low: triplets that each site keeps at least.
-        high: triplets that each site keeps at most.
-        preferred: triplets that come before all others but those of ``low``, [n] of bool.
+        scores: the score of each triplet, [n].
+        sizes: the number of triplets of each site.
+        budget: the budget, in triplets or parameters.
+        costs: the cost of one triplet of each site, in the unit of the budget.
+        low: the least number of triplets that each site keeps.
+        high: the largest number of triplets that each site keeps.
+        preferred: triplets that are chosen before all others, except those for ``low``; [n] of bool.
     """
 
     scores: torch.Tensor
@@ -35,21 +35,21 @@ class Request:
     preferred: torch.Tensor | None = None
 
     def by_triplet(self, values: Sequence[int]) -> torch.Tensor:
-        """A value for each site as one for each of its triplets."""
+        """Repeat a value for each site for all of its triplets, [n]."""
         sizes = torch.tensor(list(self.sizes), device=self.scores.device)
         return torch.tensor(list(values), device=self.scores.device).repeat_interleave(sizes)
 
-    def places(self) -> torch.Tensor:
-        """0 for the best triplet of its site, 1 for the next and so on, [n]."""
+    def positions(self) -> torch.Tensor:
+        """The position of each triplet within its site, [n]: 0 for the best, 1 for the second, and so on."""
         order = self.order()
         site = self.by_triplet(range(len(self.sizes)))
         by_site = order[torch.sort(site[order], stable=True).indices]
-        places = torch.empty_like(by_site)
-        places[by_site] = torch.cat([torch.arange(size) for size in self.sizes]).to(places)
-        return places
+        positions = torch.empty_like(by_site)
+        positions[by_site] = torch.cat([torch.arange(size) for size in self.sizes]).to(positions)
+        return positions
 
     def order(self) -> torch.Tensor:
-        """Triplets from the best to the worst."""
+        """The indices of the triplets from the best to the worst, [n]."""
         order = torch.sort(self.scores, descending=True, stable=True).indices
         if self.preferred is None:
             return order
@@ -58,19 +58,19 @@ class Request:
 
 @torch.no_grad()
 def allocate_best(request: Request) -> torch.Tensor:
-    """The mask, [n] of bool, of the triplets with the greatest scores over all sites.
+    """The mask, [n] of bool, of the triplets with the largest scores over all sites.
 
-    Where every triplet costs 1 exactly ``budget`` of them live, or as many as ``high`` allows. Where costs
-    differ, triplets are taken by score over cost as long as they fit.
+    If all triplets cost 1, exactly ``budget`` of them live, or as many as ``high`` allows. If costs differ, triplets
+    are taken in the order of score divided by cost, as long as they fit into the budget.
     """
-    places = request.places()
+    positions = request.positions()
     costs = request.by_triplet(request.costs)
-    worth = dataclasses.replace(request, scores=request.scores / costs) if len(set(request.costs)) > 1 else request
-    order = worth.order()
-    order = order[(places < request.by_triplet(request.high))[order]]
-    is_spare = (places >= request.by_triplet(request.low))[order]
-    order = order[torch.sort(is_spare.to(torch.int8), stable=True).indices]
-    mask = torch.zeros_like(places, dtype=torch.bool)
+    by_cost = dataclasses.replace(request, scores=request.scores / costs) if len(set(request.costs)) > 1 else request
+    order = by_cost.order()
+    order = order[(positions < request.by_triplet(request.high))[order]]
+    is_optional = (positions >= request.by_triplet(request.low))[order]
+    order = order[torch.sort(is_optional.to(torch.int8), stable=True).indices]
+    mask = torch.zeros_like(positions, dtype=torch.bool)
     mask[_spend(order, costs, request.budget)] = True
     return mask
 
@@ -79,16 +79,28 @@ def allocate_best(request: Request) -> torch.Tensor:
 def allocate_by_site(request: Request, importance: Sequence[float]) -> torch.Tensor:
     """The mask, [n] of bool, of the best triplets in each site, with ranks in proportion to ``importance``."""
     ranks = share_out(request.budget, importance, request.costs, request.low, request.high)
-    return request.places() < request.by_triplet(ranks)
+    return request.positions() < request.by_triplet(ranks)
 
 
 def share_out(
     budget: int, importance: Sequence[float], costs: Sequence[int], low: Sequence[int], high: Sequence[int]
 ) -> list[int]:
-    """Ranks r_l = clip(budget · s_l / Σ s, low, high) by largest remainders, with Σ r_l · cost_l ≤ budget exactly.
+    """Distribute a budget over sites in proportion to their importance, by the largest-remainder method.
 
-    What clipping and rounding leave over goes to the sites that miss most of their share, as long as one
-    can take it; what clipping up has overspent is taken from those that exceed their share most.
+    The rank of site l is r_l = clip(budget · s_l / (cost_l · Σ s), low_l, high_l), rounded such that
+    Σ r_l · cost_l ≤ budget. If rounding or ``high`` leaves a part of the budget, it goes to the sites whose rank is
+    furthest below their share. If ``low`` makes the sum too large, triplets are taken from the sites whose rank is
+    furthest above their share.
+
+    Args:
+        budget: the budget.
+        importance: s_l of each site; if all are 0, the sites are equally important.
+        costs: the cost of one triplet of each site.
+        low: the least rank of each site.
+        high: the largest rank of each site.
+
+    Returns:
+        The rank of each site.
     """
     total = sum(importance)
     shares = [s / total for s in importance] if total > 0 else [1 / len(importance)] * len(importance)
@@ -112,7 +124,7 @@ def share_out(
 
 
 def choose_grown(growth: torch.Tensor, live: torch.Tensor, count: int) -> torch.Tensor:
-    """The ``count`` pruned triplets with the greatest growth score, as a mask [n] of bool."""
+    """The ``count`` pruned triplets with the largest growth score, as a mask [n] of bool."""
     order = torch.sort(growth.masked_fill(live, -math.inf), descending=True, stable=True).indices
     grown = torch.zeros_like(live)
     grown[order[: min(count, int((~live).sum()))]] = True
@@ -120,7 +132,7 @@ def choose_grown(growth: torch.Tensor, live: torch.Tensor, count: int) -> torch.
 
 
 def _spend(order: torch.Tensor, costs: torch.Tensor, budget: int) -> torch.Tensor:
-    """The triplets that fit into the budget, taken in order."""
+    """The indices of the triplets that fit into the budget, taken in order."""
     spent = costs[order].cumsum(0)
     fits = spent <= budget
     if bool(fits.all()) or len(costs.unique()) == 1:

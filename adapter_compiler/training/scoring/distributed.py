@@ -1,4 +1,4 @@
-"""The two places where a sharded parameter (DTensor) needs other words than a plain one."""
+"""Operations on sharded parameters (DTensor) that plain parameters do not need."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor, as FSDP2 makes of parameters."""
+    """Whether ``tensor`` is a DTensor, such as a parameter under FSDP2."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "full_tensor")
 
 
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor on every rank: a mean over a sharded dimension is only a part until it is gathered."""
+    """The whole tensor on every process; a reduction over a sharded dimension is partial until it is gathered."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def replicate_like(tensor: torch.Tensor, sharded: torch.Tensor) -> torch.Tensor:
-    """``tensor``, the same on every rank, as an operand next to ``sharded``."""
+    """A tensor that is the same on every process, in a type that operators accept together with ``sharded``."""
     if not is_sharded(sharded):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate

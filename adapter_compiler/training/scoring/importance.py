@@ -1,4 +1,4 @@
-"""How much each site changes its weight: ‖ΔW‖_F, smoothed."""
+"""The importance of a site: how much it changes its weight, as a smoothed ‖ΔW‖_F."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from passes.planning.plan import AdapterPlan
 
 
 class SiteImportance:
-    """s_l ← β s_l + (1 - β)‖ΔW_l‖_F, followed at maskings.
+    """The importance of each site, s_l ← β s_l + (1 - β)‖ΔW_l‖_F, updated at each masking.
 
     Attributes:
-        values: s, one number a site.
+        values: s_l of each site.
     """
 
     def __init__(self, sites: int, beta: float) -> None:
@@ -21,8 +21,8 @@ class SiteImportance:
         self.beta = beta
         self.values = [0.0] * sites
 
-    def follow(self, triplets: TripletBuffers, plan: AdapterPlan) -> list[float]:
-        """Take over the present norms and return s."""
+    def update(self, triplets: TripletBuffers, plan: AdapterPlan) -> list[float]:
+        """Update s with the present norms, and return it."""
         scales = {adapter.site.name: adapter.scale for adapter in plan}
         norms = measure_update_norms(triplets)
         now = [scales[site] * norms[site] for site in triplets.sites]
@@ -32,7 +32,10 @@ class SiteImportance:
 
 @torch.no_grad()
 def measure_update_norms(triplets: TripletBuffers) -> dict[str, float]:
-    """‖PΛQ‖_F by site, at a cost of r² and not d1·d2: ‖PΛQ‖² = Σ_ij λ_i λ_j (PᵀP)_ij (QQᵀ)_ij."""
+    """‖P diag(λ) Q‖_F by site, without the scale s.
+
+    ‖P diag(λ) Q‖² = Σ_ij λ_i λ_j (PᵀP)_ij (QQᵀ)_ij needs matrices of r × r instead of d1 × d2.
+    """
     parts: dict[tuple[str, str], torch.Tensor] = {}
     for stack in triplets.stacks:
         values = stack.view(triplets.values)

@@ -1,8 +1,8 @@
-"""The orthogonality regularizer R(P, Q) = ‖PᵀP − I‖² + ‖QQᵀ − I‖² by its closed-form gradient.
+"""The closed-form gradient of the orthogonality regularizer R(P, Q) = ‖PᵀP − I‖² + ‖QQᵀ − I‖².
 
-Adding the gradient just before the optimizer's step instead of a term to the loss keeps it out of
-the evaluation loss, out of gradient clipping, and out of the user's code (arXiv 2303.10512, eq. 4).
-Factors of one shape are worked on together, as stacks [n, …, d1, r] or [n, …, r, d2].
+R is from arXiv 2303.10512, eq. 4. Its gradient is added just before the optimizer's step, in place of a term in the
+loss, so that it is not part of the evaluation loss, of gradient clipping, or of the user's code. Factors of one shape
+are processed together, as stacks [n, …, d1, r] or [n, …, r, d2].
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from adapter_compiler.training.scoring.triplet_buffers import TripletBuffers
 
 
 def orthogonality_gap(factor: torch.Tensor) -> torch.Tensor:
-    """PᵀP − I for P [..., d1, r] (pass Qᵀ for QQᵀ − I), [..., r, r]."""
+    """The matrix PᵀP − I [..., r, r] for P [..., d1, r]; for QQᵀ − I, pass Qᵀ."""
     gram = gather_full(factor.mT @ factor)
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
     return gram
@@ -28,11 +28,18 @@ def add_regularizer_gradient(
     semantics: str,
     grad_scale: float = 1.0,
 ) -> None:
-    """Add the regularizer's gradient for every P and Q to buffers from :meth:`TripletBuffers.gather_gradients`.
+    """Add the regularizer's gradient for every P and Q.
 
-    ``"paper"``: γ Σ ‖·‖²_F, so 4γ P(PᵀP − I) and 4γ (QQᵀ − I)Q. ``"peft"``: γ times the mean over all P and
-    Q of ‖·‖_F, so γ/n · 2P(PᵀP − I)/‖PᵀP − I‖_F, and zero where the norm is. ``grad_scale`` multiplies where
-    gradients are still scaled.
+    With ``semantics="paper"`` the term is γ Σ ‖·‖²_F, whose gradients are 4γ P(PᵀP − I) and 4γ (QQᵀ − I)Q. With
+    ``"peft"`` it is γ times the mean of ‖·‖_F over all n factors P and Q, whose gradient for P is
+    γ/n · 2P(PᵀP − I)/‖PᵀP − I‖_F, and 0 if the norm is 0.
+
+    Args:
+        triplets: the parameters.
+        gradients: buffers from :meth:`TripletBuffers.gather_gradients`, changed in place.
+        gamma: γ.
+        semantics: ``"paper"`` or ``"peft"``.
+        grad_scale: the factor by which a GradScaler has multiplied the gradients.
     """
     count = 2 * len(triplets.sites)
     for stack in triplets.stacks:
@@ -46,14 +53,6 @@ def add_regularizer_gradient(
             alpha = 2 * gamma * grad_scale / count
             gap = gap / _norms(gap)
         _add_product(target, values, replicate_like(gap, values), alpha, from_left=stack.name == "Q")
-
-
-@torch.no_grad()
-def measure_orthogonality(triplets: TripletBuffers) -> float:
-    """Σ R(P_k, Q_k) over all sites."""
-    factors = [(stack.name, stack.view(triplets.values)) for stack in triplets.stacks if stack.name in ("P", "Q")]
-    gaps = [orthogonality_gap(values if name == "P" else values.mT) for name, values in factors]
-    return float(sum(float(gap.square().sum()) for gap in gaps))
 
 
 def _norms(gap: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Stores of adapters without a model, with flat memory or with each parameter's own."""
+"""Training helpers: adapter parameters without a model, in flat buffers or with separate memory."""
 
 from __future__ import annotations
 

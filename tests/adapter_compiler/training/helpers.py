@@ -1,4 +1,4 @@
-"""Adapted models that are trained by hand-made gradients: no graph is captured, so a run of many steps is cheap."""
+"""Training helpers: adapted models with artificial gradients, so that a run of many steps is cheap."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_adapted(
     gamma: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> ac.AdaptedModel:
-    """Linear layers of the (in, out) shapes, named by their positions; λ starts away from zero, so it has a score."""
+    """Linear layers of the (in, out) shapes, named by their positions; λ ≠ 0, so that triplets have scores."""
     model = nn.ModuleList([nn.Linear(fan_in, out) for fan_in, out in shapes])
     adapted = ac.compile_with_adapters(model, config=ac.AdapterConfig(rank=rank, gamma=gamma, dtype=dtype))
     with torch.no_grad():
@@ -29,7 +29,7 @@ def make_adapted(
 
 
 def set_gradients(adapted: ac.AdaptedModel, scale: float = 1.0) -> None:
-    """Normal gradients for every adapter parameter, from torch's global generator."""
+    """Set normal gradients for every adapter parameter, from torch's global generator."""
     for parameter in adapted.trainable_parameters():
         parameter.grad = torch.randn_like(parameter) * scale
 
@@ -48,7 +48,7 @@ def count_nonzero(adapted: ac.AdaptedModel) -> int:
 def run(
     adapted: ac.AdaptedModel, optimizer: torch.optim.Optimizer, steps: int, *, seed: int | None = None
 ) -> Iterator[int]:
-    """Steps with normal gradients; yields the number of each, from 1, after it."""
+    """Take steps with normal gradients; yields the number of each step, from 1, after it."""
     for step in range(1, steps + 1):
         if seed is not None:
             torch.manual_seed(1000 * seed + step)
@@ -65,7 +65,7 @@ def snapshot(adapted: ac.AdaptedModel, optimizer: torch.optim.Optimizer, budget:
 
 
 def assert_same(found: Any, expected: Any, path: str = "state") -> None:
-    """Equal bit for bit, whatever the nesting; nan equals nan."""
+    """Check that nested values are equal bit for bit; nan equals nan."""
     if isinstance(expected, Tensor):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{path}: {m}")
     elif isinstance(expected, dict):

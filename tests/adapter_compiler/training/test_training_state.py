@@ -1,9 +1,8 @@
-"""A run that stops anywhere goes on bit for bit; a file is whole or absent; what does not fit is refused."""
+"""A run that stops anywhere resumes bit for bit; a file is complete or absent; what does not fit is refused."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import random
 import signal
@@ -16,13 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adapter_compiler as ac
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.training.training_state import TRAINING_FILE
+from tests.adapter_compiler.saving.rewriting import change_header, read_header
 from tests.adapter_compiler.saving.same_bits import assert_same_bits
 
 
@@ -122,13 +120,13 @@ class Run:
         self.micro = 0
 
     def advance(self, micro_steps: int) -> None:
-        """Batches depend on the micro-step's number, dropout on the random state."""
+        """Take micro-steps; batches depend on the micro-step's number, dropout on the random state."""
         for _ in range(micro_steps):
             generator = torch.Generator().manual_seed(self.micro)
             x, y = torch.randn(8, 6, generator=generator), torch.randn(8, 3, generator=generator)
             loss = (self.adapted(x) - y).square().mean() / self.recipe.accumulate
             if self.scaler is not None:
-                # an overflow now and then, which the scaler skips
+                # sometimes an overflow, which the scaler skips
                 loss = loss * (float("inf") if self.micro % 7 == 5 else 1.0)
                 loss = self.scaler.scale(loss)
             loss.backward()
@@ -163,7 +161,7 @@ class Run:
 
 
 def check_stops(recipe: Recipe, stops: list[int], folder: Path) -> None:
-    """One uninterrupted run that saves at the stops; another that goes on from each must end the same."""
+    """One uninterrupted run saves its state at the stops; a run that resumes from each must end the same."""
     total = STEPS * recipe.accumulate
     whole = Run(recipe)
     done = 0
@@ -183,7 +181,7 @@ def check_stops(recipe: Recipe, stops: list[int], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 11, 13])
-def test_goes_on_bit_for_bit(stop: int, tmp_path: Path) -> None:
+def test_resumes_bit_for_bit(stop: int, tmp_path: Path) -> None:
     check_stops(Recipe(), [stop], tmp_path)
 
 
@@ -197,14 +195,14 @@ def test_goes_on_bit_for_bit(stop: int, tmp_path: Path) -> None:
     ],
     ids=["accumulation", "scaler", "growth", "redistribute"],
 )
-def test_goes_on_in_other_settings(recipe: Recipe, tmp_path: Path) -> None:
+def test_resumes_in_other_settings(recipe: Recipe, tmp_path: Path) -> None:
     check_stops(recipe, [5 * recipe.accumulate + 1], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_hundred_random_stops(optimizer: str, tmp_path: Path) -> None:
-    """18 stops for each of six optimizers, over every phase and setting."""
+    """18 stops for each of six optimizers, in every phase and setting."""
     dice = random.Random(optimizer)
     for number in range(6):
         recipe = Recipe(
@@ -226,20 +224,9 @@ def test_the_file_is_safetensors_and_json(tmp_path: Path) -> None:
     run.advance(3)
     run.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [TRAINING_FILE]
-    with safe_open(tmp_path / TRAINING_FILE, framework="pt") as file:
-        header = json.loads(file.metadata()["adapter_compiler"])
+    header = read_header(tmp_path / TRAINING_FILE)
     assert header["kind"] == "training state"
     assert header["state"]["budget"]["step"] == 3
-
-
-def edit_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def edit(path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["adapter_compiler"])
-        change(header)
-        save_file(load_file(path), path, metadata={"adapter_compiler": json.dumps(header)})
-
-    return edit
 
 
 @pytest.mark.parametrize(
@@ -247,14 +234,14 @@ def edit_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Non
     [
         (Path.unlink, "does not exist; expected a folder that save_training_state wrote"),
         (lambda path: path.write_bytes(path.read_bytes()[:500]), "cannot be read as a safetensors file"),
-        (edit_header(lambda h: h.update(version=9)), "version 9, expected 'training state' of version 1"),
-        (edit_header(lambda h: h["sites"].pop("up.weight")), r"up\.weight is in this model only"),
-        (edit_header(lambda h: h["sites"]["up.weight"].update(scale=9.0)), r"saved with scale=9\.0, this model has"),
-        (edit_header(lambda h: h["sites"]["up.weight"].update(rank=9)), "saved with rank=9, this model has rank=4"),
-        (edit_header(lambda h: h["state"].update(budget=None)), "was saved with no budget, but one was given"),
-        (edit_header(lambda h: h["state"]["others"].clear()), "the state of 'scheduler' is on one side only"),
-        (edit_header(lambda h: h["state"]["budget"]["schedule"].update(interval=3)), "interval=3, this budget has"),
-        (edit_header(lambda h: h["state"]["optimizer"]["param_groups"][0]["params"].pop()), r"groups of \[7\] param"),
+        (change_header(lambda h: h.update(version=9)), "version 9, expected 'training state' of version 1"),
+        (change_header(lambda h: h["sites"].pop("up.weight")), r"up\.weight is in this model only"),
+        (change_header(lambda h: h["sites"]["up.weight"].update(scale=9.0)), r"saved with scale=9\.0, this model has"),
+        (change_header(lambda h: h["sites"]["up.weight"].update(rank=9)), "saved with rank=9, this model has rank=4"),
+        (change_header(lambda h: h["state"].update(budget=None)), "was saved with no budget, but one was given"),
+        (change_header(lambda h: h["state"]["others"].clear()), "the state of 'scheduler' is on one side only"),
+        (change_header(lambda h: h["state"]["budget"]["schedule"].update(interval=3)), "interval=3, this budget has"),
+        (change_header(lambda h: h["state"]["optimizer"]["param_groups"][0]["params"].pop()), r"groups of \[7\] param"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(

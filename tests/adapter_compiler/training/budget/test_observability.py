@@ -1,4 +1,4 @@
-"""What a budget tells: records, observers, and warnings that name a cause."""
+"""What a budget reports: records, observers, and warnings that name a cause."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.adapter_compiler.training.helpers import make_adapted, run
 
 
 class Writer:
-    """Stands for a SummaryWriter."""
+    """A replacement for SummaryWriter."""
 
     def __init__(self) -> None:
         self.scalars: list[tuple[str, float, int]] = []
@@ -77,7 +77,7 @@ def test_parameters_without_gradient_are_named_once_with_the_cause(caplog: pytes
     assert "the adapted model was not called" in message
 
 
-def test_a_loss_that_is_cut_off_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loss_without_gradients_is_named(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     x = torch.randn(3, 4)
     adapted = ac.compile_with_adapters(model, (x,), config=ac.AdapterConfig(rank=2, trainable=()))
@@ -151,8 +151,8 @@ def test_redistribution_gives_ranks_in_proportion_to_the_change_of_the_weight() 
 
 
 @pytest.mark.parametrize("start", ["pissa", "lora_ga", "orthogonal"])
-def test_pruning_what_started_from_the_weight_is_warned_of(start: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Without any learning, what is missing afterwards is the start of the pruned triplet."""
+def test_there_is_a_warning_if_adapters_start_from_the_weight(start: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Without training, the weight afterwards lacks the start of the pruned triplet."""
     model, x = nn.Linear(6, 5).double(), torch.randn(8, 6).double()
 
     def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -176,7 +176,7 @@ def test_pruning_what_started_from_the_weight_is_warned_of(start: str, caplog: p
     gone = adapter.scale * (p["P"] * (p["lam"] - lam)) @ p["Q"]
     folded = dict(adapted.fold().named_parameters())
     torch.testing.assert_close(folded["weight"], model.weight - gone)
-    messages = [record.getMessage() for record in caplog.records if "pruned" in record.getMessage()]
+    messages = [record.getMessage() for record in caplog.records if "pruning" in record.getMessage()]
     if start == "orthogonal":
         assert not messages and not gone.any()
     else:
@@ -184,7 +184,7 @@ def test_pruning_what_started_from_the_weight_is_warned_of(start: str, caplog: p
         assert gone.norm() > 0.1
 
 
-def test_only_what_can_be_pruned_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_warning_is_only_for_sites_that_can_be_pruned(caplog: pytest.LogCaptureFixture) -> None:
     model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), torch.randn(8, 6)
     rules = (ac.AdapterRule(name="0.weight", kind="lora"),)
     adapted = ac.compile_with_adapters(model, (x,), config=ac.AdapterConfig(rank=3, init="pissa", rules=rules))
@@ -192,5 +192,5 @@ def test_only_what_can_be_pruned_is_warned_of(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.WARNING, logger="adapter_compiler"):
         adapted(x).square().mean().backward()
         optimizer.step()
-    (message,) = [record.getMessage() for record in caplog.records if "pruned" in record.getMessage()]
+    (message,) = [record.getMessage() for record in caplog.records if "pruning" in record.getMessage()]
     assert message.startswith("1 of 1 sites start from a part of the weight itself (pissa, lora_ga; first: 1.weight)")

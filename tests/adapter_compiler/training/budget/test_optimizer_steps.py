@@ -37,7 +37,7 @@ def make_schedule(semantics: str = "paper", total_steps: int = 20) -> ac.BudgetS
 
 
 def scaled_loss(adapted: ac.AdaptedModel, step: int) -> Tensor:
-    """A loss whose gradient is normal noise that depends on the step alone."""
+    """A loss whose gradient is normal noise that depends only on the step."""
     torch.manual_seed(step)
     products = [(p * torch.randn_like(p)).sum() for p in adapted.trainable_parameters()]
     return torch.stack(products).sum()
@@ -113,7 +113,7 @@ def test_accumulated_gradients_are_one_step(semantics: str) -> None:
 
 
 def test_regularizer_comes_after_clipping() -> None:
-    """What is clipped is the task's gradient; the step is that plus the regularizer's, whole."""
+    """Only the task's gradient is clipped; the step uses it plus the whole gradient of the regularizer."""
     adapted = make_adapted(gamma=0.5)
     optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=1.0)
     ac.RankBudget(adapted, optimizer, make_schedule())
@@ -179,7 +179,7 @@ def test_groups_with_their_own_learning_rates() -> None:
 
 
 def closure_of(adapted: ac.AdaptedModel, step: int) -> Callable[[], Any]:
-    """What users and Lightning hand to ``step``: zero_grad, loss, backward."""
+    """The closure that users and Lightning pass to ``step``: zero_grad, loss, backward."""
 
     def closure() -> Any:
         for parameter in adapted.trainable_parameters():
@@ -216,7 +216,7 @@ def test_a_run_with_closures_is_the_plain_run(kind: str, semantics: str, by_name
 
 @SEMANTICS
 def test_an_optimizer_that_calls_its_closure_often(semantics: str) -> None:
-    """L-BFGS: every evaluation sees the regularizer, the scores follow each step once."""
+    """L-BFGS: every evaluation includes the regularizer, and the scores are updated once a step."""
     adapted = make_adapted(gamma=0.1)
     optimizer = torch.optim.LBFGS(adapted.trainable_parameters(), lr=0.01, max_iter=3)
     budget = ac.RankBudget(adapted, optimizer, make_schedule(semantics))
@@ -303,7 +303,7 @@ def test_gradients_too_large_for_float32_are_finite_in_float64() -> None:
 
 
 def test_the_budget_follows_a_learning_rate_scheduler() -> None:
-    """It replaces optimizer.step by a counting function; the hooks must run all the same."""
+    """It replaces optimizer.step by a counting function; the hooks must still run."""
     adapted = make_adapted()
     optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=0.01)
     rates: Any = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=20)

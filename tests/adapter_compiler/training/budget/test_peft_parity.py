@@ -1,9 +1,9 @@
-"""``semantics="peft"`` follows peft's AdaLoRA step for step, from the same start and on the same data.
+"""``semantics="peft"`` does the same as peft's AdaLoRA at each step, from the same start and on the same data.
 
 peft multiplies Q by λ before the product with x and divides α by rank + 1e-5, so the two agree to rounding and
-not bit for bit. Two of peft's own habits are kept out of the comparison: it marks its rank counters as trainable,
+not bit for bit. Two properties of peft are excluded from the comparison: it marks its rank counters as trainable,
 so that an optimizer over everything that requires grad changes the scale; and it adds the regularizer in
-``AdaLoraModel.forward``, which ``PeftModel`` without a task type goes around, so that one is called directly.
+``AdaLoraModel.forward``, which ``PeftModel`` without a task type does not call, so the test calls it directly.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 @dataclasses.dataclass(kw_only=True)
 class Pair:
-    """One model under peft's AdaLoRA and under ours, with the same values everywhere; peft's types say too little."""
+    """One model with peft's AdaLoRA and with ours, with the same values; peft's type hints are incomplete."""
 
     theirs: Any
     ours: ac.AdaptedModel
@@ -114,7 +114,7 @@ def train_side_by_side(pair: Pair, clip: float | None = None) -> Iterator[tuple[
 
 
 def assert_same_masks(pair: Pair, budget: ac.RankBudget, step: int) -> None:
-    """The same λ are zero, and after a masking they are what peft recorded as pruned."""
+    """Check that the same λ are zero, and after a masking that they are those that peft recorded as pruned."""
     pattern = pair.theirs.peft_config["default"].rank_pattern
     is_masking = bool(budget.history) and budget.history[-1].step == step
     for layer in LAYERS:
@@ -136,7 +136,7 @@ def assert_parity(pair: Pair, tolerance: float, clip: float | None = None) -> No
     assert maskings == 11
     assert budget.live_triplets == budget.budget == TARGET * len(LAYERS)
     ranks = set(budget.ranks().values())
-    assert len(ranks) > 1, "an even allocation would show nothing"
+    assert len(ranks) > 1, "a uniform allocation would show nothing"
     for name in ("P", "Q"):
         assert pair.largest_difference(name) <= 100 * tolerance
 
@@ -149,7 +149,7 @@ def test_whole_schedule_in_float64(gamma: float, fused: bool) -> None:
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 def test_whole_schedule_with_clipping_in_float64(fused: bool) -> None:
-    """Without regularizer: peft clips its gradient along with the loss's, here it is added after clipping."""
+    """Without the regularizer: peft clips its gradient together with the loss's, and we add it after clipping."""
     assert_parity(make_pair(torch.float64, gamma=0.0, fused=fused), 1e-9, clip=1e-4)
 
 
@@ -160,7 +160,7 @@ def test_whole_schedule_in_float32(gamma: float, fused: bool) -> None:
 
 
 def test_the_comparison_can_fail() -> None:
-    """A regularizer that is a little off is seen within a few steps."""
+    """A slightly different regularizer is noticed within a few steps."""
     pair = make_pair(torch.float64, gamma=0.5, fused=True)
     pair.theirs.peft_config["default"].orth_reg_weight = 0.5001
     differences = [pair.largest_difference("lam") for _ in train_side_by_side(pair)]

@@ -188,7 +188,7 @@ def test_a_masked_lambda_regrows_and_can_come_back(semantics: str) -> None:
     live = budget.live_triplets
     assert len(pruned) == 12 - live > 0
     next(maskings)
-    assert count_nonzero(adapted) == 12, "between maskings nothing holds λ at zero"
+    assert count_nonzero(adapted) == 12, "between maskings λ may grow"
     assert budget.live_triplets == live
 
     name, triplet = pruned[0]
@@ -251,7 +251,7 @@ def test_target_equal_to_the_initial_rank_prunes_nothing(semantics: str) -> None
 
 
 def test_half_precision_adapters_are_ranked_too() -> None:
-    """Scores of about 1e-12 must not round to a tie, which would keep the first sites whole."""
+    """Scores of about 1e-12 must not round to equal values, which would keep all triplets of the first sites."""
     adapted = make_adapted(dtype=torch.bfloat16)
     optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=1e-3)
     schedule = ac.BudgetSchedule(target_rank=1, total_steps=10, warmup_steps=0, final_steps=2, interval=2)
@@ -267,7 +267,7 @@ def test_half_precision_adapters_are_ranked_too() -> None:
     assert budget.ranks() == {name: 3 if name == last else 0 for name in budget.ranks()}
 
 
-def test_steps_beyond_the_schedule_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_steps_beyond_the_schedule_give_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     adapted = make_adapted()
     optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=0.01)
     budget = ac.RankBudget(adapted, optimizer, ac.BudgetSchedule(target_rank=2, total_steps=6))
@@ -321,14 +321,14 @@ def test_factors_are_kept_orthonormal_where_lambda_starts_at_zero(options: dict[
     with torch.no_grad():
         for lam in find_lambdas(adapted).values():
             lam.fill_(0.5)
-    # A budget that is made when the adapters have been loaded already goes on as the run did.
+    # A budget that is made after the adapters were loaded continues as in the original run.
     later = ac.RankBudget(adapted, torch.optim.SGD(adapted.trainable_parameters(), lr=0.1), schedule)
     later.load_state_dict(state)
     assert later.gamma == expected
 
 
-def test_the_first_step_chooses_the_regularizer_by_where_lambda_stand() -> None:
-    """Adapters may be started after the budget was made; what they learn afterwards changes nothing."""
+def test_the_first_step_chooses_the_regularizer_by_the_values_of_lambda() -> None:
+    """Adapters may be initialized after the budget was made; what they learn later does not change the choice."""
     adapted = ac.compile_with_adapters(torch.nn.Linear(6, 5), config=ac.AdapterConfig(rank=3))
     optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=0.1)
     budget = ac.RankBudget(adapted, optimizer, ac.BudgetSchedule(target_rank=2, total_steps=10))

@@ -1,4 +1,4 @@
-"""A run that stops anywhere and goes on from saved states is the uninterrupted run bit for bit."""
+"""A run that stops anywhere and resumes from saved states equals the uninterrupted run bit for bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_net() -> nn.Module:
 
 
 def compile_net(seed: int) -> ac.AdaptedModel:
-    """The same weights each time, adapters of the seed."""
+    """A model with the same weights each time, and adapters that depend on the seed."""
     net = make_net()
     torch.manual_seed(seed)
     return ac.compile_with_adapters(net, (torch.randn(4, 6),), config=ac.AdapterConfig(rank=4, gamma=0.1))
@@ -42,7 +42,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 
 
 def train(adapted: ac.AdaptedModel, optimizer: torch.optim.Optimizer, start: int, stop: int) -> None:
-    """Steps ``start`` to ``stop``; data and dropout depend on the step alone."""
+    """Train from step ``start`` to ``stop``; data and dropout depend only on the step."""
     adapted.train()
     for step in range(start, stop):
         torch.manual_seed(100 + step)
@@ -54,7 +54,7 @@ def train(adapted: ac.AdaptedModel, optimizer: torch.optim.Optimizer, start: int
 
 
 def save(state: Any) -> Any:
-    """Through a file, read back without pickle's freedoms."""
+    """Write to a file and read it back with ``weights_only``."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -63,7 +63,7 @@ def save(state: Any) -> Any:
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("semantics", ["paper", "peft"])
-def test_stopped_at_any_step_it_goes_on_bit_for_bit(semantics: str, kind: str) -> None:
+def test_stopped_at_any_step_it_resumes_bit_for_bit(semantics: str, kind: str) -> None:
     adapted, make_optimizer = compile_net(1), OPTIMIZERS[kind]
     optimizer = make_optimizer(adapted.trainable_parameters())
     budget = ac.RankBudget(adapted, optimizer, make_schedule(semantics))
@@ -92,8 +92,8 @@ def test_stopped_at_any_step_it_goes_on_bit_for_bit(semantics: str, kind: str) -
         other.detach()
 
 
-def test_a_new_process_goes_on_from_saved_adapters(tmp_path: Any) -> None:
-    """The same with everything built anew and the model's part read by load_adapters."""
+def test_a_new_process_resumes_from_saved_adapters(tmp_path: Any) -> None:
+    """The same with new objects, and the model's part read by load_adapters."""
     adapted = compile_net(1)
     optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=0.02)
     budget = ac.RankBudget(adapted, optimizer, make_schedule())
@@ -150,7 +150,7 @@ def age(state: dict[str, Any]) -> None:
     [
         (cut, r"other sites: 0\.weight is in this model only"),
         (add, r"other sites: 9\.weight is in the state only"),
-        (forget, "has no 'history'; give all that RankBudget.state_dict"),
+        (forget, r"the key 'history' is missing, .*give a state from RankBudget\.state_dict\(\)"),
         (age, "has version 0, expected 1"),
         (dict.clear, "has version None, expected 1"),
     ],
@@ -176,8 +176,8 @@ def test_a_spoilt_state_is_refused_and_changes_nothing(spoil: Callable[[dict[str
     [
         ((), 4, {"interval": 2}, "made with interval=3, this budget has interval=2; resume with the same"),
         ((), 4, {"semantics": "peft"}, "made with semantics='paper', this budget has semantics='peft'"),
-        ((), 3, {}, r"at site 0\.weight has shapes .*\(4,\).*this model has .*\(3,\).*compile with the same rank"),
-        (((6, 8), (8, 4), (4, 9)), 4, {}, r"at site 2\.weight has shapes .*\(7, 4\).*this model has .*\(9, 4\)"),
+        ((), 3, {}, r"at site 0\.weight has .*\(4, 'float'\).*this model has .*\(3, 'float'\).*with the same rank"),
+        (((6, 8), (8, 4), (4, 9)), 4, {}, r"at site 2\.weight has .*\(7, 4, 'float'\).*model has .*\(9, 4, 'float'\)"),
     ],
     ids=["interval", "semantics", "rank", "width"],
 )

@@ -52,7 +52,7 @@ def test_cubic_from_all_triplets_to_the_target(schedule: ac.BudgetSchedule, size
 
 
 @given(schedule=schedules())
-def test_maskings_lie_between_warm_up_and_the_last_one(schedule: ac.BudgetSchedule) -> None:
+def test_maskings_are_between_warm_up_and_the_last_one(schedule: ac.BudgetSchedule) -> None:
     end = schedule.total_steps - schedule.final
     maskings = [step for step in range(schedule.total_steps + 30) if schedule.is_masking_step(step)]
     between = [step for step in range(schedule.warmup + 1, end) if step % schedule.interval == 0]

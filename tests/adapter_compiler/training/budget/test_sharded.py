@@ -32,7 +32,7 @@ def mesh() -> Iterator[DeviceMesh]:
 
 
 def shard(adapter_parameters: AdapterParameters, mesh: DeviceMesh) -> AdapterParameters:
-    """What ``fully_shard`` does to parameters: DTensors, sharded by their first dimension, take their places."""
+    """Do what ``fully_shard`` does to parameters: replace them by DTensors sharded by the first dimension."""
     for (site, name), parameter in adapter_parameters.keyed_parameters.items():
         sharded = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)]))
         assert parameter.grad is not None
@@ -46,7 +46,7 @@ def full(tensor: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.filterwarnings("ignore")  # torch warns about its own process group in many ways
+@pytest.mark.filterwarnings("ignore")  # torch warns about its own process group
 @pytest.mark.parametrize("semantics", ["paper", "peft"])
 def test_sharded_is_plain(mesh: DeviceMesh, semantics: str) -> None:
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ def model() -> nn.Sequential:
 @pytest.fixture
 def batches() -> list[Batch]:
     torch.manual_seed(1)
-    # Inputs of rank 3, so that the first layer has three directions and no more.
+    # Inputs of rank 3, so that the first layer has only three directions.
     return [(torch.randn(16, 3).double() @ torch.randn(3, 12).double(), torch.randn(16, 5).double())]
 
 
@@ -66,7 +66,7 @@ def find_gradients(model: nn.Module, batch: Batch) -> list[Tensor]:
     return [p.grad for p in own.parameters() if p.dim() == 2 and p.grad is not None]
 
 
-def test_eva_and_the_gradient_take_the_best_of_all(model: nn.Sequential, batches: list[Batch]) -> None:
+def test_eva_and_the_gradient_take_the_best_over_all_sites(model: nn.Sequential, batches: list[Batch]) -> None:
     adapted = adapt(model, batches)
     with torch.no_grad():
         inputs = [batches[0][0], model[:2](batches[0][0]), model[:4](batches[0][0])]
@@ -97,7 +97,7 @@ def test_gora_is_in_proportion(model: nn.Sequential, batches: list[Batch]) -> No
 
 def test_a_total_that_cannot_be_met_is_refused(model: nn.Sequential, batches: list[Batch]) -> None:
     adapted = adapt(model, batches)
-    with pytest.raises(ConfigError, match=r"a total of 18 does not lie between .* 0 and 17"):
+    with pytest.raises(ConfigError, match=r"the total is 18, expected a number from 0 to 17"):
         ac.allocate_ranks(adapted, ac.StaticAllocation(method="gora", total=18), batches, loss)
     with pytest.raises(ConfigError, match=r"StaticAllocation\(method='magic'\): expected one of 'eva', 'gora'"):
         ac.allocate_ranks(adapted, "magic", batches, loss)

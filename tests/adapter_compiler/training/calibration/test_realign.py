@@ -1,4 +1,4 @@
-"""Re-diagonalizing changes no output; re-aligning takes up the gradient that the adapter missed. LoRA+ groups."""
+"""Re-diagonalizing changes no output; re-aligning covers the gradient that the adapter missed. LoRA+ groups."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_rediagonalizing_at_the_default_start_changes_nothing(kind: str) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dead", ["P", "Q", "parallel", "one of the default start"])
-def test_triplets_that_carry_nothing_can_still_learn(dead: str, dtype: torch.dtype) -> None:
+def test_unused_triplets_can_still_learn(dead: str, dtype: torch.dtype) -> None:
     adapted = adapt().to(dtype)
     disturb(adapted)
     for adapter in adapted.plan:
@@ -146,7 +146,7 @@ def test_a_step_after_rediagonalizing_at_the_start_learns() -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_a_realigner_points_a_fresh_adapter_to_the_gradient() -> None:
+def test_a_realigner_aligns_a_new_adapter_with_the_gradient() -> None:
     adapted = adapt()
     optimizer = torch.optim.Adam(adapted.trainable_parameters(), lr=0.0)
     loss(adapted, (X, Y)).backward()
@@ -164,7 +164,7 @@ def test_a_realigner_points_a_fresh_adapter_to_the_gradient() -> None:
 
 
 class Noisy(nn.Module):
-    """Draws random numbers, so that what is drawn in between shows."""
+    """Draws random numbers, so that other draws in between change its results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class RealignedRun:
 
 @pytest.mark.parametrize("with_budget", [True, False], ids=["budget", "alone"])
 @pytest.mark.parametrize("with_batches", [True, False], ids=["batches", "no batches"])
-def test_a_run_goes_on_bit_for_bit(with_batches: bool, with_budget: bool, tmp_path: Path) -> None:
+def test_a_run_resumes_bit_for_bit(with_batches: bool, with_budget: bool, tmp_path: Path) -> None:
     options = {"with_batches": with_batches, "with_budget": with_budget}
     whole = RealignedRun(**options)
     for step in range(RealignedRun.steps + 1):
@@ -250,7 +250,7 @@ def test_a_state_of_another_realigner_is_refused(changes: dict[str, object], mes
     assert run.realigner.state_dict() == before
 
 
-def test_a_realigner_takes_up_the_gradient_that_was_missed() -> None:
+def test_a_realigner_covers_the_gradient_that_was_missed() -> None:
     adapted = adapt()
     disturb(adapted)
     with torch.no_grad():
@@ -277,7 +277,7 @@ def test_a_realigner_takes_up_the_gradient_that_was_missed() -> None:
         assert measure_alignment(P, Q, gradient) > realigner.alignment[adapter.site.name]
 
 
-def test_an_alignment_above_the_threshold_is_left_alone() -> None:
+def test_an_alignment_above_the_threshold_changes_nothing() -> None:
     adapted = adapt()
     disturb(adapted)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Starts from data: the papers' own statements about the first step, the base untouched, and nothing left behind."""
+"""Initialization from data: the papers' statements about the first step, an unchanged base, and no side effects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Net(nn.Module):
-    """Two linear layers, one stored the other way, with a buffer that a forward pass changes."""
+    """Two linear layers, one stored transposed, with a buffer that a forward pass changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def find_exact_gradients(model: nn.Module, batches: list[Batch]) -> dict[str, Te
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
-def test_gradients_are_the_averages_and_leave_nothing_behind(
+def test_gradients_are_the_averages_and_there_are_no_side_effects(
     net: nn.Module, batches: list[Batch], at_once: int
 ) -> None:
     adapted = adapt(net)
@@ -185,7 +185,7 @@ def test_eva_finds_the_directions_of_the_inputs(kind: str, net: nn.Module, batch
     x = torch.cat([batch[0] for batch in batches])
     _, values, right = torch.linalg.svd(x, full_matrices=False)
     found = adapted.adapters.get_parameter("up.weight." + ("Q" if kind == "svd" else "A")).detach()
-    # What is cut off after each batch is lost to the next, so the directions are near, not equal.
+    # Components that are cut off after each batch are lost, so the directions are near, not equal.
     cosines = (found @ right[:2].mT).abs().diagonal()
     assert (cosines > 0.75).all()
     torch.testing.assert_close(found @ found.mT, torch.eye(2).double())
@@ -195,7 +195,7 @@ def test_eva_finds_the_directions_of_the_inputs(kind: str, net: nn.Module, batch
 
 
 class Inputs(nn.Module):
-    """A layer of each kind whose inputs can be read, and one whose cannot."""
+    """One layer of each kind whose inputs can be observed, and one whose inputs cannot."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,9 +256,9 @@ def test_what_cannot_work_says_so(net: nn.Module, batches: list[Batch]) -> None:
         ac.initialize_adapters(adapted, "magic", batches, loss)
     with pytest.raises(SiteError, match=r"site down: the loss does not depend on the weight"):
         ac.initialize_adapters(adapted, "lora_ga", batches, lambda m, b: b[0].sum())
-    with pytest.raises(SiteError, match=r"site down: its gradient has inf or nan"):
+    with pytest.raises(SiteError, match=r"site down: the gradient of the weight has inf or nan"):
         ac.initialize_adapters(adapted, "lora_ga", batches, lambda m, b: loss(m, b) * torch.inf)
-    with pytest.raises(SiteError, match=r"site down \(one of 3\): no matrix product"):
+    with pytest.raises(SiteError, match=r"site down \(one of 3\): the batches use no matrix product"):
         ac.initialize_adapters(adapted, "eva", batches, lambda m, b: b[0].sum())
     with pytest.raises(ConfigError, match=r"init='lora_ga'\) needs batches.*initialize_adapters\(adapted, 'lora_ga'"):
         ac.AdapterConfig(init="lora_ga")

@@ -1,4 +1,4 @@
-"""The best triplets over all sites live: exactly as many as asked, ties by order."""
+"""The best triplets over all sites live: exactly as many as requested, ties broken by order."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_smaller_budget_keeps_a_subset(case: tuple[list[list[float]], int]) ->
     assert not (smaller & ~larger).any()
 
 
-def test_scores_closer_than_float32_are_told_apart() -> None:
+def test_scores_closer_than_float32_are_distinguished() -> None:
     assert allocate_best(make_request([[1.0, 1.0 + 1e-12], [0.5]], 1)).tolist() == [False, True, False]
 
 
@@ -89,10 +89,10 @@ def test_bounds_hold_and_the_rest_of_the_budget_is_spent(
 
 
 def test_costs_are_never_overspent_and_density_decides() -> None:
-    # by score alone the dear site would win; per parameter the cheap one does
+    # by score the expensive site is better; by score per parameter the cheap one is
     request = make_request([[5.0, 4.0], [3.0, 2.0]], 25, costs=[20, 5])
     assert allocate_best(request).tolist() == [False, False, True, True]
-    # 5 left over buy nothing dear, and what fits behind it is still taken
+    # the remaining 5 are too few for an expensive triplet, but a later cheap one still fits
     request = make_request([[50.0, 4.0], [3.0, 2.0]], 26, costs=[20, 5])
     assert allocate_best(request).tolist() == [True, False, True, False]
 
@@ -107,7 +107,7 @@ def test_costs_are_kept_within_the_budget(case: tuple[list[list[float]], int], d
     spent = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     assert spent <= budget
     spare = [cost for cost, rank, site in zip(costs, ranks, scores, strict=True) if rank < len(site)]
-    assert all(spent + cost > budget for cost in spare), "nothing that still fits is left out"
+    assert all(spent + cost > budget for cost in spare), "no triplet that still fits is left out"
 
 
 def test_preferred_triplets_come_first_but_minima_before_them() -> None:
@@ -139,7 +139,7 @@ def test_shares_follow_importance_within_bounds_and_never_overspend(data: st.Dat
 def test_shares_are_rounded_by_largest_remainders() -> None:
     assert share_out(10, [1.0, 1.0, 1.0], [1] * 3, [0] * 3, [9] * 3) == [4, 3, 3]
     assert share_out(10, [5.5, 3.3, 1.2], [1] * 3, [0] * 3, [9] * 3) == [6, 3, 1]
-    assert share_out(10, [0.0, 0.0], [1] * 2, [0] * 2, [9] * 2) == [5, 5], "without importance all are alike"
+    assert share_out(10, [0.0, 0.0], [1] * 2, [0] * 2, [9] * 2) == [5, 5], "without importance all sites are equal"
     assert share_out(9, [1.0, 1.0], [2, 1], [0] * 2, [9] * 2) == [2, 5]
 
 

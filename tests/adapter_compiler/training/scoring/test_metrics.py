@@ -32,7 +32,7 @@ def set_gradients(triplets: TripletBuffers) -> None:
 
 
 def sum_by_hand(triplets: TripletBuffers, values: dict[tuple[str, str], Tensor]) -> list[float]:
-    """S of every triplet from s of every element."""
+    """The score S of every triplet from s of every element."""
     found = []
     for site in triplets.sites:
         lam, P, Q = (values[site, name] for name in ("lam", "P", "Q"))
@@ -65,7 +65,7 @@ def test_averages_and_scores_follow_the_paper(flat: bool) -> None:
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_importance_is_the_last_step_alone_and_magnitude_that_of_the_update(flat: bool) -> None:
+def test_importance_is_of_the_last_step_and_magnitude_is_of_the_update(flat: bool) -> None:
     triplets = make_buffers(SHAPES, flat=flat)
     importance, magnitude = ImportanceMetric(triplets), MagnitudeMetric()
     for _ in range(2):
@@ -95,7 +95,7 @@ def test_growth_follows_the_gradient_of_lambda(flat: bool) -> None:
 
 
 def test_a_parameter_without_gradient_decays() -> None:
-    """As if its gradient were zero: I = 0, so the mean shrinks by β1."""
+    """It counts as a gradient of zero: I = 0, so the mean shrinks by β1."""
     triplets = make_buffers(SHAPES)
     absent, zero = SensitivityMetric(triplets, BETA1, BETA2), SensitivityMetric(triplets, BETA1, BETA2)
     for metric in (absent, zero):
@@ -112,7 +112,7 @@ def test_a_parameter_without_gradient_decays() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_scores_do_not_round_to_zero(dtype: torch.dtype) -> None:
-    """|w · g| near 1e-6 squares to 1e-12, which float16 holds as zero."""
+    """|w · g| near 1e-6 squares to 1e-12, which is zero in float16."""
     triplets, reference = make_buffers(SHAPES, dtype), make_buffers(SHAPES, torch.float64)
     for narrow, wide in zip(triplets.parameters.values(), reference.parameters.values(), strict=True):
         assert narrow.grad is not None

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adapter_compiler.training.scoring.regularizer import add_regularizer_gradient, measure_orthogonality
+from adapter_compiler.training.scoring.regularizer import add_regularizer_gradient
 from tests.adapter_compiler.training.buffers import find_triplets, make_buffers
 
 SHAPES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=4)
@@ -45,18 +45,9 @@ def test_added_gradient_is_autograds(
         torch.testing.assert_close(factor.grad, expected, rtol=1e-9, atol=1e-9 * grad_scale)
 
 
-@settings(deadline=None, max_examples=10)
-@given(shapes=SHAPES)
-def test_measure_is_the_sum_over_sites(shapes: list[tuple[int, int, int]]) -> None:
-    triplets = make_buffers(shapes)
-    assert measure_orthogonality(triplets) == pytest.approx(
-        float(write_out(find_triplets(triplets), "paper").detach()), rel=1e-9
-    )
-
-
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("semantics", ["paper", "peft"])
-def test_parameters_without_gradient_are_left_alone(semantics: str, flat: bool) -> None:
+def test_parameters_without_gradient_do_not_change(semantics: str, flat: bool) -> None:
     triplets = make_buffers([(4, 3, 2), (5, 5, 2)], flat=flat)
     (lam, P, Q), (other_lam, other_P, other_Q) = find_triplets(triplets)
     P.grad = other_Q.grad = None
@@ -72,7 +63,7 @@ def test_parameters_without_gradient_are_left_alone(semantics: str, flat: bool) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("semantics", ["paper", "peft"])
 def test_orthonormal_factors_get_no_gradient(semantics: str, dtype: torch.dtype, grad_scale: float) -> None:
-    """The unsquared norm has no derivative at zero; it must not give nan, however gradients are scaled."""
+    """The norm has no derivative at zero; it must not give nan, at any scale of the gradients."""
     triplets = make_buffers([(4, 5, 2)], dtype)
     ((_, P, Q),) = find_triplets(triplets)
     P.data.copy_(torch.eye(4, 2, dtype=dtype))
@@ -81,4 +72,3 @@ def test_orthonormal_factors_get_no_gradient(semantics: str, dtype: torch.dtype,
     gradients = triplets.gather_gradients()
     add_regularizer_gradient(triplets, gradients, 0.5, semantics, grad_scale)
     torch.testing.assert_close(gradients, before, rtol=0, atol=0)
-    assert measure_orthogonality(triplets) == 0

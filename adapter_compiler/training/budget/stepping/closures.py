@@ -1,23 +1,26 @@
-"""Optimizers that compute the gradients inside their step: ``optimizer.step(closure)``, as Lightning calls all."""
+"""Closures of an optimizer step: ``optimizer.step(closure)`` computes the gradients inside the step.
+
+Lightning calls every optimizer in this way.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-#: What a step was called with: the optimizer and the other arguments, and those by name.
+#: The arguments of a step: positional ones, of which the optimizer is the first, and keyword arguments.
 StepArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def call_after_closure(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], then: Callable[[], None]
 ) -> StepArguments | None:
-    """The arguments of a step with a closure after each call of which ``then`` is called, or ``None`` without one.
+    """The arguments of a step with a closure that calls ``then`` after each evaluation, or ``None`` without a closure.
 
     Args:
-        args: of the step, the optimizer first.
-        kwargs: of the step.
-        then: what is to happen when the gradients are there.
+        args: positional arguments of the step, the optimizer first.
+        kwargs: keyword arguments of the step.
+        then: called when the closure has computed the gradients.
     """
     if not any(callable(value) for value in (*args[1:], *kwargs.values())):
         return None

@@ -1,0 +1,1 @@
+"""Parts of saving and loading a training state: its file, its checks, and how a failed load restores everything."""
