@@ -1,4 +1,4 @@
-"""Which adapters a model has by name, and what inactive ones keep of the model's own tensors."""
+"""The named adapters of a model, and the copies of model tensors that inactive adapters keep."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST_NAME = "default"
 
 
 class InactiveTensors(nn.Module):
-    """Values of parameters and buffers of the model that belong to a inactive adapter, as buffers of the same names."""
+    """The values that an inactive adapter keeps of the model's parameters and buffers, as buffers of the same names."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy the tensors."""
@@ -33,27 +33,34 @@ class InactiveTensors(nn.Module):
 
 
 class AdapterSet(nn.Module):
-    """The adapters of a model but the one called ``default``, by name, and the tensors of those that rest.
+    """The adapters that were added to a model, by name, and the model tensors that inactive adapters keep.
 
     Attributes:
         active: the name of the active adapter.
-        plans: the plan of every adapter, ``default`` among them.
-        stores: parameters by name, ``default`` apart: the model itself holds that as ``adapters``.
-        inactive: by name, what inactive adapters keep of the model's own tensors.
+        plans: the plan of every adapter by name, including ``default``.
+        initial_plans: the plan that an adapter had before its ranks first changed; only for adapters whose ranks did.
+        added: one child module of adapter parameters for each added adapter, by name. The parameters of ``default``
+            are not here: the model holds them as ``adapters``.
+        inactive: one :class:`InactiveTensors` for each inactive adapter, by name.
     """
 
     def __init__(self, plan: AdapterPlan) -> None:
-        """The set of a model that was just compiled with ``plan``."""
+        """Start with one adapter, ``default``, which is active."""
         super().__init__()
         self.active = FIRST_NAME
         self.plans = {FIRST_NAME: plan}
+        self.initial_plans: dict[str, AdapterPlan] = {}
         self.added = nn.Module()
         self.inactive = nn.Module()
 
     def find_inactive(self, name: str) -> dict[str, torch.Tensor] | None:
-        """What ``name`` keeps of the model's own tensors; ``None`` if it is active and they are in the model."""
+        """The model tensors that ``name`` keeps; ``None`` if it is active, because then the model itself has them."""
         kept = self.inactive._modules.get(name)
         return kept.tensors if isinstance(kept, InactiveTensors) else None
+
+    def initial_plan(self, name: str) -> AdapterPlan:
+        """The plan of an adapter with its initial ranks."""
+        return self.initial_plans.get(name, self.plans[name])
 
     def assert_known(self, name: str) -> None:
         """Raise :class:`ConfigError` unless there is an adapter of this name."""
@@ -62,7 +69,7 @@ class AdapterSet(nn.Module):
             raise ConfigError(f"there is no adapter {name!r}, expected one of {known}; add_adapter or load_adapter it")
 
     def assert_free(self, name: object) -> None:
-        """Raise :class:`ConfigError` unless an adapter may be called this."""
+        """Raise :class:`ConfigError` unless ``name`` is valid and not taken."""
         if not isinstance(name, str) or not name or "." in name or "/" in name:
             raise ConfigError(
                 f"{name!r} cannot name an adapter, expected text without '.' and '/'; choose another name, as in 'task'"

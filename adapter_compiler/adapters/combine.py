@@ -20,14 +20,18 @@ from passes.forms import SvdForm
 from passes.planning.plan import AdapterPlan, PlannedAdapter
 from passes.planning.site import AdapterSite
 
-#: P [out, r], the diagonal λ [r] with scale and weight in it, and Q [r, in].
+#: P [out, r], λ [r] multiplied by the scale and by the weight w_i, and Q [r, in].
 Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def combine_adapters(
     adapted: AdapterState, weights: Mapping[str, float], *, name: str, rank: int | None, tensors_from: str | None
 ) -> None:
-    """Add a inactive adapter with ΔW = Σ w_i ΔW_i; see :meth:`AdaptedModel.combine`."""
+    """Add an inactive adapter with ΔW = Σ w_i ΔW_i; see :meth:`AdaptedModel.combine`.
+
+    Raises:
+        ConfigError: a name or weight cannot be used, or an update depends on the frozen weight (DoRA).
+    """
     _assert_weights(adapted, weights, rank)
     adapted.adapter_set.assert_free(name)
     tensors = _choose_tensors(adapted, weights, tensors_from)
@@ -42,7 +46,7 @@ def combine_adapters(
 
 
 def compress_triplets(triplets: Triplets, rank: int) -> Triplets:
-    """The ``rank`` greatest singular triplets of P diag(λ) Q; P and Q are then orthonormal and λ falls."""
+    """The ``rank`` largest singular triplets of P diag(λ) Q, with orthonormal P and Q and λ in descending order."""
     P, lam, Q = triplets
     left, upper = torch.linalg.qr(P * lam)
     right, lower = torch.linalg.qr(Q.t())
@@ -53,21 +57,19 @@ def compress_triplets(triplets: Triplets, rank: int) -> Triplets:
 def _find_summands(
     adapted: AdapterState, weights: Mapping[str, float]
 ) -> dict[str, list[tuple[PlannedAdapter, Mapping[str, torch.Tensor], float]]]:
-    """By site, in model order: the adapters that the sum has there, their parameters and their weights."""
-    places = {name: place for place, (name, _) in enumerate(adapted.module.named_parameters())}
+    """The summands of each site, in model order: adapter, its parameters, and its weight w_i."""
+    positions = {name: index for index, (name, _) in enumerate(adapted.module.named_parameters())}
     found: dict[str, list[tuple[PlannedAdapter, Mapping[str, torch.Tensor], float]]] = {}
     for name, weight in weights.items():
-        adapter_parameters = adapted.parameters_of_adapter(name)
+        owner = adapted.parameters_of_adapter(name)
         for adapter in adapted.adapter_set.plans[name]:
             _assert_additive(adapter, name)
-            found.setdefault(adapter.site.name, []).append(
-                (adapter, adapter_parameters.parameters_of(adapter), float(weight))
-            )
+            found.setdefault(adapter.site.name, []).append((adapter, owner.parameters_of(adapter), float(weight)))
 
-    def place(site: AdapterSite) -> tuple[int, tuple[int, int]]:
-        return places[site.weight], site.rows or (0, 0)
+    def order(site: AdapterSite) -> tuple[int, tuple[int, int]]:
+        return positions[site.weight], site.rows or (0, 0)
 
-    return dict(sorted(found.items(), key=lambda item: place(item[1][0][0].site)))
+    return dict(sorted(found.items(), key=lambda item: order(item[1][0][0].site)))
 
 
 def _weigh(adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor], weight: float) -> Triplets:
@@ -96,7 +98,7 @@ def _plan_sum(adapters: list[PlannedAdapter], joined: Triplets, rank: int | None
 
 
 def _fit(joined: Triplets, planned: PlannedAdapter) -> dict[str, torch.Tensor]:
-    """The triplets as parameters of the planned adapter; they stay as they are where all of them fit."""
+    """The triplets as parameters of the planned adapter: unchanged if all of them fit, else compressed to its rank."""
     P, lam, Q = joined if len(joined[1]) == planned.rank else compress_triplets(joined, planned.rank)
     return {"P": P, "lam": lam / planned.scale, "Q": Q}
 
@@ -104,7 +106,7 @@ def _fit(joined: Triplets, planned: PlannedAdapter) -> dict[str, torch.Tensor]:
 def _choose_tensors(
     adapted: AdapterState, weights: Mapping[str, float], tensors_from: str | None
 ) -> Mapping[str, torch.Tensor]:
-    """The fully trained parameters and buffers of one of the adapters; of any if they are all the same."""
+    """The fully trained parameters and buffers of ``tensors_from``, or of any adapter if all have the same values."""
     if tensors_from is not None:
         adapted.adapter_set.assert_known(tensors_from)
         return _tensors_of(adapted, tensors_from)
@@ -114,8 +116,8 @@ def _choose_tensors(
         tensors = _tensors_of(adapted, other)
         if odd := [key for key, tensor in tensors.items() if not torch.equal(tensor, chosen[key])]:
             raise ConfigError(
-                f"adapters {first!r} and {other!r} have different values of {odd[0]}, which no sum of updates says "
-                f"anything about; expected whose to take, as in combine(..., tensors_from={first!r})"
+                f"adapters {first!r} and {other!r} have different values of {odd[0]}, which a sum of updates does not "
+                f"determine; expected the adapter to take them from, as in combine(..., tensors_from={first!r})"
             )
     return chosen
 

@@ -1,4 +1,4 @@
-"""Copies of a user's model that share, clone or replace its weights."""
+"""Copy a user's model; its weights are shared, cloned or replaced."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def copy_module(
     """A copy of ``module`` with its class, attributes, hooks and modes, and its own buffers.
 
     Args:
-        module: what to copy; it is not changed.
-        make_parameter: gives the copy's parameter for each one, by its first qualified name.
-        shared: further objects for the copy, by the id of what they stand for.
+        module: the model to copy; it is not changed.
+        make_parameter: called with the first qualified name and the Parameter of each parameter; returns the copy's.
+        shared: objects that the copy uses in place of others, by the id of the replaced object.
 
     Raises:
         AdapterCompilerError: an attribute cannot be copied, or a lazy parameter has no shape yet.
@@ -35,9 +35,9 @@ def copy_module(
         **{id(parameter): make_parameter(name, parameter) for name, parameter in module.named_parameters()},
     }
     detach_computed_attributes(module, memo)
-    # deepcopy keeps what the memo holds alive only by id, so the originals must outlive the call: they do.
+    # The memo refers to the originals by id only, so they must exist until deepcopy returns: ``module`` holds them.
     try:
-        with torch.no_grad():  # so that what TorchScript copies by itself stays a leaf
+        with torch.no_grad():  # so that a tensor that TorchScript copies itself stays a leaf
             return copy.deepcopy(module, memo)
     except Exception as error:
         raise AdapterCompilerError(
@@ -47,7 +47,12 @@ def copy_module(
 
 
 def detach_computed_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Let a deep copy take the values of tensors that a call left behind in attributes, without their history."""
+    """Let a deep copy detach the non-leaf tensors that a call left in attributes; deepcopy would refuse them.
+
+    Args:
+        module: the model to be copied.
+        memo: deepcopy's memo; the detached clones are added to it.
+    """
     for child in module.modules():
         for value in child.__dict__.values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
@@ -55,7 +60,7 @@ def detach_computed_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def assert_not_lazy(module: nn.Module) -> None:
-    """Raise :class:`AdapterCompilerError` for a parameter that gets its shape at the first call."""
+    """Raise :class:`AdapterCompilerError` if a parameter is lazy, that is, gets its shape in the first call."""
     for name, parameter in module.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise AdapterCompilerError(
@@ -71,7 +76,7 @@ def share_parameter(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def share_unpacked(parameter: nn.Parameter) -> nn.Parameter:
-    """A frozen Parameter over the same storage; of a quantized one, over its values in full precision."""
+    """A frozen Parameter over the same storage; a quantized one is unpacked to full precision instead."""
     if not isinstance(parameter, PackedWeight):
         return share_parameter(parameter)
     return replace_parameter(parameter, parameter.unpack(), requires_grad=False)
@@ -83,13 +88,13 @@ def clone_parameter(parameter: nn.Parameter, *, requires_grad: bool) -> nn.Param
 
 
 def replace_parameter(parameter: nn.Parameter, values: torch.Tensor, *, requires_grad: bool) -> nn.Parameter:
-    """A Parameter with these values and the attributes of ``parameter``."""
+    """A Parameter with these values and the Python attributes of ``parameter``."""
     fresh = nn.Parameter(values, requires_grad=requires_grad and values.is_floating_point())
     fresh.__dict__.update({key: value for key, value in parameter.__dict__.items() if key != "_is_param"})
     return fresh
 
 
 def replace_at(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a Parameter at a qualified name, and at no other name of the one it takes the place of."""
+    """Put a Parameter under one qualified name; further names of a tied parameter keep the old one."""
     owner, _, leaf = name.rpartition(".")
     module.get_submodule(owner)._parameters[leaf] = parameter

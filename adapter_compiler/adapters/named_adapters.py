@@ -1,8 +1,8 @@
-"""Several adapters on one model: one is active, the others rest beside it.
+"""Several adapters on one model: one is active, the others are inactive.
 
-A inactive adapter keeps its parameters, and its own values of what else training changes in the model: the
-fully trained parameters and the persistent buffers. The frozen weights exist once. Switching puts other
-adapters into the graphs that there are; nothing is captured anew.
+An inactive adapter keeps its parameters, and its own values of everything else that training changes in the model: the
+fully trained parameters and the persistent buffers. All adapters share one copy of the frozen weights. Switching
+changes which adapter the weights read with; it does not analyze the model again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ from passes.planning.site import AdapterSite
 def add_adapter(
     adapted: AdapterState, name: str, *, config: AdapterConfig | None = None, plan: AdapterPlan | None = None
 ) -> None:
-    """Add a fresh adapter that rests; see :meth:`AdaptedModel.add_adapter`."""
+    """Add a new inactive adapter; see :meth:`AdaptedModel.add_adapter`.
+
+    Raises:
+        ConfigError: the name is not valid or taken.
+        SiteError: no weight would get an adapter, or the plan does not fit the model.
+    """
     adapted.adapter_set.assert_free(name)
     config = adapted.options if config is None else config
     if plan is None:
@@ -41,14 +46,18 @@ def add_adapter(
             "exclude in its config"
         )
     plan = prepare_start(plan, config.start)
-    adapter_parameters = add_inactive(adapted, name, plan, find_module_tensors(adapted))
+    added = add_inactive(adapted, name, plan, find_module_tensors(adapted))
     for adapter in plan:
         weight = adapted.base_weight(adapter.site.weight)
-        start_adapter(adapter, adapter_parameters.parameters_of(adapter), weight, config.start)
+        start_adapter(adapter, added.parameters_of(adapter), weight, config.start)
 
 
 def use_adapter(adapted: AdapterState, name: str) -> None:
-    """Make another adapter the active one; see :meth:`AdaptedModel.use`."""
+    """Make another adapter the active one; see :meth:`AdaptedModel.use`.
+
+    Raises:
+        ConfigError: there is no such adapter.
+    """
     own = adapted.adapter_set
     own.assert_known(name)
     if name == own.active:
@@ -57,21 +66,26 @@ def use_adapter(adapted: AdapterState, name: str) -> None:
     live = find_module_tensors(adapted)
     own.inactive._modules[own.active] = InactiveTensors(live)
     own.active = name
-    for adapter in adapted.plan:
-        for parameter, tensor in adapted.adapters.parameters_of(adapter).items():
-            tensor.requires_grad_(parameter not in adapter.form.frozen)
+    adapted.adapters.assign_gradient_flags(adapted.plan)
     write_module_tensors(adapted, own.find_inactive(name) or {})
     del own.inactive._modules[name]
     adapted.rebuild(adapted.plan)
 
 
 def remove_adapter(adapted: AdapterState, name: str) -> None:
-    """Forget a inactive adapter; see :meth:`AdaptedModel.remove_adapter`."""
+    """Remove an inactive adapter; see :meth:`AdaptedModel.remove_adapter`.
+
+    Raises:
+        ConfigError: there is no such adapter, or it is the active one.
+    """
     own = adapted.adapter_set
     own.assert_known(name)
     if name == own.active:
-        raise ConfigError(f"adapter {name!r} is active, expected one that rests; call use(...) with another name first")
+        raise ConfigError(
+            f"adapter {name!r} is active, expected an inactive one; call use(...) with another name first"
+        )
     del own.plans[name], own.inactive._modules[name]
+    own.initial_plans.pop(name, None)
     if name == FIRST_NAME:
         del adapted._modules["adapters"]
     else:
@@ -87,7 +101,7 @@ def find_module_tensors(adapted: AdapterState) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def write_module_tensors(adapted: AdapterState, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give fully trained parameters and buffers these values; gradients that belong to the old ones go."""
+    """Write these values into fully trained parameters and buffers; gradients of the old values become ``None``."""
     for name, target in find_module_tensors(adapted).items():
         if name in tensors:
             target.copy_(tensors[name])
@@ -98,7 +112,7 @@ def write_module_tensors(adapted: AdapterState, tensors: Mapping[str, torch.Tens
 def fill_parameters(
     adapter_parameters: AdapterParameters, plan: AdapterPlan, values: Mapping[str, Mapping[str, torch.Tensor]]
 ) -> None:
-    """Give every adapter parameter its value, by site and name."""
+    """Write values, given by site and parameter name, into every adapter parameter."""
     for adapter in plan:
         for key, parameter in adapter_parameters.parameters_of(adapter).items():
             parameter.copy_(values[adapter.site.name][key])
@@ -107,23 +121,33 @@ def fill_parameters(
 def add_inactive(
     adapted: AdapterState, name: str, plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]
 ) -> AdapterParameters:
-    """A new inactive adapter of zeros with these values of the model's own tensors; its parameters."""
+    """Add an inactive adapter whose parameters are zero.
+
+    Args:
+        adapted: the model.
+        name: the new adapter's name, which must be free.
+        plan: the adapters.
+        tensors: the adapter's values of fully trained parameters and buffers.
+
+    Returns:
+        The parameters of the new adapter.
+    """
     own = adapted.adapter_set
-    adapter_parameters = AdapterParameters(plan, {key: p.device for key, p in adapted.module.named_parameters()})
-    adapter_parameters.requires_grad_(False)
+    added = AdapterParameters(plan, {key: p.device for key, p in adapted.module.named_parameters()})
+    added.requires_grad_(False)
     own.plans[name] = plan
-    own.added._modules[name] = adapter_parameters
+    own.added._modules[name] = added
     own.inactive._modules[name] = InactiveTensors(tensors)
-    return adapter_parameters
+    return added
 
 
 def _with_trainable(config: AdapterConfig, compiled: AdapterConfig) -> AdapterConfig:
-    """The options with what the whole model trains fully: that is the same for all of its adapters."""
+    """The options with ``trainable`` as compiled, because all adapters of a model train the same parameters fully."""
     return dataclasses.replace(config, trainable=compiled.trainable)
 
 
 def find_known_sites(adapted: AdapterState) -> dict[str, AdapterSite]:
-    """Every weight that can carry an adapter, as a site for all of it, by each of its names, in model order."""
+    """A site for each weight that can have an adapter, for all of its rows, by each of its names, in model order."""
     plans = adapted.adapter_set.plans.values()
     sites = [*adapted.unadapted_sites, *(adapter.site for plan in plans for adapter in plan)]
     found = {site.weight: dataclasses.replace(site, name=site.weight, rows=None) for site in sites}

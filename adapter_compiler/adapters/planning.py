@@ -1,4 +1,4 @@
-"""Which adapter stands at each site: kind, rank, scale and dtype."""
+"""Choose the adapter of each site: kind, rank, scale and dtype."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from passes.planning.site import AdapterSite
 
 
 def plan_adapters(search: SiteSearch, config: AdapterConfig) -> AdapterPlan:
-    """An adapter for every site, of the kind and with the rank that its rule or the configuration says, if it fits."""
+    """An adapter for every site, with the kind, rank and alpha of its rule or of the configuration.
+
+    A site whose smaller dimension is below the rank gets this dimension as its rank.
+    """
     return AdapterPlan(adapters=tuple(_plan_one(site, search.rules.get(site.name), config) for site in search.sites))
 
 
@@ -35,17 +38,20 @@ def _plan_one(site: AdapterSite, rule: AdapterRule | None, config: AdapterConfig
 
 
 def match_plan(plan: AdapterPlan, model: nn.Module) -> AdapterPlan:
-    """The plan for the weights of ``model``, with their dtypes.
+    """The plan with the names and dtypes of the weights of ``model``.
 
     Raises:
-        SiteError: the model has no such weight, or one of another shape or kind.
+        SiteError: the model has no weight of a planned name, or one of another shape or not of floating point.
     """
     aliases, parameters = find_parameter_aliases(model), dict(model.named_parameters())
     adapters = []
     for adapter in plan:
         site = adapter.site
         if site.weight not in aliases:
-            raise SiteError(f"the plan has an adapter for {site.weight}, which {type(model).__name__} does not have")
+            raise SiteError(
+                f"the plan has an adapter for {site.weight}, which {type(model).__name__} does not have; expected only "
+                "weights of the model; plan again for this model"
+            )
         first = aliases[site.weight]
         weight = parameters[first]
         if tuple(weight.shape) != site.shape or not weight.is_floating_point():

@@ -1,4 +1,4 @@
-"""What quantizing and folding found."""
+"""The reports of quantizing and of folding: how far weights are from their exact values."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class WeightError:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizationReport:
-    """What was packed.
+    """Which weights were quantized, with what error, and the memory that it saved.
 
     Attributes:
-        kind: the code, ``"nf4"`` or ``"int8"``.
-        errors: by weight, what packing changed.
-        skipped: why each other adapted weight stays in full precision.
-        bytes_before: memory of the model's parameters and buffers before.
-        bytes_after: the same afterwards.
+        kind: the quantized format, ``"nf4"`` or ``"int8"``.
+        errors: the quantization error of each quantized weight, by name.
+        skipped: why each other adapted weight stays in full precision, by name.
+        bytes_before: memory of the model's parameters and buffers before quantizing, in bytes.
+        bytes_after: the same after quantizing.
     """
 
     kind: str
@@ -40,11 +40,11 @@ class QuantizationReport:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FoldReport:
-    """How exactly each ΔW went into its weight.
+    """The rounding error of each folded weight.
 
     Attributes:
-        rounding_error: by site, the largest |W + ΔW as stored - W + ΔW in float64|.
-        quantization_error: by weight that was quantized, how far the W that went into the sum is from the original.
+        rounding_error: by site, the largest difference between W + ΔW in the weight's dtype and in float64.
+        quantization_error: for each weight that was quantized, how far the unpacked W in the sum is from the original.
     """
 
     rounding_error: Mapping[str, float]

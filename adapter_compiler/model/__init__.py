@@ -1,1 +1,1 @@
-"""The adapted model: how a call gives W + ΔW, and how it folds back."""
+"""The adapted model: how a call computes with W + ΔW, and how the model is folded."""

@@ -1,9 +1,10 @@
-"""The user's model with adapters: called like it, trained like it, folded back into it."""
+"""The user's model with adapters, which is called and trained like the model itself and can be folded into it."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import copyreg
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
@@ -14,7 +15,6 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from adapter_compiler.adapters.adapter_state import AdapterState
 from adapter_compiler.adapters.combine import combine_adapters
 from adapter_compiler.adapters.copies import (
     clone_parameter,
@@ -28,20 +28,23 @@ from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParam
 from adapter_compiler.adapters.reports import FoldReport, QuantizationReport
 from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.config.attach_options import AttachOptions
-from adapter_compiler.model.captured_call import capture_adapted
+from adapter_compiler.model.capture.captured_call import capture_adapted
 from adapter_compiler.model.dispatch.attach import (
     attach_adapters,
     detach_adapters,
     find_adapted_attributes,
-    find_exchanged,
     find_places,
+    find_replaced,
     find_slots,
     share_slots,
 )
 from adapter_compiler.model.dispatch.scope import Token, calling, is_visible, without_adapters
-from adapter_compiler.model.parameter_groups import make_parameter_groups
+from adapter_compiler.model.interface.parameter_groups import make_parameter_groups
+from adapter_compiler.model.interface.peft_names import PeftNames
+from adapter_compiler.model.interface.show import describe_briefly, render_html
+from adapter_compiler.model.interface.signed_class import make_signed_class
+from adapter_compiler.model.interface.summary import AdapterReport, describe_adapters
 from adapter_compiler.model.quantized.quantize_base import quantize_base
-from adapter_compiler.model.summary import AdapterReport, describe_adapters
 from adapter_compiler.saving.adapters import save_adapters
 from adapter_compiler.saving.load_adapter import load_adapter
 from passes.adapt.fold_adapters import merge_weight
@@ -54,7 +57,7 @@ logger = logging.getLogger(__name__)
 Self = TypeVar("Self", bound="AdaptedModel")
 
 
-#: Attributes that an adapted model has itself, whatever the user's module has.
+#: Attributes that are always the adapted model's own, even if the user's module has one of the same name.
 _OWN = frozenset(
     {
         "adapter_set",
@@ -70,26 +73,26 @@ _OWN = frozenset(
 )
 
 
-class AdaptedModel(AdapterState):
-    """A module whose chosen weights carry adapters. Made by ``compile_with_adapters``.
+class AdaptedModel(PeftNames):
+    """A module with adapters at some of its weights. Made by ``compile_with_adapters``.
 
-    A call runs the user's own Python. Whoever reads an adapted weight there, in whatever way, gets W + ΔW
-    (:mod:`adapter_compiler.model.dispatch`): methods, submodules, hooks, changed attributes and threads all see the
-    adapters.
-    The weights are the user's own storage and frozen.
+    A call runs the user's own Python, in which every read of an adapted weight gives W + ΔW
+    (:mod:`adapter_compiler.model.dispatch`). So methods, submodules, hooks, changed attributes and other threads all
+    use the adapters. The weights share the storage of the user's weights and are frozen.
 
-    What this class does not define is looked up in the user's module: ``adapted.generate(...)``, ``adapted.config``,
-    ``adapted.encoder(x)``. Assigning to an attribute that only the user's module has assigns it there.
+    Attributes that this class does not define are looked up in the user's module: ``adapted.generate(...)``,
+    ``adapted.config``, ``adapted.encoder(x)``. An assignment to an attribute that only the user's module has sets it
+    there.
 
     Attributes:
         module: the user's module (a copy that shares the weights' storage, unless ``inplace``). Its methods and
-            submodules run with the adapters. Its parameters are the plain weights, under the names they always had;
-            the attribute of an adapted weight (``module.head.weight``) reads as W + ΔW.
+            submodules run with the adapters. Its parameters are the plain weights, under their original names; the
+            attribute of an adapted weight (``module.head.weight``) reads as W + ΔW.
         adapters: the active adapter's parameters, ``<weight's name>.{P, lam, Q}``.
-        plan: which site has which adapter, in the active one.
-        options: the options it was compiled with.
-        rejected: why each other weight carries no adapter, by name.
-        unadapted_sites: those of the other weights that could carry one.
+        plan: the active adapter's plan: form, rank and scale for each site.
+        options: the options that the model was compiled with.
+        rejected: why each weight without an adapter has none, by name.
+        unadapted_sites: the weights without an adapter that could have one.
         fold_report: rounding errors of the last :meth:`fold`.
         quantization_report: what was quantized, with its errors and the memory before and after.
         was_called: whether a call has run.
@@ -113,27 +116,32 @@ class AdaptedModel(AdapterState):
         self._gradient_flags = gradient_flags
         self._attaching = attaching
         self._token = Token()
-        self._told_of: set[str] = set()
+        self._warned_of: set[str] = set()
         self._attach()
+        self._sign()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the user's module returns for these arguments, with the adapters."""
+        return self.run_module(args, kwargs)
+
+    def run_module(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the user's module with the adapters; ``forward`` does this under the module's own signature."""
         if torch.compiler.is_compiling():
             return self.module(*args, **kwargs)
-        self._warn_of_exchanged()
-        with calling(self._token, find_exchanged(self._adapted_attributes)):
+        self._warn_of_replaced()
+        with calling(self._token, find_replaced(self._adapted_attributes)):
             return self.module(*args, **kwargs) if self.was_called else self._call_first(args, kwargs)
 
     def _call_first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The same, and a warning for each weight with an adapter that the call does not use."""
+        """Call the module, and warn if the call does not use a weight with an adapter."""
         self.was_called = True
-        noted = self._token.noted = set()
+        used = self._token.used = set()
         try:
             result = self.module(*args, **kwargs)
         finally:
-            self._token.noted = None
-        visible = noted or is_visible(self._token)
-        self.unused = tuple(name for name in self.plan.live.by_weight if name not in noted) if visible else ()
+            self._token.used = None
+        visible = used or is_visible(self._token)
+        self.unused = tuple(name for name in self.plan.live.by_weight if name not in used) if visible else ()
         if self.unused:
             logger.warning("no adapter trains at %s: the first call does not use the weight", ", ".join(self.unused))
         return result
@@ -141,32 +149,41 @@ class AdaptedModel(AdapterState):
     def capture(self, *args: Any, **kwargs: Any) -> GraphModule:
         """The fx graph of a call with these arguments, with the adapters in it.
 
-        See :mod:`adapter_compiler.model.captured_call`.
+        See :mod:`adapter_compiler.model.capture.captured_call`.
 
         Raises:
-            CaptureError: the call does not capture as one graph that computes the same.
+            CaptureError: the call cannot be captured as one graph that computes the same.
         """
         options = self._attaching
         return capture_adapted(
             self.module, self.plan, self.adapters, args, kwargs, fused=options.fused, recompute=options.recompute
         )
 
+    def capture_folded(self, *args: Any, **kwargs: Any) -> GraphModule:
+        """The fx graph of a call in which each adapted weight is W + ΔW, as :meth:`fold` gives it, and has no adapter.
+
+        Raises:
+            CaptureError: the call cannot be captured as one graph that computes the same.
+        """
+        return capture_adapted(
+            self.module, self.plan, self.adapters, args, kwargs, fused=False, recompute=False, folded=True
+        )
+
     def rebuild(self, plan: AdapterPlan, adapter_parameters: AdapterParameters | None = None) -> None:
-        """As :meth:`AdapterState.rebuild`, and reads of the weights give the new W + ΔW from now on."""
+        """Give the active adapter another plan, see :meth:`AdapterState.rebuild`; reads then give the new W + ΔW."""
         super().rebuild(plan, adapter_parameters)
         self._attach()
 
     def quantize_base(self, kind: str) -> QuantizationReport:
-        """Keep the frozen weights under adapters in few bits, as ``AdapterConfig(quantize=kind)`` does from the start.
+        """Quantize the frozen weights under adapters, as ``AdapterConfig(quantize=kind)`` does when compiling.
 
-        Do it after an initializer that changes frozen weights, and before training: outputs change by what the
-        code changes of the weights.
+        Call it before training, because outputs change by the quantization error.
 
         Args:
             kind: ``"nf4"`` or ``"int8"``.
 
         Raises:
-            ConfigError: the kind is unknown, or there is nothing to quantize (any more).
+            ConfigError: the kind is unknown, the weights are quantized already, or no weight can be quantized.
             MissingDependencyError: bitsandbytes is not installed.
         """
         self.quantization_report = quantize_base(self, kind)
@@ -174,50 +191,51 @@ class AdaptedModel(AdapterState):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DistributedDataParallel must not broadcast: codes are no plain memory, and never change."""
+        """The parameters that DistributedDataParallel must not broadcast: quantized ones, which never change."""
         return [f"module.{name}" for name in find_packed_weights(self.module)]
 
     def parameter_groups(
         self, lr: float, *, lora_plus_ratio: float = 1.0, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
-        """Groups for an optimizer with a greater learning rate for B or P.
+        """Parameter groups for an optimizer, with a larger learning rate for B or P (LoRA+).
 
-        See :mod:`adapter_compiler.model.parameter_groups`.
+        See :mod:`adapter_compiler.model.interface.parameter_groups`.
         """
         return make_parameter_groups(self, lr, lora_plus_ratio=lora_plus_ratio, weight_decay=weight_decay)
 
     def add_adapter(self, name: str, *, config: AdapterConfig | None = None, plan: AdapterPlan | None = None) -> None:
-        """Add a fresh adapter over the same frozen weights; it rests until :meth:`use` names it.
+        """Add a new adapter over the same frozen weights; it is inactive until :meth:`use` activates it.
 
         Args:
-            name: what to call it, without ``.`` and ``/``.
-            config: sites, rank and the like; by default those the model was compiled with. What concerns graphs
-                and ``trainable`` stays as compiled.
-            plan: the adapters themselves, in place of ``config``.
+            name: its name, without ``.`` and ``/``.
+            config: its sites, kind, rank, scale and start; by default those that the model was compiled with. Options
+                of the whole model (``trainable``, ``fused``, …) have no effect.
+            plan: an existing plan, in place of ``config``.
 
         Raises:
-            ConfigError: the name is taken or cannot be one.
-            SiteError: nothing is adapted, or the plan does not fit the model.
+            ConfigError: the name is not valid or taken.
+            SiteError: no weight would get an adapter, or the plan does not fit the model.
         """
         add_adapter(self, name, config=config, plan=plan)
 
     def load_adapter(self, name: str, directory: str | Path) -> None:
-        """Add an adapter, which rests, from a folder that :meth:`save` or PEFT's ``save_pretrained`` wrote.
+        """Add an inactive adapter from a folder that :meth:`save` or PEFT's ``save_pretrained`` wrote.
 
-        Its ranks, scales and sites may be other than those of the adapters there are.
+        Its ranks, scales and sites may differ from those of the other adapters.
 
         Raises:
-            ConfigError: the name is taken or cannot be one.
+            ConfigError: the name is not valid or taken.
             CheckpointError: the folder cannot be read or belongs to another model.
         """
         load_adapter(self, name, directory)
 
     def use(self, name: str) -> None:
-        """Let calls, training, ``fold`` and ``save`` work with the adapter of this name from now on.
+        """Make an adapter the active one, which calls, training, ``fold`` and ``save`` use.
 
         Only the active adapter requires grad. Fully trained parameters and persistent buffers get the values that
-        they had when this adapter was last active; their gradients go. Optimizers hold the adapters that they were
-        made with: make one for each, from ``trainable_parameters()`` while its adapter is active.
+        they had when this adapter was last active, and their gradients become ``None``. An optimizer keeps the
+        parameters that it was made with, so make one for each adapter, from ``trainable_parameters()`` while the
+        adapter is active.
 
         Raises:
             ConfigError: there is no such adapter.
@@ -225,7 +243,7 @@ class AdaptedModel(AdapterState):
         use_adapter(self, name)
 
     def remove_adapter(self, name: str) -> None:
-        """Forget a inactive adapter.
+        """Remove an inactive adapter.
 
         Raises:
             ConfigError: there is no such adapter, or it is the active one.
@@ -235,15 +253,15 @@ class AdaptedModel(AdapterState):
     def combine(
         self, weights: Mapping[str, float], *, name: str, rank: int | None = None, tensors_from: str | None = None
     ) -> None:
-        """Add the adapter Σ w_i ΔW_i, which rests, from adapters there are.
+        """Add an inactive adapter that is a weighted sum Σ w_i ΔW_i of existing ones.
 
         Args:
-            weights: w_i by adapter; they need not sum to 1.
-            name: what to call the sum.
+            weights: w_i by adapter name; they need not sum to 1.
+            name: the name of the sum.
             rank: by default the sum is exact, with the triplets of all summands; otherwise each weight gets the best
-                approximation of at most this rank.
-            tensors_from: the adapter whose fully trained parameters and buffers the sum has; needed only if they
-                differ.
+                approximation of at most this rank (Eckart-Young).
+            tensors_from: the adapter from which the sum takes fully trained parameters and buffers; needed only if
+                they differ between the adapters.
 
         Raises:
             ConfigError: a name or weight cannot be used, or an update depends on the frozen weight (DoRA).
@@ -251,18 +269,20 @@ class AdaptedModel(AdapterState):
         combine_adapters(self, weights, name=name, rank=rank, tensors_from=tensors_from)
 
     def disable_adapters(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which this thread runs the user's module without adapters; other threads are not concerned."""
+        """A context in which this thread runs the user's module without adapters; other threads are not affected."""
         return without_adapters(self._token)
 
     def fold(self) -> nn.Module:
         """The user's own model with every ΔW merged into its weight.
 
+        Sums are computed in float64 and cast once to the weight's dtype; :attr:`fold_report` then has the rounding
+        errors. Quantized weights are unpacked.
+
         Returns:
-            A copy of the user's class with its state-dict keys, buffers, ``requires_grad`` flags and
-            present training mode, which shares nothing with this object. Sums are made in float64
-            and cast once; :attr:`fold_report` then holds the rounding errors. Quantized weights are unpacked.
+            A copy of the user's module with its class, state-dict keys, buffers, ``requires_grad`` flags and present
+            training mode, which shares no memory with this object.
         """
-        self._warn_of_exchanged()
+        self._warn_of_replaced()
         slots = find_slots(self.module)
         errors: dict[str, float] = {}
 
@@ -283,8 +303,12 @@ class AdaptedModel(AdapterState):
         self.fold_report = FoldReport(rounding_error=errors, quantization_error=quantized)
         return folded
 
+    def find_gradient_flags(self) -> dict[str, bool]:
+        """Which parameters required grad in the model that was compiled, by name."""
+        return dict(self._gradient_flags)
+
     def copy_base(self) -> nn.Module:
-        """The user's own model without adapters: a copy over the same weights, frozen (and unpacked)."""
+        """The user's own model without adapters: a frozen copy that shares the weights; quantized ones are unpacked."""
         return self._copy_without_adapters(lambda _, parameter: share_unpacked(parameter))
 
     def _copy_without_adapters(self, make_parameter: Callable[[str, nn.Parameter], nn.Parameter]) -> nn.Module:
@@ -309,23 +333,23 @@ class AdaptedModel(AdapterState):
         attach_adapters(self.module, self.plan, self.adapters, self._token, self._attaching)
         self._places, self._adapted_attributes = find_places(self.module), find_adapted_attributes(self.module)
 
-    def _warn_of_exchanged(self) -> None:
-        """Say once of each weight whose module is gone that what stands there now has no adapter."""
+    def _warn_of_replaced(self) -> None:
+        """Warn once about each weight that lost its adapter because its module was replaced or removed."""
         if all(place.is_unchanged for place in self._places):
             return
-        held = {slot.weight for slot in find_slots(self.module).values()}
-        lost = [name for name in self.plan.live.by_weight if name not in held and name not in self._told_of]
-        self._told_of.update(lost)
+        attached = {slot.weight for slot in find_slots(self.module).values()}
+        lost = [name for name in self.plan.live.by_weight if name not in attached and name not in self._warned_of]
+        self._warned_of.update(lost)
         self._places, self._adapted_attributes = find_places(self.module), find_adapted_attributes(self.module)
         if lost:
             logger.warning(
-                "no adapter stands at %s any more: the module was exchanged for another or taken away; to adapt what "
-                "stands there now, compile the changed model again",
+                "%s has no adapter any more, because the module was replaced or removed; to adapt the new module, "
+                "compile the changed model again",
                 ", ".join(lost),
             )
 
     def __getattr__(self, name: str) -> Any:
-        """What the user's module has and this class does not define."""
+        """Look up in the user's module what this class does not define."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -336,12 +360,10 @@ class AdaptedModel(AdapterState):
             return getattr(module, name)
         except AttributeError as error:
             kind = type(module).__name__
-            raise AttributeError(
-                f"neither {type(self).__name__} nor the {kind} in it gives {name!r}: {error}"
-            ) from None
+            raise AttributeError(f"neither AdaptedModel nor the {kind} in it gives {name!r}: {error}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assign where the attribute is: what only the user's module has is the module's."""
+        """Set an attribute that only the user's module has in the user's module, and any other one here."""
         module = self.__dict__.get("_modules", {}).get("module")
         if module is None or self._defines(name) or not hasattr(module, name):
             super().__setattr__(name, value)
@@ -352,7 +374,7 @@ class AdaptedModel(AdapterState):
         return name.startswith("_") or name in _OWN or name in self._modules or hasattr(type(self), name)
 
     def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """``.to()``, ``.cuda()``, ``.double()``…: the plans follow the dtypes."""
+        """``.to()``, ``.cuda()``, ``.double()``…: move the module and the adapters, and update dtypes in the plans."""
         with moved_weights(self.module, fn):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         plans = self.adapter_set.plans
@@ -362,24 +384,50 @@ class AdaptedModel(AdapterState):
         self._attach()
         return self
 
+    def _get_name(self) -> str:
+        """The name of the user's class, by which libraries recognize a model."""
+        return type(self.module).__name__
+
+    def __repr__(self) -> str:
+        return describe_briefly(self)
+
+    def _repr_html_(self) -> str:
+        return render_html(self.report())
+
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
-        """A model of its own with the same adapters."""
+        """An independent model with copies of the adapters."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         detach_computed_attributes(self.module, memo)
-        with torch.no_grad():  # so that what TorchScript copies by itself stays a leaf
-            copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        copied._attach()
+        with torch.no_grad():  # so that a tensor that TorchScript copies itself stays a leaf
+            copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but what is found again from it."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_places", "_adapted_attributes")}
+        """Leave out what :meth:`_attach` computes again."""
+        found = super().__getstate__()
+        return {key: value for key, value in found.items() if key not in ("_places", "_adapted_attributes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Put the adapters at the weights, whatever classes were made of."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        """Attach the adapters again."""
+        super().__setstate__(state)
         self._attach()
+        self._sign()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as an instance of this class, because subclasses of ``make_signed_class`` cannot be imported."""
+        reduced = super().__reduce_ex__(protocol)
+        if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return (_make_empty, (), *reduced[2:])
+        return reduced
+
+    def _sign(self) -> None:
+        object.__setattr__(self, "__class__", make_signed_class(AdaptedModel, self.module))
+
+
+def _make_empty() -> AdaptedModel:
+    """A model that pickle fills."""
+    return AdaptedModel.__new__(AdaptedModel)
 
 
 def _follow_dtypes(plan: AdapterPlan, module: nn.Module, adapter_parameters: AdapterParameters) -> AdapterPlan:

@@ -1,7 +1,7 @@
-"""Starting values of adapters.
+"""Initial values of adapters.
 
-A new initializer that needs no data is one file here that gives :class:`StartingFactors`, and one entry in
-:data:`INITIALIZERS`. Those that look at data give the same; see
+To add an initializer that needs no data, write one file here with a function that returns :class:`StartingFactors`,
+and add one entry to :data:`INITIALIZERS`. Initializers that need data return the same class; see
 :mod:`adapter_compiler.training.calibration.start_from_data`.
 """
 
@@ -21,7 +21,7 @@ from adapter_compiler.config.start_options import PISSA_NAME, StartOptions
 from passes.forms import with_offset
 from passes.planning.plan import AdapterPlan, PlannedAdapter
 
-#: The initializers that need no data, by the names that ``AdapterConfig(init=...)`` takes.
+#: The initializers that need no data, by their name in ``AdapterConfig(init=...)``.
 INITIALIZERS: Mapping[str, Initializer] = {
     "gaussian": Initializer(draw=draw_gaussian),
     "kaiming": Initializer(draw=draw_kaiming),
@@ -31,7 +31,10 @@ INITIALIZERS: Mapping[str, Initializer] = {
 
 
 def prepare_start(plan: AdapterPlan, options: StartOptions) -> AdapterPlan:
-    """The plan with forms that keep where they started, if the initializer does not start at ΔW = 0."""
+    """The plan; where the initializer does not start at ΔW = 0, with forms that subtract the start again.
+
+    Such a form keeps the initial factors as frozen parameters (:class:`passes.forms.OffsetForm`).
+    """
     adapters = [
         dataclasses.replace(adapter, form=with_offset(adapter.form, adapter.rank))
         if adapter.rank and _find(adapter, options).is_shifted
@@ -44,20 +47,20 @@ def prepare_start(plan: AdapterPlan, options: StartOptions) -> AdapterPlan:
 def start_adapter(
     adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor], weight: torch.Tensor, options: StartOptions
 ) -> None:
-    """Give an adapter its starting values.
+    """Write the initial values into an adapter's parameters.
 
     Args:
         adapter: the plan for the site, after :func:`prepare_start`.
-        parameters: its parameters by name.
-        weight: the frozen weight.
-        options: which initializer.
+        parameters: the adapter's parameters by name.
+        weight: the frozen weight, in its own shape.
+        options: the initializer's name and options.
     """
     factors = _find(adapter, options).draw(adapter, widen(weight, adapter), options) if adapter.rank else None
     write_start(adapter, parameters, weight, factors)
 
 
 def _find(adapter: PlannedAdapter, options: StartOptions) -> Initializer:
-    """The initializer by name, or the one that is best for the form."""
+    """The initializer that the options name, or the form's default."""
     if options.name is None:
         has_lam = "lam" in adapter.form.parameter_shapes(1, 1, 1)
         return INITIALIZERS["orthogonal" if has_lam else "kaiming"]

@@ -1,4 +1,4 @@
-"""What an initializer gives, and how it becomes the parameters of any form."""
+"""The result of an initializer, and how it is written into the parameters of any form."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from passes.planning.plan import PlannedAdapter
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StartingFactors:
-    """Directions that an adapter starts with, and how much of each is there.
+    """The directions that an adapter starts with, and the size of each.
 
     Attributes:
-        left: [out, r], what P or B is made from; ``None`` for LoRA's start, B = 0, or P = 0 and λ = 1.
-        right: [r, in], what Q or A is made from.
-        values: [r], so that ΔW = s · left diag(values) right at the start; ``None`` for ΔW = 0, by B = 0 or λ = 0.
-            Where it is not zero, the start is taken out of the frozen weight (see :class:`passes.forms.OffsetForm`).
+        left: [out, r], the source of P or B; ``None`` for LoRA's start: B = 0, or P = 0 with λ = 1.
+        right: [r, in], the source of Q or A.
+        values: [r], such that ΔW = s · left diag(values) right at the start; ``None`` for ΔW = 0 (B = 0 or λ = 0).
+            Where ΔW is not zero, it is subtracted from the frozen weight (see :class:`passes.forms.OffsetForm`).
     """
 
     left: torch.Tensor | None
@@ -29,7 +29,7 @@ class StartingFactors:
     values: torch.Tensor | None = None
 
 
-#: Draws the factors for a weight [out, in], which is in the adapter's dtype, float32 at least.
+#: Returns the factors for a weight [out, in], which is given in the adapter's dtype, at least float32.
 Draw = Callable[[PlannedAdapter, torch.Tensor, StartOptions], StartingFactors]
 
 
@@ -38,8 +38,8 @@ class Initializer:
     """An initializer that needs no data.
 
     Attributes:
-        draw: gives the factors.
-        is_shifted: whether ΔW is not zero at the start, so that the form must keep where it started.
+        draw: returns the factors.
+        is_shifted: whether ΔW is not zero at the start, so that the form must keep and subtract its start.
     """
 
     draw: Draw
@@ -49,17 +49,18 @@ class Initializer:
 def draw_orthonormal(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[rows, columns] with orthonormal columns, uniformly distributed, from torch's global generator.
 
-    Needs ``rows >= columns``. Computed in float32 at least: there is no QR decomposition of half precision.
+    Needs ``rows >= columns``. It is computed in at least float32, because torch has no QR decomposition in half
+    precision.
     """
     normal = torch.empty(rows, columns, dtype=torch.promote_types(dtype, torch.float32), device=device).normal_()
     basis, upper = torch.linalg.qr(normal)
-    signs = upper.diagonal().sgn()  # else the distribution depends on how QR is done
+    signs = upper.diagonal().sgn()  # without this, the distribution depends on the signs that the QR routine chooses
     drawn: torch.Tensor = basis * signs
     return drawn.to(dtype)
 
 
 def widen(weight: torch.Tensor, adapter: PlannedAdapter) -> torch.Tensor:
-    """The weight, or a gradient of its shape, as [out, in] in the adapter's dtype, float32 at least."""
+    """The weight, or a gradient of its shape, as a matrix [out, in] in the adapter's dtype, at least float32."""
     return adapter.site.to_matrix(weight.detach()).to(torch.promote_types(adapter.dtype, torch.float32))
 
 
@@ -70,10 +71,10 @@ def write_start(
     weight: torch.Tensor,
     factors: StartingFactors | None,
 ) -> None:
-    """Put the factors into an adapter's parameters, and what a form derives from them and from the weight.
+    """Write the factors into an adapter's parameters, then the parameters that derive from the factors or the weight.
 
     Args:
-        adapter: the plan for the site; its form keeps the start if ``factors`` have values.
+        adapter: the plan for the site; its form must keep the start if ``factors.values`` is not ``None``.
         parameters: the adapter's parameters by name.
         weight: the frozen weight, in its own shape.
         factors: ``None`` for an adapter of rank 0.
@@ -101,7 +102,7 @@ def _write_triplets(parameters: Mapping[str, torch.Tensor], factors: StartingFac
 
 
 def _write_product(parameters: Mapping[str, torch.Tensor], factors: StartingFactors) -> None:
-    """B = left √v and A = √v right; without values B = 0."""
+    """B = left diag(√values) and A = diag(√values) right; without values, B = 0 and A = right."""
     if factors.values is None:
         parameters["B"].zero_()
         parameters["A"].copy_(factors.right)

@@ -1,8 +1,8 @@
 """EVA: start along the directions in which a layer's inputs vary most (Paischer et al. 2024, arXiv 2410.07170).
 
-The right factor is made of the first r right singular vectors of the inputs X [rows, in], found batch by batch: the
-decomposition of what was kept, weighted by its singular values, above the next batch. Rows are not centered, as in the
-paper; PEFT's incremental PCA centers them.
+The right factor is the first r right singular vectors of the layer's inputs X [rows, in]. They are computed batch by
+batch: each step decomposes the components kept so far, multiplied by their singular values, stacked on the next batch.
+Rows are not centered, as in the paper; PEFT's incremental PCA centers them.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import torch
 
 
 class IncrementalSvd:
-    """The right singular vectors of rows that come batch by batch (Ross et al. 2008, without a mean).
+    """The right singular vectors of a matrix whose rows come batch by batch (Ross et al. 2008, without a mean).
 
     Attributes:
         components: [k, in], orthonormal rows, largest singular value first.
         values: [k], the singular values.
-        total: Σ of the squares of everything seen.
+        total: the sum of the squares of all elements so far.
     """
 
     def __init__(self, count: int, *, centered: bool = False) -> None:
-        """Keep ``count`` components; ``centered`` follows the rows' mean and gives principal components."""
+        """Keep at most ``count`` components; with ``centered``, of rows minus their mean (principal components)."""
         self.count = count
         self.centered = centered
         self.components = torch.empty(0, 0)
@@ -31,7 +31,7 @@ class IncrementalSvd:
 
     @torch.no_grad()
     def add(self, rows: torch.Tensor) -> None:
-        """Follow a batch, [n, in]."""
+        """Add a batch of rows, [n, in]."""
         rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
         if not len(rows):
             return
@@ -46,11 +46,11 @@ class IncrementalSvd:
 
     @property
     def explained(self) -> torch.Tensor:
-        """The share of the variance along each component, [k]."""
+        """Each component's share of :attr:`total`, [k]."""
         return self.values.square() / max(self.total, torch.finfo(torch.float32).tiny)
 
     def _center(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        """The rows around their own mean, and what the shift of the mean adds, so that the sum of squares is exact."""
+        """The rows minus their own mean, and one row for the shift of the mean, so that the sum of squares is exact."""
         mean = rows.mean(0)
         parts = [rows - mean]
         if self._seen:

@@ -1,6 +1,6 @@
-"""LoRA's own start: A uniform as in ``nn.Linear``, B zero (the authors' code, followed by PEFT).
+"""The start in the LoRA authors' code and in PEFT: A uniform as in ``nn.Linear``, B zero.
 
-With triplets it is Q uniform, P zero and λ = 1.
+For forms with triplets: Q uniform, P zero and λ = 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from passes.planning.plan import PlannedAdapter
 
 
 def draw_kaiming(adapter: PlannedAdapter, weight: torch.Tensor, options: StartOptions) -> StartingFactors:
-    """The right factor kaiming-uniform with a = √5, so within ±1/√in, ΔW = 0."""
+    """Draw the right factor Kaiming-uniform with a = √5, which is uniform in ±1/√in; ΔW = 0."""
     right = torch.empty(adapter.rank, adapter.site.in_features, dtype=adapter.dtype, device=weight.device)
     torch.nn.init.kaiming_uniform_(right, a=math.sqrt(5))
     return StartingFactors(left=None, right=right)

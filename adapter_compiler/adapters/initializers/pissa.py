@@ -10,7 +10,7 @@ from passes.planning.plan import PlannedAdapter
 
 
 def draw_pissa(adapter: PlannedAdapter, weight: torch.Tensor, options: StartOptions) -> StartingFactors:
-    """W = U S Vᵀ; s · ΔW₀ = U_r S_r V_rᵀ, whatever the scale s, as in PEFT (the paper has s = 1)."""
+    """With W = U S Vᵀ, start at ΔW₀ = U_r S_r V_rᵀ, which includes the scale s, as in PEFT (the paper has s = 1)."""
     matched = PISSA_NAME.match(options.name or "pissa")
     assert matched is not None
     if matched["iterations"] is None:

@@ -1,1 +1,1 @@
-"""The adapters' numbers and how they lie in memory."""
+"""The adapters' parameters and their layout in memory."""

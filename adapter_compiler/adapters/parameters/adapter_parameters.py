@@ -1,26 +1,27 @@
-"""The adapters' parameters: one set that all captured graphs share, views into a few flat buffers.
+"""The parameters of one adapter, as views into a few flat buffers.
 
-Users and optimizers see ordinary named Parameters. That they are neighbors in memory lets scores, the
-regularizer and masking run as a handful of kernels however many sites there are. Whatever replaces a
-parameter's memory from outside (FSDP, an offloading library) only costs that: :attr:`AdapterParameters.flat`
-then says ``None``, and each parameter is worked on by itself.
+Users and optimizers see ordinary named Parameters. Because they are contiguous in memory, scores, the regularizer and
+masking run as a few kernels, however many sites there are. If another library replaces a parameter's memory (FSDP,
+offloading), only this speed is lost: :attr:`AdapterParameters.flat` is then ``None``, and each parameter is processed
+separately.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from adapter_compiler.adapters.parameters.flat_buffers import FlatLayout, Key, plan_layout
+from adapter_compiler.adapters.parameters.separate_storage import separate_storage
 from passes.base import make_containers
 from passes.planning.plan import AdapterPlan, PlannedAdapter
 
 Self = TypeVar("Self", bound="AdapterParameters")
 
-#: The family of parameters that make up triplets, which a rank budget can prune, and that of all others.
+#: The two families of parameters: those of triplets, which a rank budget can prune, and all others.
 TRIPLETS, OTHERS = "triplets", "others"
 
 _TRIPLET_NAMES = {"P", "lam", "Q"}
@@ -28,14 +29,19 @@ _DERIVED = ("_layout", "_flat_buffers", "_pointers", "_owners")
 
 
 class AdapterParameters(nn.Module):
-    """Holds the parameters of each planned adapter under ``<weight's name>.<parameter>``.
+    """The parameters of each planned adapter, named ``<weight's name>.<parameter>``.
 
-    The nesting repeats the model's, so state-dict keys read ``encoder.0.query.weight.P``. A parameter
-    keeps its identity through ``.to()``, copies and :meth:`resize`, so optimizers keep theirs.
+    The nesting is that of the model, so a state-dict key is, for example, ``encoder.0.query.weight.P``. ``.to()`` and
+    :meth:`resize` keep the Parameter objects, so optimizers keep working.
     """
 
     def __init__(self, plan: AdapterPlan, devices: Mapping[str, torch.device]) -> None:
-        """Allocate the parameters, zeros, on the device of each weight."""
+        """Allocate the parameters as zeros.
+
+        Args:
+            plan: the adapters.
+            devices: the device of each weight, by its first qualified name.
+        """
         super().__init__()
         self._names: dict[str, tuple[str, ...]] = {}
         for adapter in plan:
@@ -44,9 +50,10 @@ class AdapterParameters(nn.Module):
 
     @torch.no_grad()
     def adopt(self, plan: AdapterPlan) -> None:
-        """Hold what the forms of another plan for the same sites need.
+        """Change to the parameters that another plan for the same sites needs.
 
-        Parameters that both have keep their identity and, where the shapes agree, their values; new ones are zero.
+        Parameters that both plans have stay the same objects and, where the shapes agree, keep their values. New
+        parameters are zero.
         """
         mine = self.keyed_parameters
         resized: dict[Key, torch.Tensor] = {}
@@ -62,7 +69,7 @@ class AdapterParameters(nn.Module):
         self.resize(resized)
 
     def _register(self, adapter: PlannedAdapter, device: torch.device) -> None:
-        """Make the parameters of one adapter that are not there yet, zeros."""
+        """Create the missing parameters of one adapter as zeros."""
         owner = make_containers(self, adapter.site.name)
         for name, shape in adapter.parameter_shapes.items():
             if owner._parameters.get(name) is None:
@@ -83,7 +90,7 @@ class AdapterParameters(nn.Module):
 
     @property
     def families(self) -> dict[Key, str]:
-        """By parameter, whether it is part of triplets that a rank budget can prune."""
+        """The family of each parameter: :data:`TRIPLETS`, which a rank budget can prune, or :data:`OTHERS`."""
         return {
             (site, name): TRIPLETS if name in _TRIPLET_NAMES <= set(names) else OTHERS
             for site, names in self._names.items()
@@ -97,7 +104,7 @@ class AdapterParameters(nn.Module):
 
     @property
     def flat(self) -> tuple[FlatLayout, list[torch.Tensor]] | None:
-        """The layout and the flat buffers of values, or ``None`` if a parameter is not a view of them any more."""
+        """The layout and the flat buffers of values; ``None`` if a parameter is no longer a view of them."""
         for (key, owner), pointer in zip(self._owners, self._pointers, strict=True):
             parameter = owner._parameters[key[1]]
             if type(parameter) is not nn.Parameter or parameter.data_ptr() != pointer:
@@ -106,23 +113,23 @@ class AdapterParameters(nn.Module):
 
     @torch.no_grad()
     def resize(self, values: Mapping[Key, torch.Tensor]) -> None:
-        """Give parameters new values, possibly of other shapes; gradients go.
+        """Give parameters new values, which may have other shapes; their gradients become ``None``.
 
         Args:
-            values: by site and name; what is not named stays.
+            values: the new values by site and parameter name; other parameters do not change.
         """
         parameters = self.keyed_parameters
         for key, value in values.items():
             parameter = parameters[key]
             parameter.grad = None
-            # Autograd keeps the old shape for a live graph's sake; it forgets it when the dtype changes.
+            # Autograd remembers the shape for graphs that still exist, and forgets it when the dtype changes.
             parameter.data = torch.empty(0, dtype=torch.int8 if value.is_complex() else torch.complex64)
             parameter.data = value.to(value.dtype)
         self._flatten()
 
     @torch.no_grad()
     def _flatten(self) -> None:
-        """Move all values into flat buffers and let the parameters be views of them."""
+        """Move all values into flat buffers, and make the parameters views of these."""
         self._owners = [
             ((site, name), self.get_submodule(site)) for site, names in self._names.items() for name in names
         ]
@@ -138,14 +145,36 @@ class AdapterParameters(nn.Module):
             parameter.data = views[key]
         self._pointers = [parameter.data_ptr() for parameter in parameters.values()]
 
+    def assign_gradient_flags(self, planned: Iterable[PlannedAdapter]) -> None:
+        """Let the parameters of these adapters require grad if their form trains them and they are not empty.
+
+        DistributedDataParallel waits for the gradients of all parameters that require grad, so empty ones must not.
+        """
+        for adapter in planned:
+            for name, parameter in self.parameters_of(adapter).items():
+                parameter.requires_grad_(parameter.numel() > 0 and name not in adapter.form.frozen)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The state dict, in which each tensor shares memory with its parameter but has a separate storage.
+
+        Libraries that write safetensors (Accelerate, Trainer, ``safetensors.torch.save_model``) treat tensors with one
+        storage as tied weights, and write only one of them.
+        """
+        found: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
+        for name, _ in self.named_parameters(remove_duplicate=False):
+            if (key := prefix + name) in found:
+                found[key] = separate_storage(found[key])
+        return found
+
     def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """``.to()``, ``.cuda()``, ``.double()``…: torch moves each parameter alone, so they are joined again."""
+        """``.to()``, ``.cuda()``, ``.double()``…: torch moves each parameter separately, so they are joined again."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._flatten()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold the parameters once."""
+        """Leave out the flat buffers, so that copies and pickles hold each value once."""
         return {k: v for k, v in self.__dict__.items() if k not in _DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

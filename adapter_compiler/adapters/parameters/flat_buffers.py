@@ -1,8 +1,8 @@
-"""Where parameters stand in a few flat buffers, so that one kernel serves them all.
+"""The positions of parameters in a few flat buffers, so that one kernel can process all of them.
 
-Parameters of one dtype, device and family share a buffer. In it the λ of all sites come first, without
-gaps; then every other parameter, ordered by name and shape, so that parameters of one shape form a stack
-[n, …] by a view. A layout is a description only: the same one serves values, gradients, Ī and U.
+Parameters of one dtype, device and family share a buffer. First in it are the λ of all sites, without gaps; then all
+other parameters, ordered by name and shape, so that a view gives parameters of one shape as a stack [n, …]. A layout
+is a description only: the same one is used for values, gradients, and AdaLoRA's averages Ī and Ū (eq. 9 and 10).
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 
-#: Offsets are multiples of this many elements (λ aside): vector loads want 16 bytes, cache lines 64.
+#: Offsets, except those of λ, are multiples of this many elements: vector loads need 16 bytes, cache lines have 64.
 _ALIGNMENT = 16
 
-#: A parameter: the site it belongs to, and its name in the adapter.
+#: Identifies a parameter: the name of its site, and its name in the adapter.
 Key = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Parameters of one name and shape that stand at equal distances in one buffer.
+    """Parameters of one name and shape at equal distances in one buffer.
 
     Attributes:
         name: the parameters' name in their adapters, such as ``P``.
-        shape: the shape of each.
+        shape: the shape of each parameter.
         buffer: index of the buffer.
-        offset: where the first begins.
-        stride: elements from one to the next.
-        keys: which parameters, in order.
+        offset: the first element of the first parameter.
+        stride: the number of elements from one parameter to the next.
+        keys: the parameters, in order.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Stack:
     keys: tuple[Key, ...]
 
     def view(self, buffers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The stack [n, …] in these buffers."""
+        """A view [n, …] of the stack in these buffers."""
         strides = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
         return buffers[self.buffer].as_strided((len(self.keys), *self.shape), (self.stride, *strides), self.offset)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlatBuffer:
-    """One buffer: what it is made of and how long it is; its first ``lam`` elements are all λ."""
+    """The description of one buffer: ``size`` elements, of which the first ``lam`` are the λ of all sites."""
 
     dtype: torch.dtype
     device: torch.device
@@ -59,11 +59,11 @@ class FlatBuffer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlatLayout:
-    """The buffers and what stands where in them.
+    """The buffers, and the position of every parameter in them.
 
     Attributes:
-        buffers: their descriptions.
-        stacks: all parameters, by stacks; λ of different ranks follow each other in stacks of their own.
+        buffers: the description of each buffer.
+        stacks: all parameters, grouped in stacks; λ of different ranks are in different stacks.
     """
 
     buffers: tuple[FlatBuffer, ...]
@@ -74,25 +74,25 @@ class FlatLayout:
         return [torch.zeros(b.size, dtype=b.dtype, device=b.device) for b in self.buffers]
 
     def views(self, buffers: Sequence[torch.Tensor]) -> dict[Key, torch.Tensor]:
-        """Each parameter's part of the buffers, in its shape."""
+        """A view of the buffers for each parameter, in its shape."""
         found: dict[Key, torch.Tensor] = {}
         for stack in self.stacks:
             found.update(zip(stack.keys, stack.view(buffers).unbind(), strict=True))
         return found
 
     def select(self, family: Hashable) -> FlatLayout:
-        """The same layout with the buffers of one family only."""
+        """The part of the layout that has the buffers of one family."""
         kept = [i for i, buffer in enumerate(self.buffers) if buffer.family == family]
         stacks = [dataclasses.replace(s, buffer=kept.index(s.buffer)) for s in self.stacks if s.buffer in kept]
         return FlatLayout(buffers=tuple(self.buffers[i] for i in kept), stacks=tuple(stacks))
 
 
 def plan_layout(parameters: Mapping[Key, torch.Tensor], families: Mapping[Key, Hashable]) -> FlatLayout:
-    """Arrange parameters.
+    """Assign each parameter a position.
 
     Args:
-        parameters: what to arrange; only shapes, dtypes and devices matter.
-        families: of each; different families never share a buffer.
+        parameters: the parameters; only their shapes, dtypes and devices matter.
+        families: the family of each; different families never share a buffer.
     """
     members: dict[tuple[torch.dtype, torch.device, Hashable], list[Key]] = {}
     for key, parameter in parameters.items():
@@ -107,13 +107,13 @@ def plan_layout(parameters: Mapping[Key, torch.Tensor], families: Mapping[Key, H
 
 
 def _order(key: Key, parameter: torch.Tensor) -> tuple[object, ...]:
-    """λ in the order of the sites; the others by name and shape (sorting is stable)."""
+    """A sort key: λ in the order of the sites, the others by name and shape (sorting is stable)."""
     is_lam = key[1] == "lam"
     return (not is_lam, key[1], () if is_lam else tuple(parameter.shape))
 
 
 def _stack_up(keys: Sequence[Key], parameters: Mapping[Key, torch.Tensor], buffer: int) -> tuple[list[Stack], int, int]:
-    """The stacks of one buffer, its size, and how many of its first elements are λ."""
+    """The stacks of one buffer, its size, and the number of λ at its start."""
     stacks: list[Stack] = []
     offset = lam = 0
     for key in keys:

@@ -1,6 +1,7 @@
-"""How Python runs with adapters: every read of an adapted weight, by whoever and wherever, gives W + ΔW.
+"""How the model's Python runs with adapters: every read of an adapted weight gives W + ΔW.
 
-``scope`` says which threads see adapters at the moment, ``slots`` keeps what stands at a weight, ``adapted_weight`` is
-the tensor that a read gives, ``classes`` makes modules give it, ``attach`` puts it all into a model and takes it out,
-``memory`` lets activations keep less for backward. Nothing here captures a graph.
+``attach`` adds adapters to a model and removes them. ``classes`` makes the subclasses of module classes in which
+weights read as W + ΔW. ``weights`` has the tensor that a read gives. ``slots`` holds the adapters of a weight.
+``scope`` tells whether a thread sees adapters. ``memory`` lets activations keep less for backward. Nothing here
+captures a graph.
 """

@@ -1,9 +1,9 @@
-"""Subclasses of users' module classes whose adapted weights read as W + ΔW, as ``parametrize`` of torch makes them.
+"""Subclasses of users' module classes in which an adapted weight is a property that reads as W + ΔW.
 
-Parameters stay registered under their own names: ``named_parameters``, state dicts, optimizers and
-``torch.func.functional_call`` see the plain weights. Only reading the attribute gives the sum. Two kinds of modules
-need more: ``nn.Linear``, whose own ``forward`` is so frequent that it has a quick one, and recurrent ones, which keep a
-list of their weights.
+``torch.nn.utils.parametrize`` does the same. Parameters stay registered under their own names: ``named_parameters``,
+state dicts, optimizers and ``torch.func.functional_call`` see the plain weights. Only a read of the attribute gives the
+sum. Two kinds of modules need more: ``nn.Linear``, which gets a faster ``forward`` because it is called so often, and
+recurrent modules, which keep a list of their weights.
 """
 
 from __future__ import annotations
@@ -20,26 +20,29 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from adapter_compiler.errors import SiteError
-from adapter_compiler.model.dispatch.adapted_weight import AdaptedWeight, make_adapted_weight, multiply
 from adapter_compiler.model.dispatch.memory import find_recomputation
-from adapter_compiler.model.dispatch.scope import remembered, same_scope
+from adapter_compiler.model.dispatch.scope import reuse_read, same_scope
 from adapter_compiler.model.dispatch.slots import SLOTS, Slot, read_registered
-from passes.adapt.apply_adapters import BoundAdapter, adapted_sum, is_transformed
+from adapter_compiler.model.dispatch.weights.adapted_weight import AdaptedWeight, make_adapted_weight
+from adapter_compiler.model.dispatch.weights.products import multiply
+from adapter_compiler.model.dispatch.weights.writes import view_values
+from passes.adapt.apply_adapters import BoundAdapter, adapted_sum
+from passes.compat import FLAT_WEIGHTS, UPDATE_FLAT_WEIGHTS, flat_weight_names, is_transformed
 from passes.quantize.packed_weights import is_packed
 
-#: Torch's own code, as it was when this was imported: it may be patched later.
+#: Torch's own functions at import time; somebody may patch them later.
 _LINEAR_FORWARD, _LINEAR = nn.Linear.forward, F.linear
 
-#: Where a module remembers the adapted weights that were deleted from it.
+#: The attribute in which a module keeps the adapted weights that were deleted from it.
 _DELETED = "_deleted_adapted_weights"
 
 
 class AdaptedModule:
-    """Base of all such subclasses; it keeps a user's ``__init_subclass__`` from hearing of them.
+    """The base class of all such subclasses. It hides them from a user's ``__init_subclass__``.
 
     Attributes:
-        users_class: the class that the module had.
-        made_with: what :func:`make_adapted_class` was given.
+        users_class: the module's original class.
+        made_with: the arguments of :func:`make_adapted_class`: leaves, is_checkpointed, forward.
     """
 
     users_class: type[nn.Module]
@@ -49,7 +52,7 @@ class AdaptedModule:
         pass
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Another class of the user's gets the adapters; an adapted weight that is assigned takes its own along."""
+        """Keep adapters when ``__class__`` is assigned, and take them along when an adapted weight is assigned."""
         if name == "__class__" and not issubclass(value, AdaptedModule):
             leaves, is_checkpointed, _ = self.made_with
             set_class(self, make_adapted_class(value, leaves, is_checkpointed=is_checkpointed))
@@ -71,18 +74,18 @@ class AdaptedModule:
             self.__dict__.setdefault(_DELETED, {})[name] = weakref.ref(weight)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of ``nn.Module``.
+        """Register a parameter, as ``nn.Module`` does.
 
         Raises:
-            SiteError: an adapted weight is moved to another name, where its adapter would not be seen.
+            SiteError: an adapted weight is moved to another name, where its adapter would have no effect.
         """
         for leaf, deleted in self.__dict__.get(_DELETED, {}).items():
             if param is not None and name != leaf and deleted() is param:
                 del self.__dict__[_DELETED][leaf]
                 super().register_parameter(leaf, param)  # type: ignore[misc]
                 raise SiteError(
-                    f"{leaf} of {self.users_class.__name__} has an adapter and cannot become {name}; do this before "
-                    "compile_with_adapters, or after fold()"
+                    f"{leaf} of {self.users_class.__name__} has an adapter and cannot be renamed to {name}; expected "
+                    "the same name; rename it before compile_with_adapters, or after fold()"
                 )
         super().register_parameter(name, param)  # type: ignore[misc]
 
@@ -94,7 +97,7 @@ class AdaptedModule:
 
 
 def set_class(module: Any, cls: type) -> None:
-    """Change the class of a module, past what a class of ours makes of that."""
+    """Change the class of a module without :meth:`AdaptedModule.__setattr__`."""
     object.__setattr__(module, "__class__", cls)
 
 
@@ -108,13 +111,13 @@ def make_adapted_class(
     is_checkpointed: bool = False,
     forward: Callable[..., Any] | None = None,
 ) -> type:
-    """The subclass of a user's class in which these parameters read as sums; one for equal arguments.
+    """The subclass of a user's class in which these parameters read as W + ΔW; equal arguments give the same class.
 
     Args:
         cls: the user's class.
         leaves: names of parameters.
-        is_checkpointed: whether a call in training keeps its inputs and computes the rest again in backward.
-        forward: a ``forward`` that computes the same.
+        is_checkpointed: whether a call in training keeps only its inputs and recomputes the rest in backward.
+        forward: a ``forward`` to use instead of the class's, or ``None``.
     """
     known = _made.setdefault(cls, {})
     key = (leaves, is_checkpointed, forward)
@@ -127,8 +130,8 @@ def make_adapted_class(
         if "weight" in leaves and cls.forward is _LINEAR_FORWARD:
             members["forward"] = _call_linear
         if issubclass(cls, nn.RNNBase) and leaves:
-            members["_flat_weights"] = property(_read_flat_weights, _ignore_flat_weights)
-            members["_update_flat_weights"] = _keep_flat_weights
+            members[FLAT_WEIGHTS] = property(_read_flat_weights, _ignore_flat_weights)
+            members[UPDATE_FLAT_WEIGHTS] = _keep_flat_weights
         if is_checkpointed:
             members["forward"] = _make_checkpointed(members.get("forward", cls.forward))
         known[key] = types.new_class(cls.__name__, (AdaptedModule, cls), {}, lambda names: names.update(members))
@@ -136,7 +139,10 @@ def make_adapted_class(
 
 
 def find_restored_class(cls: type[AdaptedModule]) -> type[nn.Module]:
-    """The class without adapters; one that was derived from an adapted class, as by ``parametrize``, is made anew."""
+    """The class without adapters.
+
+    If ``cls`` was derived from an adapted class, as by ``parametrize``, this is a new class derived from the original.
+    """
     if "made_with" in vars(cls):
         return cls.users_class
     own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
@@ -147,7 +153,7 @@ def find_restored_class(cls: type[AdaptedModule]) -> type[nn.Module]:
 def _rebuild(
     cls: type[nn.Module], leaves: frozenset[str], is_checkpointed: bool, forward: Callable[..., Any] | None
 ) -> nn.Module:
-    """An empty module of the subclass; pickle and deepcopy fill it."""
+    """An empty module of the subclass; pickle and deepcopy then set its attributes."""
     made = make_adapted_class(cls, leaves, is_checkpointed=is_checkpointed, forward=forward)
     module: nn.Module = object.__new__(made)
     return module
@@ -158,7 +164,7 @@ def _make_property(leaf: str) -> property:
         weight = read_registered(module, leaf)
         try:
             return read_weight(module, leaf, weight)
-        except AttributeError as error:  # which would make nn.Module look for the plain weight
+        except AttributeError as error:  # an AttributeError would make nn.Module return the plain weight
             raise RuntimeError(f"{leaf} of {type(module).__name__} cannot be read: {error}") from error
 
     def write(module: nn.Module, value: Any) -> None:
@@ -171,17 +177,23 @@ def _make_property(leaf: str) -> property:
 
 
 def read_weight(module: nn.Module, leaf: str, weight: torch.Tensor | None) -> torch.Tensor | None:
-    """What the module's attribute gives: W + ΔW, or the registered W where there are no adapters to be seen."""
+    """The value of the attribute: W + ΔW, or the registered W if the adapters are not visible now.
+
+    Args:
+        module: the module.
+        leaf: the name of the weight in it.
+        weight: the registered W, or a tensor that was assigned to the attribute.
+    """
     slot: Slot | None = module.__dict__.get(SLOTS, {}).get(leaf)
     if slot is None or weight is None or leaf not in module._parameters:
-        return weight  # what is computed into the attribute was computed from W + ΔW
+        return weight  # a tensor that was assigned to the attribute was computed from W + ΔW
     adapters = slot.bind(module, leaf, weight)
     if adapters is None:
         return weight
     if is_transformed() or (slot.is_summed_without_grad and not torch.is_grad_enabled()):
         return adapted_sum(weight, adapters)
-    made = remembered(slot.token, slot.weight, weight, adapters, lambda: _make(slot, weight, adapters))
-    return made if slot.fused or is_packed(weight) else made.as_values()
+    made = reuse_read(slot.token, slot.weight, weight, adapters, lambda: _make(slot, weight, adapters))
+    return made if slot.fused or is_packed(weight) else view_values(made)
 
 
 def _make(slot: Slot, weight: torch.Tensor, adapters: tuple[BoundAdapter, ...]) -> AdaptedWeight:
@@ -191,7 +203,7 @@ def _make(slot: Slot, weight: torch.Tensor, adapters: tuple[BoundAdapter, ...]) 
 
 
 def _call_linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-    """``nn.Linear.forward`` with W + ΔW; what somebody has put in place of torch's own code runs instead."""
+    """``nn.Linear.forward`` with W + ΔW; if somebody has patched torch's function, the patch runs instead."""
     users_forward: Callable[..., torch.Tensor] = module.users_class.forward  # type: ignore[union-attr]
     if users_forward is not _LINEAR_FORWARD:
         return users_forward(module, input)
@@ -201,8 +213,10 @@ def _call_linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     is_plain = type(input) in (torch.Tensor, nn.Parameter) and F.linear is _LINEAR and not input.is_nested
     if adapters is None or slot is None or weight is None or not is_plain:
         return F.linear(input, module.weight, module.bias)
-    again = find_recomputation(input) if slot.recompute else None
-    found = multiply(input, weight, module.bias, adapters, stored_in_out=False, fused=slot.fused, again=again)
+    recomputation = find_recomputation(input) if slot.recompute else None
+    found = multiply(
+        input, weight, module.bias, adapters, stored_in_out=False, fused=slot.fused, recomputation=recomputation
+    )
     if found is NotImplemented:
         return F.linear(input, module.weight, module.bias)
     output: torch.Tensor = found
@@ -210,7 +224,7 @@ def _call_linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
 
 
 def _read_flat_weights(module: nn.RNNBase) -> list[torch.Tensor | None]:
-    return [_sum_at(module, name) if hasattr(module, name) else None for name in module._flat_weights_names]
+    return [_sum_at(module, name) if hasattr(module, name) else None for name in flat_weight_names(module)]
 
 
 def _sum_at(module: nn.RNNBase, name: str) -> torch.Tensor | None:
@@ -221,11 +235,11 @@ def _sum_at(module: nn.RNNBase, name: str) -> torch.Tensor | None:
 
 
 def _ignore_flat_weights(module: nn.RNNBase, weights: list[Any]) -> None:
-    """The list is made at each read."""
+    """Do nothing, because the list is made at each read."""
 
 
 def _keep_flat_weights(module: nn.RNNBase) -> None:
-    """There is no list that could be out of date."""
+    """Do nothing, because the list is made at each read."""
 
 
 def _make_checkpointed(forward: Any) -> Any:

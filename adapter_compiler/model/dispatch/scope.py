@@ -1,4 +1,4 @@
-"""Which adapters a thread sees: all, unless it is inside ``disable_adapters`` of a model or ``base_weights``."""
+"""Which adapters a thread sees: all, except inside ``disable_adapters`` of a model or inside ``base_weights``."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from typing import Any, TypeVar
 
 import torch
 
+from passes.compat import has_saved_tensor_hooks
+
 T = TypeVar("T")
 
 
 class Token:
-    """Stands for the adapters of one model; a copy of the model has one of its own.
+    """Identifies the adapters of one model; a copy of the model gets its own token.
 
     Attributes:
-        hidden: how many threads are at the moment inside contexts that hide the adapters. A compiler guards this
-            number; while it is not 0, each thread is asked whether it is one of those.
-        noted: the weights whose adapters were used, while somebody wants to know.
+        hidden: the number of contexts that hide the adapters at present, over all threads. torch.compile guards this
+            number. While it is not 0, each read checks whether its own thread is inside such a context.
+        used: the weights whose adapters were used, while this is recorded; otherwise ``None``.
     """
 
     def __init__(self) -> None:
         self.hidden = 0
-        self.noted: set[str] | None = None
+        self.used: set[str] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Token:
         return Token()
@@ -35,10 +37,10 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A call of a model that runs in this thread, and what reads in it have given."""
+    """A call of a model that runs in this thread, and the weights that its reads have given."""
 
     token: Token
-    exchanged: frozenset[tuple[int, str]]
+    replaced: frozenset[tuple[int, str]]
     reads: dict[tuple[str, bool, bool], Any] = dataclasses.field(default_factory=dict)
 
 
@@ -49,37 +51,37 @@ class _Scope(threading.local):
 
 _scope = _Scope()
 _lock = threading.Lock()
-#: Stands for the adapters of all models.
-_EVERY = Token()
+#: Identifies the adapters of all models.
+_ALL_MODELS = Token()
 
 
 def is_visible(token: Token) -> bool:
-    """Whether this thread sees the adapters of a model at the moment."""
-    return (token.hidden == 0 and _EVERY.hidden == 0) or not _is_hidden_here(token)
+    """Whether this thread sees the adapters of a model now."""
+    return (token.hidden == 0 and _ALL_MODELS.hidden == 0) or not _is_hidden_here(token)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _is_hidden_here(token: Token) -> bool:
-    """No compiler can guard what a thread keeps to itself."""
-    return token in _scope.hidden or _EVERY in _scope.hidden
+    """Whether this thread hides the adapters; not compiled, because Dynamo cannot guard thread-local values."""
+    return token in _scope.hidden or _ALL_MODELS in _scope.hidden
 
 
 def base_weights() -> contextlib.AbstractContextManager[None]:
-    """Inside, this thread reads the plain weights of every model."""
-    return without_adapters(_EVERY)
+    """A context in which this thread reads the plain weights of every model."""
+    return without_adapters(_ALL_MODELS)
 
 
 @contextlib.contextmanager
 def without_adapters(token: Token) -> Iterator[None]:
-    """Inside, this thread reads the plain weights of one model."""
+    """A context in which this thread reads the plain weights of one model."""
     with _hiding((*_scope.hidden, token)):
         yield
 
 
 def same_scope() -> contextlib.AbstractContextManager[None]:
-    """A context in which a thread sees what the present one sees now; for what is computed again in backward.
+    """A context in which a thread sees the adapters that the present thread sees now, for recomputation in backward.
 
-    It may be entered as often as something is computed again, also by several threads at a time.
+    It can be entered several times, also by several threads at once.
     """
     return _Recomputation(_scope.hidden)
 
@@ -114,14 +116,14 @@ def _hiding(tokens: tuple[Token, ...]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def calling(token: Token, exchanged: frozenset[tuple[int, str]]) -> Iterator[None]:
-    """Inside, a call of a model runs in this thread.
+def calling(token: Token, replaced: frozenset[tuple[int, str]]) -> Iterator[None]:
+    """A context in which this thread runs a call of a model.
 
     Args:
-        token: the model's.
-        exchanged: weights in whose place something else stood when the call began, by module and name.
+        token: the model's token.
+        replaced: the weights that were replaced by plain tensors when the call began: module id and parameter name.
     """
-    before, _scope.calls = _scope.calls, (*_scope.calls, _Call(token, exchanged))
+    before, _scope.calls = _scope.calls, (*_scope.calls, _Call(token, replaced))
     try:
         yield
     finally:
@@ -129,17 +131,25 @@ def calling(token: Token, exchanged: frozenset[tuple[int, str]]) -> Iterator[Non
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def is_exchanged_in_call(token: Token, module: object, leaf: str) -> bool:
-    """Whether what stands in a weight's place came there after the present call of the model began."""
+def is_replaced_in_call(token: Token, module: object, leaf: str) -> bool:
+    """Whether a weight that is replaced now was not yet replaced when the present call of the model began."""
     call = _find_call(token)
-    return call is not None and (id(module), leaf) not in call.exchanged
+    return call is not None and (id(module), leaf) not in call.replaced
 
 
-def remembered(token: Token, weight: str, base: Any, adapters: Any, make: Callable[[], T]) -> T:
-    """What a read gave before in the present call of the model, if nothing of it is another by now; else a new one."""
+def reuse_read(token: Token, weight: str, base: Any, adapters: Any, make: Callable[[], T]) -> T:
+    """The result of an earlier read of a weight in the present call of the model, or a new one if something changed.
+
+    Args:
+        token: the model's token.
+        weight: the weight's first qualified name.
+        base: W.
+        adapters: its bound adapters.
+        make: makes the result of a new read.
+    """
     call = _find_call(token)
-    # What a checkpoint computes again in backward must read as often as it did.
-    if call is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    # Inside an activation checkpoint nothing is reused, because the recomputation must save the same tensors.
+    if call is None or has_saved_tensor_hooks():
         return make()
     key = (weight, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     known = call.reads.get(key)

@@ -1,4 +1,4 @@
-"""What stands at an adapted weight: its adapters and where their parameters are."""
+"""A slot holds the adapters of one weight, and finds the tensors that are their parameters now."""
 
 from __future__ import annotations
 
@@ -8,84 +8,90 @@ import torch
 from torch import nn
 
 from adapter_compiler.errors import SiteError
-from adapter_compiler.model.dispatch.scope import Token, is_exchanged_in_call, is_visible
+from adapter_compiler.model.dispatch.scope import Token, is_replaced_in_call, is_visible
 from passes.adapt.apply_adapters import BoundAdapter
 from passes.planning.plan import PlannedAdapter
 
-#: Where a module keeps its slots, by the name of the parameter.
+#: The attribute in which a module keeps its slots, by the name of the weight.
 SLOTS = "_adapted_weights"
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldAdapter:
-    """An adapter and the module that holds its parameters, in which they may be exchanged at any time."""
+class AttachedAdapter:
+    """An adapter and the module that has its parameters, which may be replaced at any time.
+
+    Attributes:
+        planned: the adapter.
+        owner: the module that has its parameters.
+        names: the names of the parameters.
+    """
 
     planned: PlannedAdapter
-    holder: nn.Module
+    owner: nn.Module
     names: tuple[str, ...]
 
     def bind(self) -> BoundAdapter:
         """The adapter with the tensors that are its parameters now."""
-        registered = self.holder._parameters
+        registered = self.owner._parameters
         return BoundAdapter(self.planned, {name: registered[name] for name in self.names})  # type: ignore[misc]
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """An adapted weight at one of its names.
+    """The adapters of a weight, at one of the weight's names.
 
     Attributes:
-        token: the model's.
+        token: the model's token.
         weight: the weight's first qualified name.
         shape: its shape.
-        adapters: those that stand at it.
-        fused: whether functions with a backward of their own may be used.
-        recompute: whether these may compute cheap activations again in backward.
-        is_summed_without_grad: the module must get plain tensors where gradients are off: it hands its weights to C++
-            then, and chooses its way by them.
+        adapters: its adapters.
+        fused: whether an adapter and its base layer may run as one function with its own backward.
+        recompute: whether these functions may recompute cheap activations in backward.
+        is_summed_without_grad: whether a read without gradients must give W + ΔW as a plain tensor, because the module
+            then checks its weights and passes them to C++.
     """
 
     token: Token
     weight: str
     shape: tuple[int, ...]
-    adapters: tuple[HeldAdapter, ...]
+    adapters: tuple[AttachedAdapter, ...]
     fused: bool = True
     recompute: bool = True
     is_summed_without_grad: bool = False
 
     def bind(self, module: nn.Module, leaf: str, weight: torch.Tensor) -> tuple[BoundAdapter, ...] | None:
-        """The adapters as they are now; ``None`` if they are not to be added.
+        """The adapters with their present parameters, or ``None`` if no ΔW is to be added.
 
-        They are not where this thread does not see them, and to a tensor that the model's own code puts into the
-        parameter's place for a call inside a call (``torch.func.functional_call``): it was computed from W + ΔW.
+        That is so if this thread does not see the adapters, and for a tensor by which the model's own code replaces the
+        parameter during a call (``torch.func.functional_call``): it was computed from W + ΔW.
 
         Args:
-            module: the module that holds the weight.
+            module: the module that has the weight.
             leaf: the parameter's name in it.
-            weight: what stands there now.
+            weight: the present value of the parameter.
 
         Raises:
-            SiteError: a weight of another shape stands here by now.
+            SiteError: the weight now has another shape.
         """
         if not is_visible(self.token):
             return None
-        if not isinstance(weight, nn.Parameter) and is_exchanged_in_call(self.token, module, leaf):
+        if not isinstance(weight, nn.Parameter) and is_replaced_in_call(self.token, module, leaf):
             return None
         if weight.shape != self.shape:
             raise SiteError(
-                f"{self.weight} has the shape {tuple(weight.shape)} by now, expected {self.shape}, for which its "
-                "adapter was made; compile the changed model again"
+                f"{self.weight} now has the shape {tuple(weight.shape)}, expected {self.shape}, for which its adapter "
+                "was made; compile the changed model again"
             )
-        if self.token.noted is not None:
-            self.token.noted.add(self.weight)
+        if self.token.used is not None:
+            self.token.used.add(self.weight)
         return tuple([adapter.bind() for adapter in self.adapters])
 
 
 def read_registered(module: nn.Module, leaf: str) -> torch.Tensor | None:
-    """What is registered as a parameter, or computed into an attribute in its place.
+    """The parameter of this name, or the attribute or buffer of this name if there is no parameter.
 
     Raises:
-        AttributeError: there is neither.
+        AttributeError: there is none of them.
     """
     if leaf in module._parameters:
         return module._parameters[leaf]

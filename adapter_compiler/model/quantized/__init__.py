@@ -1,1 +1,1 @@
-"""Frozen weights in few bits (QLoRA), through bitsandbytes."""
+"""Quantized frozen weights (QLoRA), with bitsandbytes."""

@@ -1,11 +1,11 @@
-"""Models whose linear layers bitsandbytes has quantized already, as transformers loads them.
+"""Models whose linear layers are already quantized by bitsandbytes, as transformers loads them.
 
     Linear4bit (NF4, FP4)   →   nn.Linear whose weight is packed in the same codes
     Linear8bitLt            →   nn.Linear whose weight is packed in the same int8 rows
 
-The codes are shared, nothing is quantized anew. The layers then capture, carry adapters and fold; folding gives
-nn.Linear in full precision. Products run in the dtype of the unpacked weight with unquantized activations, so an
-8-bit layer differs from its own forward by the rounding of its activations. Other layers stay as they are.
+The codes are shared; nothing is quantized again. The new layers can be captured, adapted and folded; folding gives
+nn.Linear in full precision. Products run in the dtype of the unpacked weight and do not quantize activations, so an
+8-bit layer differs from bitsandbytes' forward by the rounding of activations. Other layers do not change.
 """
 
 from __future__ import annotations
@@ -24,46 +24,48 @@ from passes.quantize.packed_weights import PackedValues, PackedWeight, as_parame
 logger = logging.getLogger(__name__)
 
 _MODULES = "bitsandbytes.nn.modules"
-_NOTES = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+#: Attributes in which transformers records how a model was quantized.
+_RECORDS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 def has_bitsandbytes_linears(model: nn.Module) -> bool:
-    """Whether a layer of the model is one of bitsandbytes' linear layers, told without importing it."""
+    """Whether the model has one of bitsandbytes' linear layers; does not import bitsandbytes."""
     return any(_find_kind(module) is not None for module in model.modules())
 
 
 def adopt_bitsandbytes_linears(own: nn.Module, model: nn.Module) -> None:
-    """Replace such layers of ``own`` by linear layers with packed weights.
+    """Replace bitsandbytes' linear layers by ``nn.Linear`` with packed weights.
 
     Args:
-        own: a copy of ``model``, or ``model`` itself; edited in place.
-        model: whose layers hold the codes.
+        own: a copy of ``model``, or ``model`` itself; its layers are replaced in place.
+        model: the model whose layers have the codes.
 
     Raises:
-        ConfigError: a layer is not quantized yet, or it is the model itself.
+        ConfigError: a layer is not quantized yet, or the model itself is such a layer.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     layers = [(name, module) for name, module in model.named_modules() if _find_kind(module) is not None]
     for name, layer in layers:
         if not name:
             raise ConfigError(
-                f"the model is a {type(layer).__name__} itself, expected one that holds it; wrap it in nn.Sequential"
+                f"the model itself is a {type(layer).__name__}, expected a module that contains it; wrap it in "
+                "nn.Sequential"
             )
-        mine = own.get_submodule(name)
-        replacement = _make_linear(layer, mine, _read_values(name, layer, dtype))
+        copied = own.get_submodule(name)
+        replacement = _make_linear(layer, copied, _read_values(name, layer, dtype))
         for path, child in list(own.named_modules(remove_duplicate=False)):
-            if child is mine:
+            if child is copied:
                 owner, _, leaf = path.rpartition(".")
                 own.get_submodule(owner)._modules[leaf] = replacement
-    _forget_quantization(own)
-    logger.info("%d layers of bitsandbytes run as linear layers over the same codes", len(layers))
+    _remove_quantization_records(own)
+    logger.info("%d layers of bitsandbytes run as nn.Linear with the same codes", len(layers))
 
 
-def _forget_quantization(own: nn.Module) -> None:
-    """Take away transformers' notes on how the model was loaded, which would be wrong once it is folded and saved."""
+def _remove_quantization_records(own: nn.Module) -> None:
+    """Remove what transformers recorded about quantization, because it is wrong once the model is folded and saved."""
     for module in own.modules():
-        for note in _NOTES:
-            module.__dict__.pop(note, None)
+        for record in _RECORDS:
+            module.__dict__.pop(record, None)
         config: Any = module.__dict__.get("config")
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
@@ -75,6 +77,11 @@ def _find_kind(module: nn.Module) -> str | None:
 
 
 def _read_values(name: str, layer: Any, dtype: torch.dtype) -> PackedValues:
+    """The codes of a layer.
+
+    Raises:
+        ConfigError: the layer is not quantized yet.
+    """
     weight = layer.weight
     if _find_kind(layer) == "Linear4bit":
         state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
@@ -92,12 +99,12 @@ def _read_values(name: str, layer: Any, dtype: torch.dtype) -> PackedValues:
     )
 
 
-def _make_linear(layer: Any, mine: Any, values: PackedValues) -> nn.Linear:
-    """A linear layer over these values with the bias, mode and hooks of ``mine``."""
+def _make_linear(layer: Any, copied: Any, values: PackedValues) -> nn.Linear:
+    """A linear layer with these packed values, and with the bias, mode and hooks of ``copied``."""
     made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     made.weight = as_parameter(PackedWeight(values), {})
-    made.bias = mine.bias
-    made.training = mine.training
+    made.bias = copied.bias
+    made.training = copied.training
     for kind in HOOK_KINDS:
-        made.__dict__[kind] = mine.__dict__[kind]
+        made.__dict__[kind] = copied.__dict__[kind]
     return made

@@ -1,11 +1,11 @@
-"""Packed weights in bitsandbytes' codes (QLoRA, arXiv 2305.14314; LLM.int8, arXiv 2208.07339).
+"""Packed weights in bitsandbytes' formats (QLoRA, arXiv 2305.14314; LLM.int8, arXiv 2208.07339).
 
-    nf4     blocks of 64 values, each 4 bits of the normal-float code and an absmax; the absmax are themselves
-            quantized to 8 bits in blocks of 256 ("double quantization"): about 4.13 bits a value
-    int8    rows with one absmax each, 8 bits a value; products run on the unpacked weight, so that activations
-            are not quantized
+    nf4     4 bits a value in the NormalFloat code, one absmax for each block of 64 values; the absmax are quantized
+            to 8 bits in blocks of 256 ("double quantization"): about 4.13 bits a value in all
+    int8    8 bits a value, one absmax for each row; products run on the unpacked weight, so activations are not
+            quantized
 
-bitsandbytes is imported when a quantizer is first asked for.
+bitsandbytes is imported at the first use of a quantizer.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapter_compiler.errors import ConfigError, MissingDependencyError
-from passes.quantize.packed_weights import PackedValues, Quantizer
+from passes.quantize.packed_weights import QUANTIZERS, PackedValues, Quantizer
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-#: Values that share an absmax in NF4, as the paper has it.
+#: The number of values that share an absmax in NF4, as in the paper.
 BLOCK_SIZE = 64
 
-#: Dtypes that bitsandbytes packs as they are; wider values are packed from float32.
+#: Dtypes that bitsandbytes packs directly; others are converted to float32 first.
 _PACKABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Nf4Values(PackedValues):
-    """A matrix in bitsandbytes' 4-bit code.
+    """A matrix in one of bitsandbytes' 4-bit formats.
 
     Attributes:
-        codes: two values a byte.
-        state: bitsandbytes' ``QuantState``: absmax, its own quantization, block sizes, shape and dtype.
+        codes: the codes, two in each byte.
+        state: bitsandbytes' ``QuantState``: absmax and its quantization, block sizes, shape and dtype.
     """
 
     codes: torch.Tensor
@@ -49,17 +49,23 @@ class Nf4Values(PackedValues):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype that it was packed from."""
+        """Dtype of the matrix before packing."""
         dtype: torch.dtype = self.state.dtype
         return dtype
 
+    @property
+    def format_name(self) -> str:
+        """The name of the quantizer that packs such values; for other sizes of blocks a description."""
+        name = Nf4Quantizer(self.state.quant_type, bool(self.state.nested)).name
+        return name if self.state.blocksize == BLOCK_SIZE else f"{name} in blocks of {self.state.blocksize}"
+
     def unpack(self) -> torch.Tensor:
-        """The values, block by block."""
+        """The matrix in its original dtype."""
         dense: torch.Tensor = import_bitsandbytes().functional.dequantize_4bit(self.codes, self.state)
         return dense.reshape(self.shape)
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Codes, absmax, and what they are looked up in."""
+        """The codes, the absmax and the code tables, by name."""
         found = {"codes": self.codes, "absmax": self.state.absmax, "code": self.state.code}
         if self.state.nested:
             nested = self.state.state2
@@ -77,12 +83,12 @@ class Nf4Values(PackedValues):
 
 @dataclasses.dataclass(frozen=True)
 class Int8Values(PackedValues):
-    """A matrix whose rows are int8 times an absmax / 127.
+    """A matrix of int8 codes; row i is codes[i] · absmax[i] / 127.
 
     Attributes:
         codes: [rows, columns], int8.
         absmax: [rows], float32.
-        original: dtype that it was packed from.
+        original: dtype of the matrix before packing.
     """
 
     codes: torch.Tensor
@@ -96,16 +102,21 @@ class Int8Values(PackedValues):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype that it was packed from."""
+        """Dtype of the matrix before packing."""
         return self.original
 
+    @property
+    def format_name(self) -> str:
+        """The name of the quantizer that packs such values."""
+        return Int8Quantizer.name
+
     def unpack(self) -> torch.Tensor:
-        """The values, row by row; one pass over the matrix where bitsandbytes' own function makes three."""
+        """The matrix in its original dtype; in one pass over it, where bitsandbytes' function needs three."""
         scales = (self.absmax * (1 / 127)).unsqueeze(1)
         return self.codes.to(torch.float32).mul_(scales).to(self.original)
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Codes and absmax."""
+        """The codes and the absmax, by name."""
         return {"codes": self.codes, "absmax": self.absmax}
 
     def to(self, device: torch.device) -> Int8Values:
@@ -113,30 +124,41 @@ class Int8Values(PackedValues):
         return Int8Values(self.codes.to(device), self.absmax.to(device), self.original)
 
 
+@dataclasses.dataclass(frozen=True)
 class Nf4Quantizer:
-    """NF4 with double quantization."""
+    """Packs matrices in one of bitsandbytes' 4-bit formats; by default in NF4 with double quantization.
 
-    name = "nf4"
+    Attributes:
+        code: ``"nf4"`` or ``"fp4"``.
+        is_double: whether the absmax are quantized too.
+    """
+
+    code: str = "nf4"
+    is_double: bool = True
+
+    @property
+    def name(self) -> str:
+        """Its name, also in files."""
+        return self.code if self.is_double else f"{self.code} without double quantization"
 
     def pack(self, weight: torch.Tensor) -> Nf4Values:
-        """The code of a matrix."""
+        """The packed values of a matrix."""
         functional = import_bitsandbytes().functional
-        values = _as_packable(weight)
         codes, state = functional.quantize_4bit(
-            values, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
+            _as_packable(weight), blocksize=BLOCK_SIZE, compress_statistics=self.is_double, quant_type=self.code
         )
         return Nf4Values(codes, state)
 
 
 class Int8Quantizer:
-    """Int8 by rows."""
+    """Packs matrices in int8 with one absmax a row."""
 
     name = "int8"
 
     def pack(self, weight: torch.Tensor) -> Int8Values:
-        """The code of a matrix."""
+        """The packed values of a matrix."""
         functional = import_bitsandbytes().functional
-        # From float16, as LLM.int8 does and as the kernels want it: that rounds 30 times finer than the code.
+        # From float16, as in LLM.int8 and as the kernels require; its rounding is 30 times finer than that of int8.
         codes, absmax, _ = functional.int8_vectorwise_quant(weight.contiguous().half())
         return Int8Values(codes, absmax, weight.dtype)
 
@@ -155,11 +177,18 @@ def find_quantizer(name: str) -> Quantizer:
     return quantizers[name]
 
 
+_FORMATS: tuple[Quantizer, ...] = (
+    *(Nf4Quantizer(code, is_double) for code in ("nf4", "fp4") for is_double in (True, False)),
+    Int8Quantizer(),
+)
+QUANTIZERS.update({quantizer.name: quantizer for quantizer in _FORMATS})
+
+
 def import_bitsandbytes() -> ModuleType:
-    """The library, imported now.
+    """Import bitsandbytes.
 
     Raises:
-        MissingDependencyError: it is not installed, or does not load.
+        MissingDependencyError: it is not installed or cannot be loaded.
     """
     try:
         import bitsandbytes

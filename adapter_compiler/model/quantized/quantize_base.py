@@ -1,9 +1,8 @@
-"""Keep the frozen weights under adapters in few bits (QLoRA): which, with what error, and what memory it saves.
+"""Quantize the frozen weights under adapters (QLoRA), and report the errors and the memory that it saves.
 
-A weight is packed if every use of it is a matrix product and an adapter stands at it. When all codes are
-made, they replace the weights in the adapted model and in every graph that was captured; the full-precision
-values then leave memory if nobody else holds them: at once with ``AdapterConfig(inplace=True)``, otherwise when
-the user drops the model that was handed in.
+A weight is quantized if it has an adapter and all its uses are matrix products. All weights are packed first and then
+replaced together. The full-precision values leave memory when nothing else refers to them: at once with
+``AdapterConfig(inplace=True)``, otherwise when the user deletes the original model.
 """
 
 from __future__ import annotations
@@ -24,7 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def quantize_base(adapted: AdapterState, kind: str) -> QuantizationReport:
-    """Pack the frozen weights of an adapted model; see :meth:`AdaptedModel.quantize_base`."""
+    """Quantize the frozen weights of an adapted model; see :meth:`AdaptedModel.quantize_base`.
+
+    Raises:
+        ConfigError: the kind is unknown, the base is quantized already, or no weight can be quantized.
+        MissingDependencyError: bitsandbytes is not installed.
+    """
     from adapter_compiler.model.quantized.bitsandbytes_weights import find_quantizer
 
     quantizer = find_quantizer(kind)
@@ -47,12 +51,12 @@ def quantize_base(adapted: AdapterState, kind: str) -> QuantizationReport:
         _assert_finite(site.weight, kind, errors[site.weight])
     if not errors:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
-        raise ConfigError(f"quantize={kind!r}: no adapted weight can be quantized, expected one at least; {reasons}")
+        raise ConfigError(f"quantize={kind!r}: no adapted weight can be quantized, expected at least one; {reasons}")
     del parameter
     adapted.replace_weights(packed)
     adapted.rebuild(adapted.plan)
     after = _count_model_bytes(adapted.module)
-    logger.info("packed %d weights as %s: %.1f MB of %.1f MB are left", len(errors), kind, after / 1e6, before / 1e6)
+    logger.info("quantized %d weights to %s: %.1f MB, before %.1f MB", len(errors), kind, after / 1e6, before / 1e6)
     return QuantizationReport(kind=kind, errors=errors, skipped=skipped, bytes_before=before, bytes_after=after)
 
 
@@ -74,6 +78,7 @@ def _find_sites(adapted: AdapterState) -> list[AdapterSite]:
 
 
 def _find_reason_against(site: AdapterSite, parameter: nn.Parameter) -> str | None:
+    """Why a weight cannot be quantized, or ``None`` if it can."""
     if isinstance(parameter, PackedWeight):
         return "it is quantized already"
     if parameter.requires_grad:
@@ -90,8 +95,8 @@ def _find_reason_against(site: AdapterSite, parameter: nn.Parameter) -> str | No
 def _assert_finite(name: str, kind: str, error: WeightError) -> None:
     if not math.isfinite(error.largest):
         raise ConfigError(
-            f"{name} cannot be kept as {kind!r}: its unpacked values have inf or nan, expected finite ones; the weight "
-            "has some itself or exceeds float16; exclude it from the sites"
+            f"{name} cannot be quantized to {kind!r}: its unpacked values have inf or nan, expected finite values; the "
+            "weight has inf or nan, or exceeds float16; exclude it from the sites"
         )
 
 

@@ -1,4 +1,4 @@
-"""Flat buffers: ordinary Parameters that are neighbors in memory, through all that happens to a module."""
+"""Flat buffers: ordinary Parameters that are contiguous in memory, whatever is done to the module."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_resizing_keeps_the_parameter_and_forgets_its_old_shape_in_autograd() ->
     adapter_parameters = make_parameters(SHAPES)
     P = adapter_parameters.get_parameter("0.weight.P")
     old = (P * 2).sum()
-    old.backward()  # the graph of ``old`` stays alive, and with it what autograd knows of P's shape
+    old.backward()  # the graph of ``old`` still exists, so autograd remembers the old shape of P
     adapter_parameters.resize({("0.weight", "P"): torch.ones(5, 1, dtype=torch.float64)})
     assert adapter_parameters.get_parameter("0.weight.P") is P
     assert P.grad is None
@@ -133,7 +133,7 @@ def test_resizing_keeps_the_parameter_and_forgets_its_old_shape_in_autograd() ->
     assert_joined(adapter_parameters)
 
 
-def test_empty_parameters_stand_in_the_layout() -> None:
+def test_empty_parameters_are_in_the_layout() -> None:
     adapter_parameters = make_parameters(((5, 4, 0), (5, 4, 2)))
     assert adapter_parameters.get_parameter("0.weight.P").shape == (5, 0)
     assert_joined(adapter_parameters)

@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 
 def adapt(model: nn.Module, *ranks: int, **options: Any) -> ac.AdaptedModel:
-    """A model with an adapter of each rank and random values, called ``a``, ``b``, …, beside the first."""
+    """A model with one more adapter for each rank, with random values, called ``a``, ``b``, …."""
     adapted = ac.compile_with_adapters(model, (X,), config=ac.AdapterConfig(**{"rank": 1, **options}))
     for name, rank in zip("abc", ranks, strict=False):
         adapted.add_adapter(name, config=ac.AdapterConfig(rank=rank, alpha=1.5 * rank))

@@ -1,4 +1,4 @@
-"""Several adapters on one model: each behaves as if it were alone, and the frozen weights exist once."""
+"""Several adapters on one model: each behaves as if it were the only one, and they share the frozen weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 
 class Plain(nn.Module):
-    """No state that trains but adapters."""
+    """A model in which only adapters change in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def plain() -> ac.AdaptedModel:
 
 
 def test_two_adapters_train_as_two_models_would(net: Net) -> None:
-    """Turn by turn, on one model, with a head and running statistics of their own each."""
+    """They train in turns on one model, and each has its own head and running statistics."""
     alone = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -142,7 +142,7 @@ def test_an_adapter_may_have_other_sites_ranks_and_scales(plain: ac.AdaptedModel
 
 
 def test_the_state_dict_has_every_adapter_under_its_own_name(net: Net) -> None:
-    """Also when it was written while another adapter was active."""
+    """This also holds if it was written while another adapter was active."""
     adapted = compile_net(Plain())
     adapted.add_adapter("b")
     randomize(adapted)
@@ -157,7 +157,7 @@ def test_the_state_dict_has_every_adapter_under_its_own_name(net: Net) -> None:
     for name in other.adapter_names:
         other.use(name)
         torch.testing.assert_close(other(X), results[name], rtol=0, atol=0)
-    # What inactive adapters keep of the model is in the state too, so that a mix-up is refused.
+    # The state also has the tensors that inactive adapters keep, so a state of another active adapter is refused.
     first, second = (compile_net(copy.deepcopy(net), trainable="head") for _ in range(2))
     for model in (first, second):
         model.add_adapter("b")
@@ -238,7 +238,7 @@ def test_names_that_cannot_be(plain: ac.AdaptedModel, name: str) -> None:
         plain.add_adapter(name)
 
 
-def test_unknown_names_are_answered_with_the_known(plain: ac.AdaptedModel) -> None:
+def test_the_error_for_an_unknown_name_lists_the_known_ones(plain: ac.AdaptedModel) -> None:
     plain.add_adapter("b")
     for act in (plain.use, plain.remove_adapter, plain.parameters_of_adapter):
         with pytest.raises(ConfigError, match="no adapter 'c', expected one of 'default', 'b'"):

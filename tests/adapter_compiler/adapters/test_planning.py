@@ -80,10 +80,10 @@ def test_a_plan_made_without_weights_works_with_them() -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (ac.AdapterRule(role="router"), "decides about no weight"),
-        (ac.AdapterRule(role="feed_forward.up", expect=24), "decides about 3 weights, expected 24"),
+        (ac.AdapterRule(role="router"), "applies to no weight"),
+        (ac.AdapterRule(role="feed_forward.up", expect=24), "applies to 3 weights, expected 24"),
     ],
 )
-def test_rules_that_do_not_hold_are_errors(rule: ac.AdapterRule, message: str) -> None:
+def test_rules_that_match_nothing_are_errors(rule: ac.AdapterRule, message: str) -> None:
     with pytest.raises(SiteError, match=message):
         ac.compile_with_adapters(Transformer().eval(), (make_tokens(),), config=ac.AdapterConfig(rules=(rule,)))

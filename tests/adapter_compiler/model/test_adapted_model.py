@@ -17,7 +17,7 @@ from passes.forms import SvdForm
 
 
 class Block(nn.Module):
-    """A tied weight, a module called twice, a transposed raw weight, an embedding, and state of its own."""
+    """A tied weight, a module called twice, a transposed raw weight, an embedding, and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def randomize(adapted: ac.AdaptedModel) -> None:
 ALL = ("embed", "twice", "raw")
 
 
-def test_folded_computes_what_the_adapted_model_does(block: Block) -> None:
+def test_folded_computes_the_same_as_the_adapted_model(block: Block) -> None:
     adapted = adapt(block.eval(), TOKENS, sites=ALL)
     assert [site.name for site in adapted.sites] == ["raw", "embed.weight", "twice.weight"]
     assert adapted.sites[1].aliases == ("decoder.weight",)
@@ -129,7 +129,7 @@ def test_folding_twice_gives_the_same_and_leaves_the_adapters(block: Block) -> N
     torch.testing.assert_close(adapted.state_dict(), before, rtol=0, atol=0)
 
 
-def test_fold_takes_running_statistics_along(block: Block) -> None:
+def test_fold_keeps_running_statistics(block: Block) -> None:
     adapted = adapt(block, TOKENS)
     adapted.train()
     adapted(TOKENS)
@@ -166,7 +166,7 @@ def test_gradients_are_those_of_effective_weights_in_eager(block: Block, trainin
 
 
 def test_chained_layers_without_anything_between_fold_right() -> None:
-    """An adapter must read the adapted output of the layer before it, in whatever order they are registered."""
+    """An adapter must read the adapted output of the previous layer, in any order of registration."""
 
     class Chain(nn.Module):
         def __init__(self) -> None:
@@ -198,7 +198,7 @@ def test_disable_adapters_runs_the_users_module(block: Block) -> None:
     assert not torch.allclose(adapted(TOKENS), block(TOKENS), atol=1e-2)
 
 
-def test_a_deep_copy_is_a_model_of_its_own(block: Block) -> None:
+def test_a_deep_copy_is_independent(block: Block) -> None:
     adapted = adapt(block.eval(), TOKENS)
     expected = adapted(TOKENS)
     other = copy.deepcopy(adapted)
@@ -241,3 +241,19 @@ def test_another_dtype() -> None:
     assert wide.dtype == torch.float64
     torch.testing.assert_close(wide.float(), narrow, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(adapted.fold()(x.double()), wide)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_captured_graphs_compute_what_calls_do_with_adapters_and_folded(block: Block, training: bool) -> None:
+    adapted = adapt(block.train(training), TOKENS, sites=("embed*", "twice*", "raw"))
+    assert len(adapted.plan) == len(ALL)
+    weights = {name: p.detach().clone() for name, p in adapted.module.named_parameters()}
+    whole, folded = adapted.capture(TOKENS), adapted.capture_folded(TOKENS)
+    other = TOKENS.flip(0)
+    expected = adapted(other)
+    torch.testing.assert_close(whole(other)[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(folded(other)[0], expected, rtol=1e-4, atol=1e-5)
+    assert [n for n in whole.graph.nodes if "adapter_site" in n.meta]
+    assert not [n for n in folded.graph.nodes if "adapter_site" in n.meta]
+    assert all(torch.equal(p, weights[name]) for name, p in adapted.module.named_parameters())
+    assert len(adapted.plan) == len(ALL)

@@ -1,7 +1,7 @@
-"""Real architectures of transformers, small and random, through the whole pipeline by its public names alone.
+"""Real architectures of transformers, small and random, through the whole pipeline with its public names only.
 
-One run an architecture serves all tests: compile, compare, train six steps while ranks are pruned,
-fold, compare. Exports are compared with onnxruntime once more, apart from the library's own check.
+All tests use the same run of an architecture: compile, compare, train six steps while ranks are pruned,
+fold, compare. Exports are compared with onnxruntime again, independently of the library's own check.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.zoo.inputs import leave_out
 QUICK = ("distilbert", "gpt2", "llama", "t5", "vit")
 SLOW = ("albert", "bart", "bert", "clip", "deberta-v2", "modernbert", "qwen2", "roberta", "whisper")
 
-#: Inputs that ask for a loss which fixes the graph. DeBERTa-v2's looks up which labels are given, so its shapes
+#: Inputs that request a loss which fixes the graph. DeBERTa-v2's selects the given labels, so its shapes
 #: depend on their values; CLIP's takes ``len()`` of the scores, which freezes the batch at the example's.
 LEFT_OUT = {"deberta-v2": ("labels",), "clip": ("return_loss",)}
 
@@ -46,9 +46,9 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run left behind.
+    """The results of a run.
 
-    `live` holds after each step the budget, the live triplets, and the λ that are not zero.
+    `live` has, for each step, the budget, the number of live triplets, and the number of λ that are not zero.
     """
 
     adapted: ac.AdaptedModel

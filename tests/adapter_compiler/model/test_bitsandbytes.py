@@ -1,4 +1,4 @@
-"""bitsandbytes' own layers with PEFT's LoRA compute and train as our adapters over the same codes do."""
+"""bitsandbytes' own layers with PEFT's LoRA compute and train the same as our adapters over the same codes."""
 
 from __future__ import annotations
 
@@ -105,10 +105,8 @@ def test_the_codes_are_those_of_their_layers(net: Net, kind: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"fused": False}], ids=["fused", "unfused"])
 @pytest.mark.parametrize("source", ["ours", "theirs"])
-def test_training_takes_the_same_way_as_peft_on_their_layers(
-    net: Net, wrapped: Any, source: str, options: dict[str, Any]
-) -> None:
-    """From a plain model that we quantize, and from one whose layers were quantized before."""
+def test_training_is_that_of_peft_on_their_layers(net: Net, wrapped: Any, source: str, options: dict[str, Any]) -> None:
+    """Once from a plain model that we quantize, and once from a model with quantized layers."""
     if source == "ours":
         adapted = compile_lora(net, wrapped, quantize="nf4", **options)
     else:
@@ -203,5 +201,5 @@ def test_layers_without_codes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"layer 0 is a Linear4bit whose weight is torch\.float32, expected"):
         ac.compile_with_adapters(model, (torch.randn(2, 8),))
     layer = bnb.nn.Linear4bit(8, 8).to("cpu")
-    with pytest.raises(ConfigError, match="the model is a Linear4bit itself"):
+    with pytest.raises(ConfigError, match="the model itself is a Linear4bit"):
         ac.compile_with_adapters(layer, (torch.randn(2, 8),))

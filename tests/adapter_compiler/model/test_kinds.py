@@ -1,4 +1,4 @@
-"""Every kind of adapter at every kind of use: an unchanged start, the formula's gradients, fold, save, export."""
+"""Every kind of adapter with every kind of use: unchanged outputs at the start, gradients, fold, save, export."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IDS = torch.tensor([[1, 4, 0, 2], [3, 1, 5, 0]])
 
 
 class Uses(nn.Module):
-    """A weight for each way of using one."""
+    """One weight for each kind of use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def test_the_start_is_the_base(kind: str, dtype: torch.dtype, init: str | None) 
     before = copy.deepcopy(model.state_dict())
     adapted = adapt(model, kind, init=init)
     assert len(adapted.sites) == 6
-    # Fusing takes addmm apart, which rounds once more.
+    # Fusing splits addmm, which rounds one more time.
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(adapted(IDS), model(IDS), rtol=1e-5, atol=tolerance)
     if "dora" not in kind:
@@ -139,7 +139,7 @@ def test_fold_is_the_adapted_model(kind: str, dtype: torch.dtype, tolerance: flo
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_watched_computes_the_same_as_what_is_recorded(kind: str) -> None:
     model = make(torch.float64)
-    # Python does not say which way round it uses a bare weight, and the rows of a magnitude depend on it.
+    # Watching does not show whether a bare weight is used transposed, and the rows of a magnitude depend on it.
     sites = tuple(site for site in SITES if site != "bare")
     adapted = adapt(model, kind, sites=sites)
     disturb(adapted)
@@ -223,11 +223,11 @@ def test_lora_goes_into_a_file_at_run_time_and_dora_does_not(tmp_path: Path) -> 
 def test_a_budget_refuses_kinds_without_lambda_and_says_so() -> None:
     adapted = adapt(make(), "lora")
     optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=0.01)
-    with pytest.raises(BudgetError, match=r"of the kind lora, which has no λ to prune by.*kind='svd'"):
+    with pytest.raises(BudgetError, match=r"of the kind lora, which has no λ and cannot be pruned.*kind='svd'"):
         ac.RankBudget(adapted, optimizer, ac.BudgetSchedule(target_rank=1, total_steps=20))
 
 
-def test_a_budget_on_a_mixture_says_what_it_leaves_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_budget_on_a_mixture_names_the_sites_that_it_does_not_prune(caplog: pytest.LogCaptureFixture) -> None:
     rules = (ac.AdapterRule(name="linear.weight", kind="lora", rank=3, alpha=6),)
     adapted = adapt(make(), "svd", rules=rules)
     kinds = {a.site.name: (a.form.name, a.rank, a.scale) for a in adapted.plan}
@@ -258,7 +258,7 @@ def test_a_budget_prunes_and_compacts_dora_over_triplets(init: str | None) -> No
 
 
 def run_exact_pissa(adapted: ac.AdaptedModel, model: nn.Module) -> Tensor:
-    """The formula for triplets that are counted from their start."""
+    """The formula for triplets whose start is subtracted."""
     weights = {}
     for a in adapted.plan:
         p = dict(adapted.adapters.parameters_of(a))

@@ -60,7 +60,7 @@ def compile_disturbed(model: nn.Module, x: Tensor, **options: Any) -> ac.Adapted
 
 
 def assert_is_effective(adapted: ac.AdaptedModel, x: Tensor) -> None:
-    """Outputs and gradients of the graph are those of eager code with W + ΔW, and fold gives these weights."""
+    """Check that outputs and gradients are those of eager code with W + ΔW, and that fold gives these weights."""
     parameters = list(adapted.adapters.parameters())
     inner = {
         name: weight.detach() + sum(a.delta(adapted.adapters.parameters_of(a)) for a in adapted.plan.by_weight[name])

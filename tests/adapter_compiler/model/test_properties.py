@@ -18,7 +18,7 @@ WAYS = ("linear", "matmul", "addmm", "transposed", "weight")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A small model: the layers' ways and widths, and how it is adapted."""
+    """A small model: the kinds and widths of its layers, and the options of its adapters."""
 
     widths: tuple[int, ...]
     ways: tuple[str, ...]
@@ -44,7 +44,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
 
 
 class Layer(nn.Module):
-    """One product written in one of the ways, without anything nonlinear after it."""
+    """One product, written in one of several ways, without a nonlinear function after it."""
 
     def __init__(self, way: str, fan_in: int, fan_out: int, bias: bool) -> None:
         super().__init__()

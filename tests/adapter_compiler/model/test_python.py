@@ -1,4 +1,4 @@
-"""The model's own Python runs, whatever it does, and never without its adapters."""
+"""Every call runs the model's own Python, and always with its adapters."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class GivesBatch(nn.Module):
 
 
 class Counts(nn.Module):
-    """Keeps a number between calls."""
+    """Changes a number attribute at each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class DrawsFromPython(nn.Module):
 
 
 class ReachesIn(nn.Module):
-    """Uses raw parameters, and the weight of a layer that it also calls, in Python that does not capture."""
+    """Uses raw parameters, and the weight of a layer that it also calls, in Python that cannot be captured."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class ReachesIn(nn.Module):
 
 
 class Recomputes(nn.Module):
-    """Python that does not capture, under activation checkpointing."""
+    """Python that cannot be captured, under activation checkpointing."""
 
     def __init__(self, use_reentrant: bool) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def effective_weights(adapted: ac.AdaptedModel, model: nn.Module) -> dict[str, T
 
 
 class Oracle(nn.Module):
-    """A model's own code, and gradients with respect to some tensors, made while its weights are replaced."""
+    """A model's own code with replaced weights, and the gradients with respect to some tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def differentiate(
 
 
 def assert_right(adapted: ac.AdaptedModel, model: nn.Module, *args: Any) -> None:
-    """Outputs and gradients are those of the model's own code with effective weights."""
+    """Check that outputs and gradients are those of the model's own code with W + ΔW as plain weights."""
     oracle = Oracle(copy.deepcopy(model).requires_grad_(False))
     wanted = list(adapted.adapters.parameters())
     weights = {f"model.{name}": weight for name, weight in effective_weights(adapted, model).items()}
@@ -199,7 +199,7 @@ def test_a_branch_that_the_example_did_not_take_is_adapted_without_an_example() 
 
 
 class Keeps(nn.Module):
-    """Draws, writes into a buffer, and only then looks at values: enough of them that dropout never takes all."""
+    """Draws random numbers and writes into a buffer before it branches on values, so many that dropout keeps some."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,10 +212,10 @@ class Keeps(nn.Module):
         return x if x.detach().abs().sum() > 1e-9 else self.right(x) + F.dropout(torch.ones_like(x), 0.5)
 
 
-def test_a_call_whose_values_decide_otherwise_does_what_they_say() -> None:
+def test_a_call_whose_values_choose_the_other_branch_takes_it() -> None:
     model = Keeps()
     adapted = adapt(model, X)
-    with torch.no_grad():  # zeros then stay zeros
+    with torch.no_grad():  # because zeros then stay zeros
         for each in (model, adapted.module):
             each.left.bias.zero_()  # type: ignore[union-attr,operator]
     assert_right(adapted, model, X)
@@ -224,7 +224,7 @@ def test_a_call_whose_values_decide_otherwise_does_what_they_say() -> None:
 
 
 class Notes(nn.Module):
-    """Keeps what it can always make again: a width as a number, and a table that grows."""
+    """Keeps values that it can always compute again: a width as a number, and a growing table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class Notes(nn.Module):
 
 
 class ScalesByItsFirstInput(nn.Module):
-    """As layers do that initialize themselves from data: later calls depend on the first one."""
+    """Like layers that initialize themselves from data: later calls depend on the first one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ class ScalesByItsFirstInput(nn.Module):
 
 
 class Shows(nn.Module):
-    """Puts a tensor where the user may look for it."""
+    """Puts a tensor into an attribute that the user may read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class Shows(nn.Module):
         return y
 
 
-def test_a_cache_that_changes_no_result_is_no_obstacle() -> None:
+def test_a_cache_that_changes_no_result_does_not_matter() -> None:
     model = Notes()
     adapted = adapt(model, X)
     assert_right(adapted, model, X)
@@ -295,7 +295,7 @@ def test_a_branch_that_the_example_did_not_take_is_reported() -> None:
     assert "does not use it" in adapted.rejected["right.weight"]
 
 
-def test_state_that_the_compilation_left_behind_is_none() -> None:
+def test_compiling_leaves_no_state() -> None:
     model = Counts()
     adapted = adapt(model, X)
     assert model.calls == 0
@@ -423,7 +423,7 @@ class Stack(nn.Module):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_regions_compute_their_activations_again_when_asked(whole: bool) -> None:
+def test_regions_recompute_their_activations_with_checkpoint(whole: bool) -> None:
     model = Stack()
     adapted = adapt(model, X, regions=() if whole else Block, checkpoint=True)
     assert_right(adapted, model, X)
@@ -452,7 +452,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 class Quantized(nn.Module):
-    """Right forward under export, wrong backward."""
+    """torch.export gives the right forward and the wrong backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -474,7 +474,7 @@ class Reenters(nn.Module):
 
 
 class Collector(nn.Module):
-    """Notes its hidden states in a list that the caller gives."""
+    """Appends its hidden states to a list from the caller."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -581,7 +581,7 @@ def test_weights_go_by_their_own_names_and_read_as_sums() -> None:
     assert torch.equal(adapted.base_weight("layer.weight"), model.layer.weight)
 
 
-def test_an_exchanged_module_has_no_adapter_and_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_replaced_module_has_no_adapter_and_gives_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     adapted = adapt(Stack(2), X)
     adapted(X)
     fresh = nn.Linear(WIDTH, 6)
@@ -590,7 +590,7 @@ def test_an_exchanged_module_has_no_adapter_and_it_is_said_once(caplog: pytest.L
         y = adapted.eval()(X)
         adapted(X)
     (record,) = caplog.records
-    assert "no adapter stands at blocks.1.up.weight any more" in record.getMessage()
+    assert "blocks.1.up.weight has no adapter any more" in record.getMessage()
     folded = adapted.fold()
     torch.testing.assert_close(folded(X), y)
     assert torch.equal(folded.get_parameter("blocks.1.up.weight"), fresh.weight)

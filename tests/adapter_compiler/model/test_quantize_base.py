@@ -1,4 +1,4 @@
-"""Frozen weights in few bits: what leaves memory, what is computed, and that bitsandbytes and PEFT agree."""
+"""Quantized frozen weights: memory, results, and agreement with bitsandbytes and PEFT."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Siblings that read one x, a transposed bare parameter, repeated blocks and a table."""
+    """Layers with a common input, a transposed bare parameter, repeated blocks and an embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def randomize(adapted: ac.AdaptedModel) -> None:
 
 
 def unpacked(adapted: ac.AdaptedModel) -> nn.Module:
-    """The model with the values that its packed weights stand for, in plain parameters."""
+    """The model with the values of its packed weights as plain parameters."""
     return adapted.copy_base()
 
 
@@ -105,7 +105,7 @@ def test_full_precision_leaves_memory(net: Net, kind: str, example: bool) -> Non
     bits = {"nf4": 4.2, "int8": 8.5}[kind]
     values = sum(original[name].numel() for name in report.errors)
     saved = report.bytes_before - report.bytes_after
-    # The two tables of NF4, 272 values in each weight, weigh something at this size.
+    # The two tables of NF4, 272 values for each weight, matter at this size.
     assert saved >= values * (32 - bits) / 8 - 1100 * len(report.errors)
     assert adapted.report().model_bytes == report.bytes_after
     assert f"{len(report.errors)} weights in {kind} (relative error up to" in str(adapted.report())
@@ -264,7 +264,7 @@ def test_python_sees_unpacked_values() -> None:
 
 
 def test_a_packed_projection_and_disabled_adapters() -> None:
-    """``in_proj_weight`` is used by rows; without adapters, nn.MultiheadAttention takes its own way to the weights."""
+    """``in_proj_weight`` is used by rows; without adapters, nn.MultiheadAttention reads the weights in its own way."""
     torch.manual_seed(0)
     adapted = compile_net(nn.TransformerEncoderLayer(64, 4, 96, dropout=0, batch_first=True))
     assert "self_attn.in_proj_weight" in find_packed_weights(adapted.module)
@@ -283,7 +283,7 @@ def test_what_is_not_a_matrix_of_products_stays(net: Net) -> None:
     assert adapted.quantization_report is not None
     (reason,) = adapted.quantization_report.skipped.values()
     assert "not only by matrix products" in reason
-    with pytest.raises(ConfigError, match=r"no adapted weight can be quantized, expected one at least; table\.weight"):
+    with pytest.raises(ConfigError, match=r"no adapted weight can be quantized, expected at least one; table\.weight"):
         compile_net(net, sites="table")
     with pytest.raises(ConfigError, match="quantized to 'nf4' already"):
         adapted.quantize_base("int8")
@@ -298,7 +298,7 @@ def test_values_that_the_code_cannot_hold_are_named(net: Net, kind: str, value: 
     with torch.no_grad():
         net.head.weight[0, 0] = value
     adapted = compile_net(net, quantize=None, sites=("query", "head"))
-    with pytest.raises(ConfigError, match=rf"head\.weight cannot be kept as '{kind}': its unpacked values have"):
+    with pytest.raises(ConfigError, match=rf"head\.weight cannot be quantized to '{kind}': its unpacked values have"):
         adapted.quantize_base(kind)
     assert not find_packed_weights(adapted.module)
 
@@ -323,7 +323,7 @@ def test_onnx_files_hold_the_unpacked_values(net: Net, tmp_path: Path) -> None:
     assert report.max_abs_error < 1e-4
 
 
-def test_distributed_data_parallel_leaves_the_codes_alone(net: Net, tmp_path: Path) -> None:
+def test_distributed_data_parallel_ignores_the_codes(net: Net, tmp_path: Path) -> None:
     adapted = compile_net(net)
     randomize(adapted)
     expected = adapted(X)

@@ -1,4 +1,4 @@
-"""What people put around a model that trains: torch.compile, autocast, activation checkpoints."""
+"""What users put around a model in training: torch.compile, autocast, activation checkpoints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small activations take the operators of torch."""
+    """Small activations would use torch's operators."""
     monkeypatch.setattr("passes.fuse.memory_efficient_ops._SMALL", 0)
     monkeypatch.setattr("passes.fuse.fused_ops._SMALL", 0)
     monkeypatch.setattr("passes.fuse.fused_ops._FEW_ROWS", 0)
@@ -67,7 +67,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor], **tolerance: float
 
 
 def compiles(test: Callable[..., None]) -> Callable[..., None]:
-    """Let pass what torch's compiler does to itself: it looks at ``grad`` of all tensors, and uses old names."""
+    """Ignore warnings of torch's compiler about itself: it reads ``grad`` of all tensors, and uses deprecated names."""
     for warning in (
         "ignore:The .grad attribute of a Tensor:UserWarning",
         "ignore:.*should not be instantiated:DeprecationWarning",
@@ -138,7 +138,7 @@ def test_autocast_in_training(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("regions", [(), (Block,)])
 def test_activation_checkpoints_change_no_bit(regions: Any) -> None:
-    """Dropout draws the same when a region is computed again."""
+    """Dropout draws the same numbers when a region is recomputed."""
     x = torch.randn(3, 5, WIDTH)
     found = []
     for checkpoint in (False, True):

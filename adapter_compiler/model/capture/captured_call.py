@@ -1,7 +1,7 @@
-"""A call of an adapted model as one fx graph with its adapters in it, as the rewrite passes make it.
+"""Capture a call of an adapted model as one fx graph that contains the adapters.
 
-For looking at, for running, for whatever takes graphs. Calls of the model itself do not run it: Python knows when an
-attribute, a hook or a mode is another than in the example, and a graph does not.
+The graph is for inspection and for tools that take graphs. Calls of the model itself do not run it: Python code notices
+when an attribute, a hook or a mode differs from the example, and a graph does not.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
+from adapter_compiler.model.capture.transformers_caches import register_caches
 from adapter_compiler.model.dispatch.scope import base_weights
-from adapter_compiler.model.transformers_caches import register_caches
+from passes.adapt.fold_adapters import FoldAdaptersPass
 from passes.adapt.insert_adapters import PARAMETERS_PREFIX, InsertAdaptersPass
 from passes.adapt.verify_adapters import VerifyAdaptersPass
 from passes.analysis.weight_uses import find_parameter_aliases
@@ -28,7 +29,8 @@ from passes.planning.plan import AdapterPlan
 from passes.quantize.packed_weights import find_packed_weights
 from passes.quantize.recompute_weights import RecomputeWeightsPass
 
-_STORE = PARAMETERS_PREFIX.rstrip(".")
+#: The submodule of the graph module that has the adapters' parameters.
+_PARAMETERS = PARAMETERS_PREFIX.rstrip(".")
 
 
 def capture_adapted(
@@ -40,33 +42,37 @@ def capture_adapted(
     *,
     fused: bool,
     recompute: bool,
+    folded: bool = False,
 ) -> GraphModule:
     """The graph of one call with the adapters inserted.
 
     Args:
-        module: the model; its present training mode is that of the graph.
+        module: the model; the graph has its present training mode.
         plan: the adapters.
         adapter_parameters: their parameters, which the graph shares.
         args: positional arguments of the call.
-        kwargs: its keyword arguments.
+        kwargs: keyword arguments of the call.
         fused: whether each adapter and its base layer become one node.
-        recompute: whether these compute cheap activations again in backward.
+        recompute: whether these nodes recompute cheap activations in backward.
+        folded: whether the adapters are merged into the graph's own copies of the weights; no adapter node is left.
 
     Returns:
-        A module that takes the tensors of the call one by one, keywords by name, and returns a tuple of the result's
-        leaves. It is right for calls that differ from this one in sizes and values of tensors only.
+        A module that takes the tensors of the call as single arguments, keywords by name, and returns a tuple of the
+        result's tensors. It is valid for calls that differ from this one only in the sizes and values of tensors.
 
     Raises:
-        CaptureError: the call does not capture as one graph that computes the same.
+        CaptureError: the call cannot be captured as one graph that computes the same.
     """
     register_caches()
     with base_weights():
         captured = capture_call(module, split_call(args, sort_keywords(kwargs)))
     graph_module = clone_graph_module(captured.graph_module)
-    setattr(graph_module, _STORE, _share(adapter_parameters, plan))
+    setattr(graph_module, _PARAMETERS, _share(adapter_parameters, plan))
     aliases = find_parameter_aliases(module)
     passes: list[GraphPass] = [InsertAdaptersPass(plan=plan, aliases=aliases), VerifyAdaptersPass(plan=plan)]
-    if fused:
+    if folded:
+        passes.append(FoldAdaptersPass(plan=plan))
+    elif fused:
         passes += [RecognizeGeluPass(), FuseAdaptersPass(recompute=recompute), MemoryEfficientActivationsPass()]
     if find_packed_weights(graph_module):
         passes.append(RecomputeWeightsPass())
@@ -74,7 +80,7 @@ def capture_adapted(
 
 
 def _share(adapter_parameters: AdapterParameters, plan: AdapterPlan) -> nn.Module:
-    """The modules that hold each site's parameters, without the overridden ``_apply`` of :class:`AdapterParameters`."""
+    """The modules that have the parameters of each site, in a root without the ``_apply`` of ``AdapterParameters``."""
     root = nn.Module()
     for adapter in plan:
         path, _, leaf = adapter.site.name.rpartition(".")

@@ -1,7 +1,7 @@
-"""Let key-value caches of transformers be taken apart, so that a model that returns one can be a single graph.
+"""Register the key-value caches of transformers as pytrees, so that a model that returns one can be captured.
 
-A model that is *given* a cache writes into it, which a graph would not do: such calls run as Python around
-smaller graphs, see :func:`passes.capture.self_check.observe_eager`.
+A model that *gets* a cache writes into it, which a graph would not do; the self-check of a capture refuses such a call
+(:func:`passes.capture.self_check.observe_eager`).
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import logging
 import sys
 from typing import Any
 
-from torch.utils import _pytree as pytree
+from passes.compat import pytree
 
 logger = logging.getLogger(__name__)
 
 
 def register_caches() -> None:
-    """Register transformers' cache classes with ``torch.utils._pytree``; nothing if transformers is not in use.
+    """Register transformers' cache classes with ``torch.utils._pytree``, if transformers is imported.
 
-    A version that lacks them, or the function for it, is left alone: models that return caches then run in parts.
+    If the installed version does not have these classes, or its function that registers them, nothing is registered;
+    a model that returns a cache then cannot be captured.
     """
     if "transformers" not in sys.modules:
         return
@@ -26,7 +27,7 @@ def register_caches() -> None:
         from transformers import EncoderDecoderCache
         from transformers.integrations.executorch import register_dynamic_cache_export_support
     except ImportError as error:
-        logger.info("this transformers does not say how to take its caches apart: %s", error)
+        logger.info("this version of transformers cannot register its caches as pytrees: %s", error)
         return
 
     register_dynamic_cache_export_support()

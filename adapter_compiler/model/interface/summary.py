@@ -18,7 +18,20 @@ from passes.quantize.packed_weights import count_bytes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiteRow:
-    """One adapted weight; ``live`` counts the triplets whose λ is not zero."""
+    """One adapted weight.
+
+    Attributes:
+        name: the site's name.
+        role: the role of the weight in its block, such as ``query``; ``linear`` if it is not known.
+        depth: the index of its block, or ``None``.
+        shape: the weight's shape.
+        op: the operator that uses it.
+        form: the adapter's form.
+        rank: the number of its triplets.
+        live: the number of triplets whose λ is not zero.
+        parameters: the number of values in the adapter's parameters.
+        rounding_error: of the last fold, or ``None``.
+    """
 
     name: str
     role: str
@@ -37,14 +50,14 @@ class AdapterReport:
     """What :meth:`AdaptedModel.report` returns; ``str()`` gives a table.
 
     Attributes:
-        sites: one row an adapted weight.
-        rejected: why each other weight of two or more dimensions carries no adapter.
-        unused: weights with an adapter that the first call did not use (empty before it).
-        trainable_parameters: number of trained values.
-        total_parameters: number of the model's own values.
-        model_bytes: memory of the model's parameters and buffers.
-        trainable_bytes: memory of what is trained; gradients take as much, Adam's moments twice as much.
-        quantization: what was quantized, if anything was.
+        sites: one row for each adapted weight.
+        rejected: why each other weight of two or more dimensions has no adapter, by name.
+        unused: weights with an adapter that the first call did not use; empty before the first call.
+        trainable_parameters: the number of trained values.
+        total_parameters: the number of values in the model's own parameters.
+        model_bytes: memory of the model's parameters and buffers, in bytes.
+        trainable_bytes: memory of the trained parameters, in bytes; gradients need the same, Adam's moments twice that.
+        quantization: the report of quantizing, or ``None``.
     """
 
     sites: tuple[SiteRow, ...]
@@ -58,12 +71,12 @@ class AdapterReport:
 
     @property
     def training_bytes(self) -> int:
-        """Memory of all parameters, gradients and the two moments of Adam; activations come on top."""
+        """Memory of all parameters, gradients and Adam's two moments, in bytes, without activations."""
         return self.model_bytes + 4 * self.trainable_bytes
 
     @property
     def trainable_share(self) -> float:
-        """Trained values over the model's own."""
+        """The number of trained values divided by the number of the model's own."""
         return self.trainable_parameters / max(1, self.total_parameters)
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +126,7 @@ def _count_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _count_live(rank: int, parameters: Mapping[str, torch.Tensor]) -> int:
-    """Triplets whose λ is not zero; forms without λ live whole."""
+    """The number of triplets whose λ is not zero; the rank for a form without λ."""
     lam = parameters.get("lam")
     if lam is None:
         return rank
@@ -121,7 +134,7 @@ def _count_live(rank: int, parameters: Mapping[str, torch.Tensor]) -> int:
 
 
 def describe_adapters(adapted: AdapterState) -> AdapterReport:
-    """The report of an adapted model as it stands."""
+    """The report of an adapted model in its present state."""
     errors = adapted.fold_report.rounding_error if adapted.fold_report else {}
     rows = []
     for adapter in adapted.plan:

@@ -1,7 +1,7 @@
-"""LoRA+: the left factor learns faster than the right one (Hayou et al. 2024, arXiv 2402.12354).
+"""LoRA+: a larger learning rate for the left factor than for the right one (Hayou et al. 2024, arXiv 2402.12354).
 
-With one learning rate for both, a wide model cannot have both factors learn features; the paper sets the rate of B
-to 16 times that of A. In the SVD form P is B, and λ and Q learn at the rate of A.
+With one learning rate for both factors, a wide model does not learn features efficiently; the paper recommends a rate
+for B of 16 times that of A. In the SVD form, P has the rate of B, and λ and Q have the rate of A.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from torch import nn
 from adapter_compiler.adapters.adapter_state import AdapterState
 from adapter_compiler.errors import ConfigError
 
-#: The parameters that learn faster.
+#: The parameters with the larger learning rate.
 _LEFT = {"B", "P"}
-#: Decaying these would pull magnitudes away from the weight's norm, and λ out of its ranking.
+#: Weight decay would pull magnitudes away from the norms of W's rows, and change the ranking of triplets by λ.
 _WITHOUT_DECAY = {"magnitude", "lam"}
 
 
 def make_parameter_groups(
     adapted: AdapterState, lr: float, *, lora_plus_ratio: float = 1.0, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Groups of all trainable parameters, for any torch optimizer; groups that would be empty are left out.
+    """Parameter groups of all trainable parameters, for any torch optimizer.
 
     Args:
         adapted: the model.
         lr: learning rate of A or Q, of λ and magnitudes, and of the fully trained parameters.
-        lora_plus_ratio: that of B or P over ``lr``; the paper recommends 16.
-        weight_decay: for all but λ, magnitudes, and fully trained vectors such as biases.
+        lora_plus_ratio: the learning rate of B or P divided by ``lr``; the paper recommends 16.
+        weight_decay: weight decay of all parameters except λ, magnitudes, and fully trained vectors such as biases.
 
     Returns:
-        Each group with ``params``, ``lr``, ``weight_decay`` and a ``name``.
+        The groups that are not empty, each with ``params``, ``lr``, ``weight_decay`` and a ``name``.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: ``lr`` is negative, or ``lora_plus_ratio`` is less than 1.
     """
     for name, value, least in (("lr", lr, 0.0), ("lora_plus_ratio", lora_plus_ratio, 1.0)):
         if value < least:

@@ -1,0 +1,1 @@
+"""What an example call shows, and a call as an fx graph with the adapters in it."""

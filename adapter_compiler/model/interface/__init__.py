@@ -1,0 +1,1 @@
+"""What an adapted model shows of itself: reports, names that PEFT users know, signatures, parameter groups."""
