@@ -1,1 +1,1 @@
-"""One module a command."""
+"""The commands: their options, what they run and print; one module for each command."""

@@ -7,54 +7,48 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from adapter_compiler.cli.commands.output import reported_errors, write_json, write_text
+from adapter_compiler.cli.commands.output import AsJson, command_output
 
 adapters_app = typer.Typer(no_args_is_help=True, help="List, inspect and convert folders of trained adapters.")
-
-_AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 @adapters_app.command("list")
 def list_adapters(
     folder: Annotated[Path, typer.Argument(help="A folder; the folders below it are searched.")],
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the folders of adapters in a folder, with kind, number of sites and live rank.
 
     Example: adapter-compiler adapters list runs/
     """
-    with reported_errors(as_json=as_json):
+    with command_output(as_json=as_json) as output:
         rows = [_summarize(path) for path in _find_folders(folder)]
-        if as_json:
-            write_json(rows)
-            return
         table = Table("folder", "kind", "sites", "average live rank", "values")
         for row in rows:
-            table.add_row(row["folder"], row["kind"], *(str(row[key]) for key in ("sites", "average_rank", "values")))
-        write_text(table)
+            numbers = (str(row[key]) for key in ("sites", "average_rank", "values"))
+            table.add_row(Text(row["folder"], overflow="fold"), row["kind"], *numbers)
+        output.write(rows, table if rows else f"no adapters in {folder} or in a folder below it")
 
 
 @adapters_app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A folder of AdaptedModel.save or of PEFT.")],
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show each adapted weight with its shape, form, rank, live triplets, scale and the size of its update.
 
     Example: adapter-compiler adapters inspect adapters/
     """
-    with reported_errors(as_json=as_json):
+    with command_output(as_json=as_json) as output:
         rows = _describe_sites(folder)
-        if as_json:
-            write_json({**_summarize(folder), "weights": rows})
-            return
         table = Table("weight", "shape", "form", "rank", "live", "scale", "norm of the update")
         for row in rows:
             shape = "×".join(map(str, row["shape"]))
             cells = (row["rank"], row["live"], f"{row['scale']:.3g}", f"{row['update_norm']:.3g}")
-            table.add_row(row["weight"], shape, row["form"], *map(str, cells))
-        write_text(table)
+            table.add_row(Text(row["weight"], overflow="fold"), shape, row["form"], *map(str, cells))
+        output.write({**_summarize(folder), "weights": rows} if as_json else None, table)
 
 
 @adapters_app.command()
@@ -62,7 +56,7 @@ def convert(
     folder: Annotated[Path, typer.Argument(help="A folder of AdaptedModel.save or of PEFT.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     to: Annotated[str, typer.Option(help="native, peft-lora (of the live ranks) or peft-adalora.")],
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write adapters in another format: this tool's, or PEFT's LoRA or AdaLoRA.
 
@@ -70,21 +64,18 @@ def convert(
     """
     from adapter_compiler.saving.convert import convert_adapters
 
-    with reported_errors(as_json=as_json):
+    with command_output(as_json=as_json) as output:
         written = convert_adapters(folder, out, to=to)
-        if as_json:
-            write_json(_summarize(written))
-        else:
-            write_text(f"wrote {written}")
+        output.write(_summarize(written) if as_json else None, f"wrote {written}")
 
 
 def _find_folders(folder: Path) -> list[Path]:
     from adapter_compiler.errors import CheckpointError
-    from adapter_compiler.saving.folders.saved_adapters import PEFT_CONFIG
+    from adapter_compiler.saving.folders.peft_format.config import PEFT_CONFIG
     from adapter_compiler.saving.primitives.adapter_file import FILE_NAME
 
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder")
+        raise CheckpointError(f"{folder} is not a folder, expected one that contains folders of adapters; give another")
     return sorted({path.parent for name in (FILE_NAME, PEFT_CONFIG) for path in folder.rglob(name)})
 
 

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from adapter_compiler.cli.commands.output import reported_errors
+from adapter_compiler.cli.commands.output import command_output
 from adapter_compiler.cli.demo.options import GREATEST_TARGET_RANK, LEAST_STEPS, LEAST_TARGET_RANK, DemoOptions
 
 _Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for model.onnx and report.png.")]
-_Seed = Annotated[int, typer.Option(min=0, help="Decides the split, the weights and the batches.")]
+_Seed = Annotated[int, typer.Option(min=0, help="Random seed of the split, the weights and the batches.")]
 _Steps = Annotated[int, typer.Option(min=LEAST_STEPS, help="Training steps of the adapters.")]
 _PretrainingSteps = Annotated[
     int, typer.Option(min=LEAST_STEPS, help="Training steps of the model before the task changes.")
@@ -32,13 +32,13 @@ def demo(
 ) -> None:
     """Adapt a small vision transformer to rotated and inverted digits, and export it to verified ONNX.
 
-    Needs no network and about a minute. Writes model.onnx and report.png.
+    Takes about a minute and needs no network. Writes model.onnx and report.png.
 
     Example: adapter-compiler demo --out results --seed 1 --target-rank 4
     """
     from adapter_compiler.cli.demo.run import run_demo
 
-    with reported_errors(as_json=False):
+    with command_output(as_json=False):
         options = DemoOptions(
             out=out, seed=seed, steps=steps, pretraining_steps=pretraining_steps, target_rank=target_rank
         )

@@ -8,23 +8,28 @@ from typing import Annotated, Any
 
 import typer
 
-from adapter_compiler.cli.commands.output import reported_errors, write_json, write_text
-from adapter_compiler.cli.commands.target import load_target, with_adapters
+from adapter_compiler.cli.commands.output import AsJson, WithTraceback, command_output
+from adapter_compiler.cli.commands.target import TARGET_HELP, load_target, with_adapters
 
 
 def export(
-    target: Annotated[str, typer.Argument(help="FILE.py:FUNCTION or MODULE:FUNCTION; returns (model, args, kwargs).")],
+    target: Annotated[str, typer.Argument(help=TARGET_HELP)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file to write.")],
     adapters: Annotated[Path | None, typer.Option(help="Folder of trained adapters to load first.")] = None,
-    runtime: Annotated[bool, typer.Option(help="Leave the adapters as inputs instead of merging them.")] = False,
+    runtime: Annotated[
+        bool, typer.Option(help="Keep the adapters as inputs of the file instead of merging them.")
+    ] = False,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set, 7 to 25; default: the exporter's.")] = None,
-    int8: Annotated[Path | None, typer.Option(help="Also write the file with int8 weights here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    int8: Annotated[Path | None, typer.Option(help="Also write a file with int8 weights, to this path.")] = None,
+    as_json: AsJson = False,
+    with_traceback: WithTraceback = False,
 ) -> None:
     """Export a model to ONNX and verify the file against PyTorch.
 
-    A plain model gets the adapters merged into its weights. With --runtime the function must return an
-    AdaptedModel; the adapters are then written beside the file as .onnx_adapter.
+    The adapters are merged into the weights. With --runtime, the function must return an AdaptedModel; its adapters
+    are then written to a second file with the suffix .onnx_adapter.
+
+    The function that is named, and all of the module that it is in, run as they are: use code that you trust.
 
     Example: adapter-compiler export my_model.py:build --adapters adapters/ -o model.onnx
     """
@@ -32,7 +37,7 @@ def export(
     from adapter_compiler.onnx.quantize import quantize_onnx
 
     sys.path.insert(0, "")
-    with reported_errors(as_json=as_json):
+    with command_output(as_json=as_json, with_traceback=with_traceback) as output:
         found = load_target(target)
         model = found.model if adapters is None else with_adapters(found.model, adapters)
         kind = "runtime" if runtime else "merged"
@@ -50,12 +55,12 @@ def export(
                 "path": str(int8),
                 "bytes": small.bytes_after,
                 "max_rel_error": small.max_rel_error,
+                "median_rel_error": small.median_rel_error,
                 "argmax_agreement": agreement,
             }
             shown = "" if agreement is None else f", argmax agrees on {agreement:.1%}"
-            lines.append(f"wrote {int8}: {small.bytes_after:,} bytes, error {small.max_rel_error:.1%}{shown}")
-        if as_json:
-            write_json(result)
-        else:
-            for line in lines:
-                write_text(line)
+            lines.append(
+                f"wrote {int8}: {small.bytes_after:,} bytes; on random values outputs differ by up to "
+                f"{small.max_rel_error:.1%} of their largest value, usually by {small.median_rel_error:.1%}{shown}"
+            )
+        output.write(result, *lines)

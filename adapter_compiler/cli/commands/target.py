@@ -1,28 +1,37 @@
-"""Load a model that the user names on the command line as ``package.module:factory`` or ``file.py:factory``."""
+"""Load the model of a function given on the command line as ``package.module:function`` or ``file.py:function``."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import sysconfig
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from adapter_compiler.errors import ConfigError
+from adapter_compiler.errors import AdapterCompilerError, ConfigError
+
+#: What commands say of such an argument.
+TARGET_HELP = (
+    "FILE.py:FUNCTION or MODULE:FUNCTION. The code is run: the module is imported, and the function is called to get "
+    "(model, args, kwargs)."
+)
 
 _EXPECTED = (
-    "expected a function without arguments that returns (model, args, kwargs), where args is a tuple and kwargs a "
-    "dict of one call"
+    "expected a function without arguments that returns (model, args, kwargs), where args is the tuple and kwargs the "
+    "dict of arguments of one call"
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """A model and one call of it."""
+    """A model and the arguments of one call of it."""
 
     model: nn.Module
     args: Sequence[Any]
@@ -30,42 +39,76 @@ class Target:
 
 
 def load_target(spec: str) -> Target:
-    """Import the function that ``spec`` names, call it, and check what it returns.
+    """Import the function that ``spec`` names, call it, and check its result.
 
     Raises:
-        ConfigError: there is no such module or function, or it returns something else.
+        ConfigError: there is no such module or function, the user's code raises, or its result is not (model, args,
+            kwargs).
     """
-    place, colon, name = spec.rpartition(":")
-    if not colon or not place or not name:
+    source, colon, name = spec.rpartition(":")
+    if not colon or not source or not name:
         raise ConfigError(f"{spec!r}: expected package.module:function or file.py:function")
-    factory = getattr(_import(place), name, None)
+    with _explained(spec):
+        factory = getattr(_import(source), name, None)
     if not callable(factory):
-        raise ConfigError(f"{spec!r}: {place} has no function {name}; {_EXPECTED}")
-    return _check(spec, factory)
+        raise ConfigError(f"{spec!r}: {source} has no function {name}; {_EXPECTED}")
+    with _explained(spec):
+        returned = factory()
+    return _check(spec, returned)
+
+
+@contextlib.contextmanager
+def _explained(spec: str) -> Iterator[None]:
+    """Let an exception of the user's code say in one line where it comes from; those of this library say it already."""
+    try:
+        yield
+    except AdapterCompilerError:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+        raise ConfigError(
+            f"{spec!r}: its code raises {reason} ({_find_place(error)}), expected it to return (model, args, kwargs); "
+            "run it by itself, or add --traceback to see the calls that led there"
+        ) from error
+
+
+def _find_place(error: BaseException) -> str:
+    """The file and line of the user's code that an exception comes from, or that cannot be parsed."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"line {error.lineno} of {Path(error.filename).name}"
+    libraries = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    own = [f for f in frames if not f.filename.startswith((*libraries, "<frozen"))]
+    frame = (own or frames)[-1]
+    return f"line {frame.lineno} of {Path(frame.filename).name}"
 
 
 def with_adapters(model: nn.Module, folder: Path) -> nn.Module:
-    """An adapted model with its adapters loaded, or a plain one with them merged in.
+    """The model with the adapters of a folder: loaded into an adapted model, or merged into a plain one.
 
     Raises:
-        CheckpointError: the folder holds no adapters, or those of another model.
+        CheckpointError: the folder has no adapters, or they belong to another model.
     """
     import torch
 
     from adapter_compiler.errors import CheckpointError
     from adapter_compiler.model.adapted_model import AdaptedModel
     from adapter_compiler.saving.adapters import load_adapters
+    from adapter_compiler.saving.folders.live_models import fit_to_model
     from adapter_compiler.saving.folders.read_folder import read_saved_adapters
 
     if isinstance(model, AdaptedModel):
         load_adapters(model, folder)
         return model
-    saved = read_saved_adapters(folder)
+    saved = fit_to_model(read_saved_adapters(folder), model)
     tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    adapted = saved.plan.by_weight
+    adapted = saved.changed
     missing = [name for name in (*adapted, *saved.replacements) if name not in tensors]
     if missing:
-        raise CheckpointError(f"{folder}: the model has no weight {missing[0]}; the adapters belong to another model")
+        raise CheckpointError(
+            f"{folder} has values for {missing[0]}, which the model does not have; expected adapters of this model; "
+            "give the model that they were trained on"
+        )
     with torch.no_grad():
         for name in adapted:
             tensors[name].copy_(saved.merge(name, tensors[name]))
@@ -74,15 +117,19 @@ def with_adapters(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
-def _import(place: str) -> Any:
-    if not place.endswith(".py"):
+def _import(source: str) -> Any:
+    if not source.endswith(".py"):
         try:
-            return importlib.import_module(place)
-        except ImportError as error:
-            raise ConfigError(f"module {place} cannot be imported: {error}") from error
-    path = Path(place).resolve()
+            return importlib.import_module(source)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{source}.".startswith(f"{error.name}."):
+                raise
+            raise ConfigError(
+                f"module {source} cannot be imported: {error}; expected one in this folder or an installed one"
+            ) from error
+    path = Path(source).resolve()
     if not path.is_file():
-        raise ConfigError(f"{place} does not exist; expected a Python file")
+        raise ConfigError(f"{source} does not exist; expected a Python file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -92,8 +139,7 @@ def _import(place: str) -> Any:
     return module
 
 
-def _check(spec: str, factory: Callable[[], Any]) -> Target:
-    returned = factory()
+def _check(spec: str, returned: object) -> Target:
     if not isinstance(returned, tuple) or len(returned) != 3 or not isinstance(returned[0], nn.Module):
         raise ConfigError(f"{spec!r} returned a {type(returned).__name__}; {_EXPECTED}")
     model, args, kwargs = returned

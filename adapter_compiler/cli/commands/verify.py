@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from adapter_compiler.cli.commands.output import reported_errors, write_json, write_text
-from adapter_compiler.cli.commands.target import load_target, with_adapters
+from adapter_compiler.cli.commands.output import AsJson, WithTraceback, command_output
+from adapter_compiler.cli.commands.target import TARGET_HELP, load_target, with_adapters
 
 if TYPE_CHECKING:
     from adapter_compiler.onnx.verification.report import OutputError
@@ -21,25 +21,26 @@ if TYPE_CHECKING:
 
 def verify(
     file: Annotated[Path, typer.Argument(help="An ONNX file that this tool exported.")],
-    against: Annotated[Path | None, typer.Option(help="Another ONNX file that it should agree with.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Another ONNX file to compare with.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="The PyTorch model it should be: FILE.py:FUNCTION or MODULE:FUNCTION, as for export."),
+        typer.Option(help=f"The PyTorch model to compare with. {TARGET_HELP}"),
     ] = None,
     adapters: Annotated[Path | None, typer.Option(help="With --model: folder of trained adapters to load.")] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Random inputs.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the errors as JSON.")] = False,
+    draws: Annotated[int, typer.Option(min=1, help="Number of random inputs.")] = 8,
+    as_json: AsJson = False,
+    with_traceback: WithTraceback = False,
 ) -> None:
-    """Check an ONNX file: by itself, against another file, or against the PyTorch model it was made from.
+    """Check an ONNX file alone, against another file, or against the PyTorch model that it was exported from.
 
-    By itself it must pass onnx.checker, load and run on onnxruntime, and give finite values. Against a model it is
-    run on the example, on other sizes of every open dimension and on random inputs, as export does. The exit
-    code is 1 if it departs; the message names the output and, if it can be found, the first node that departs.
+    Alone, it must pass onnx.checker, load and run on onnxruntime, and give finite values. Against a model, it is run
+    on the example, on other sizes of every dynamic dimension and on random inputs, as in an export. The exit code is 1
+    if the results differ; the message names the output and, if it can be found, the first node that differs.
 
     Example: adapter-compiler verify model.onnx --model my_model.py:build --adapters adapters/
     """
     sys.path.insert(0, "")
-    with reported_errors(as_json=as_json):
+    with command_output(as_json=as_json, with_traceback=with_traceback) as output:
         _assert_fit(against, model, adapters)
         if model is None:
             from adapter_compiler.onnx.verification.compare_files import verify_file
@@ -49,20 +50,18 @@ def verify(
         else:
             checked = _verify_model(file, model, adapters, draws)
             errors, refused, other = checked.errors, checked.not_verified, model
-        if as_json:
-            rows = [dataclasses.asdict(error) for error in errors]
-            write_json({"file": str(file), "against": other, "errors": rows, "not_verified": refused})
-        else:
-            _show(file, other, errors, refused)
+        rows = [dataclasses.asdict(error) for error in errors]
+        data = {"file": str(file), "against": other, "errors": rows, "not_verified": refused}
+        output.write(data, *_show(file, other, errors, refused))
 
 
 def _assert_fit(against: Path | None, model: str | None, adapters: Path | None) -> None:
     from adapter_compiler.errors import ConfigError
 
     if against is not None and model is not None:
-        raise ConfigError("--against and --model name two things to compare with; give one of them")
+        raise ConfigError("both --against and --model are given, expected one thing to compare with; give one of them")
     if adapters is not None and model is None:
-        raise ConfigError("--adapters are loaded into a model; name it with --model")
+        raise ConfigError("--adapters is given without --model, expected the model to load them into; give --model")
 
 
 def _verify_model(file: Path, target: str, adapters: Path | None, draws: int) -> FileVerification:
@@ -73,15 +72,14 @@ def _verify_model(file: Path, target: str, adapters: Path | None, draws: int) ->
     return verify_onnx(file, model, found.args, found.kwargs, draws=draws)
 
 
-def _show(file: Path, other: str, errors: Sequence[OutputError], refused: Sequence[str]) -> None:
+def _show(file: Path, other: str, errors: Sequence[OutputError], refused: Sequence[str]) -> Iterator[Any]:
     cases = list(dict.fromkeys(error.case for error in errors))
-    write_text(f"{file} agrees with {other} on {len(cases)} inputs: {', '.join(cases)}")
+    yield f"{file} agrees with {other} on {len(cases)} inputs: {', '.join(cases)}"
     table = Table("output")
     for heading in ("max abs error", "max rel error"):
         table.add_column(heading, justify="right")
     for output in dict.fromkeys(error.output for error in errors):
         own = [error for error in errors if error.output == output]
         table.add_row(output, f"{max(e.max_abs for e in own):.1e}", f"{max(e.max_rel for e in own):.1e}")
-    write_text(table)
-    for case in refused:
-        write_text(f"not verified on {case}: the model itself refuses it")
+    yield table
+    yield from (f"not verified on {case}: the model itself fails on it" for case in refused)

@@ -1,1 +1,1 @@
-"""``adapter-compiler demo``: one model from its pre-training to a verified ONNX file, on real images."""
+"""``adapter-compiler demo``: a model from its pre-training to a verified ONNX file, on real images."""

@@ -1,4 +1,4 @@
-"""Real images: scikit-learn's handwritten digits, which come with that package, and the change of the task."""
+"""The data: the handwritten digits that are part of scikit-learn, and the changed task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from adapter_compiler.errors import MissingDependencyError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabeledImages:
-    """Images [n, 8, 8] in 0…1 and labels [n] in 0…9."""
+    """Images and their labels.
+
+    Attributes:
+        images: [n, 8, 8], values from 0 to 1.
+        labels: [n], values from 0 to 9.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -21,7 +26,7 @@ class LabeledImages:
 
 
 def load_digits(seed: int) -> tuple[LabeledImages, LabeledImages]:
-    """The 1,797 digits in random order, two thirds to train on and one third held out.
+    """The 1,797 digits in random order: two thirds for training, then one third for testing.
 
     Raises:
         MissingDependencyError: scikit-learn is not installed.
@@ -44,7 +49,7 @@ def load_digits(seed: int) -> tuple[LabeledImages, LabeledImages]:
 
 
 def rotate_and_invert(digits: LabeledImages) -> LabeledImages:
-    """The changed task: the same digits a quarter turn to the left, white on black become black on white."""
+    """The changed task: the same digits rotated by 90° to the left, black on white instead of white on black."""
     return LabeledImages(images=1 - torch.rot90(digits.images, 1, (1, 2)), labels=digits.labels)
 
 

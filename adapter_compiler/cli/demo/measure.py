@@ -34,11 +34,11 @@ def run_on_onnxruntime(path: Path, images: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one way of running a model gave.
+    """The result of running a model in one way.
 
     Attributes:
         logits: [n, 10].
-        correct: how many images it names right.
+        correct: the number of images that are classified correctly.
         images: n.
     """
 
@@ -48,38 +48,40 @@ class Outcome:
 
     @property
     def accuracy(self) -> float:
-        """Share of images named right."""
+        """The share of images that are classified correctly."""
         return self.correct / self.images
 
 
 def judge(logits: torch.Tensor, digits: LabeledImages) -> Outcome:
-    """Count right answers."""
+    """Count the correct classifications."""
     correct = int((logits.argmax(dim=1) == digits.labels).sum())
     return Outcome(logits=logits, correct=correct, images=len(digits))
 
 
 def find_largest_error(first: Outcome, second: Outcome) -> float:
-    """Largest absolute difference between two outcomes' logits."""
+    """The largest absolute difference between the logits of two outcomes."""
     return float((first.logits.double() - second.logits.double()).abs().max())
 
 
 def assert_same_accuracy(adapted: Outcome, folded: Outcome, exported: Outcome) -> None:
-    """Raise :class:`VerificationError` unless all three name the same number of images right."""
+    """Raise :class:`VerificationError` unless all three classify the same number of images correctly."""
     if not adapted.correct == folded.correct == exported.correct:
         raise VerificationError(
-            f"of {adapted.images} images the adapted model names {adapted.correct} right, the folded one "
-            f"{folded.correct}, the exported one {exported.correct}; expected equal numbers. Folding or export "
+            f"of {adapted.images} images the adapted model classifies {adapted.correct} correctly, the folded model "
+            f"{folded.correct}, the exported model {exported.correct}; expected equal numbers. Folding or export "
             "changed the model; please report this with the seed and the versions of torch and onnxruntime"
         )
 
 
 def measure_latency(paths: Sequence[Path], images: torch.Tensor, repeats: int = 100) -> list[float]:
-    """Median seconds of one call on onnxruntime for each file, measured in turns so that all see the same machine.
+    """The median time of one call on onnxruntime for each file, in seconds.
+
+    Calls of the files alternate, so that a change in the machine's load affects all of them.
 
     Args:
         paths: the exported models.
-        images: what each is called on.
-        repeats: calls of each file that count.
+        images: the batch for each call.
+        repeats: the number of timed calls for each file.
     """
     sessions = [open_session(path) for path in paths]
     feeds = [{session.get_inputs()[0].name: images.numpy()} for session in sessions]

@@ -1,4 +1,4 @@
-"""A small vision transformer for 8 × 8 images, written as one would without this library."""
+"""A small vision transformer for 8 × 8 images in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import nn
 
 
 def split_into_patches(images: torch.Tensor) -> torch.Tensor:
-    """[batch, 8, 8] to [batch, 16, 4]: patches of 2 × 2 pixels, row by row."""
+    """Split images [batch, 8, 8] into patches of 2 × 2 pixels, row by row: [batch, 16, 4]."""
     patches: torch.Tensor = images.unflatten(2, (4, 2)).unflatten(1, (4, 2)).transpose(2, 3)
     return patches.flatten(3).flatten(1, 2)
 
 
 class Attention(nn.Module):
-    """Self-attention with a weight each for queries, keys, values and the output."""
+    """Self-attention with separate weights for queries, keys, values and the output."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GELU between them."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each after a norm and with a way around it."""
+    """Attention, then feed-forward, each with a layer normalization before it and a residual connection."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Block(nn.Module):
 
 
 class DigitTransformer(nn.Module):
-    """Images [batch, 8, 8] in 0…1 to logits [batch, 10], by 16 patches of 2 × 2 pixels."""
+    """A classifier of images [batch, 8, 8] with values from 0 to 1; gives logits [batch, 10]."""
 
     def __init__(self, *, width: int = 64, depth: int = 4, heads: int = 4, hidden: int = 128) -> None:
         super().__init__()

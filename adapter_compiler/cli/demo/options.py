@@ -1,4 +1,4 @@
-"""What can be chosen about the demo."""
+"""The options of the demo."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ GREATEST_TARGET_RANK = 16.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """Options of one run; equal options give equal numbers on the same machine, times apart.
+    """The options of one run. Equal options give equal results on the same machine, except for times.
 
     Attributes:
-        out: the folder for ``model.onnx`` and ``report.png``; it is made if it is not there.
-        seed: decides the split, the starting weights and the batches.
+        out: the folder for ``model.onnx`` and ``report.png``; it is created if it does not exist.
+        seed: random seed of the split, the initial weights and the batches.
         steps: optimizer steps of the adaptation.
-        pretraining_steps: optimizer steps before that, on the first task.
-        target_rank: average rank at the end; the adapters start with one and a half times as much (paper, section 4).
+        pretraining_steps: optimizer steps of the pre-training on the first task.
+        target_rank: average rank at the end; the initial rank is 1.5 times as large (AdaLoRA, section 4).
 
     Raises:
         ConfigError: a value cannot work.
@@ -43,10 +43,11 @@ class DemoOptions:
         if self.target_rank > GREATEST_TARGET_RANK:
             raise ConfigError(
                 f"DemoOptions(target_rank={self.target_rank:g}): expected at most {GREATEST_TARGET_RANK:g}, because "
-                "adapters of more than that are no smaller than this small model's weights"
+                "adapters of a larger rank are not smaller than the weights of this small model; for example "
+                "target_rank=2.0"
             )
 
     @property
     def rank(self) -> int:
-        """The rank that each adapter starts with."""
+        """The initial rank of each adapter."""
         return math.ceil(1.5 * self.target_rank)

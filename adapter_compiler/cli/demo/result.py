@@ -1,4 +1,4 @@
-"""What the demo measures."""
+"""The measurements of the demo."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from adapter_compiler.cli.demo.training import Adaptation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What was measured on the held-out images.
+    """The measurements on the test images.
 
     Attributes:
-        upright: the pre-trained model on the task it was trained for.
-        before: the same model on the changed task.
+        upright: the pre-trained model on the task that it was trained on.
+        before: the pre-trained model on the changed task.
         adapted: the model with adapters on the changed task.
-        folded: the plain model that the adapters were merged into.
-        exported: the ONNX file of that on onnxruntime.
-        adaptation: the training.
-        export: the exporter's own checks.
-        base_seconds: median latency of the pre-trained model's ONNX file for one batch.
-        merged_seconds: the same of the merged model's file, measured in turns with it.
-        picture: the plot of the ranks.
+        folded: the folded model on the changed task.
+        exported: the exported ONNX file on onnxruntime, on the changed task.
+        adaptation: the training of the adapters.
+        export: the report of the export.
+        base_seconds: median latency of the pre-trained model's ONNX file for one batch, in seconds.
+        merged_seconds: the same for the exported file.
+        picture: the picture of the ranks.
     """
 
     upright: Outcome

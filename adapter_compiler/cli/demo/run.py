@@ -1,4 +1,4 @@
-"""The demo from its data to its files."""
+"""Run the demo, from its data to its files."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from adapter_compiler.errors import ConfigError
 
 
 def run_demo(options: DemoOptions, console: Console) -> DemoResult:
-    """Pre-train, change the task, adapt, fold, export, verify; tell ``console`` what happens.
+    """Pre-train, change the task, adapt, fold, export and verify; print the progress on ``console``.
 
     Raises:
-        ConfigError: the folder ``options.out`` cannot be made.
+        ConfigError: the folder ``options.out`` cannot be created.
         MissingDependencyError: scikit-learn is not installed.
-        VerificationError: the folded or exported model is not as good as the adapted one.
+        VerificationError: the folded or exported model differs from the adapted one in accuracy.
     """
     start = time.perf_counter()
     _make_folder(options.out)
@@ -64,7 +64,7 @@ def _finish(
     upright: Outcome,
     before: Outcome,
 ) -> DemoResult:
-    """Fold, export and measure; the base model's file is needed for its latency only."""
+    """Fold, export and measure; the base model is exported only to measure its latency."""
     adapted = judge(run_in_pytorch(adaptation.model, test.images), test)
     folded = judge(run_in_pytorch(adaptation.model.fold(), test.images), test)
     batch = test.images[:BATCH_SIZE]
@@ -101,16 +101,17 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"out={str(folder)!r} cannot be made ({error.strerror}), expected a folder for model.onnx and report.png; "
-            "name one that can be written"
+            f"out={str(folder)!r} cannot be created ({error.strerror}), expected a folder for model.onnx and "
+            "report.png; give one that can be written"
         ) from error
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than they bring on matrices this small, above all on a busy machine.
+    """A context in which torch uses one thread.
 
-    The numbers then do not depend on how many cores there are either.
+    With matrices this small, synchronizing threads costs more than they gain. The results also do not depend on the
+    number of cores.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

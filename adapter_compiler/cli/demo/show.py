@@ -1,4 +1,4 @@
-"""What the demo prints."""
+"""The text that the demo prints."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SHADES = " ░▒▓█"
 
 
 def show_task(console: Console, train: LabeledImages, test: LabeledImages) -> None:
-    """Say what is learned first, what changes, and show one image of each."""
+    """Print a description of both tasks, and one image of each."""
     console.print(
-        f"A small vision transformer learns handwritten digits ({len(train):,} images to train on, {len(test):,} held "
-        "out). Then the task changes: every digit is rotated by 90° and inverted."
+        f"A small vision transformer learns handwritten digits ({len(train):,} images for training, {len(test):,} for "
+        "testing). Then the task changes: every digit is rotated by 90° and inverted."
     )
     shown = LabeledImages(images=train.images[:1], labels=train.labels[:1])
     pair = zip(_draw(shown.images[0]), _draw(rotate_and_invert(shown).images[0]), strict=True)
@@ -30,11 +30,11 @@ def show_task(console: Console, train: LabeledImages, test: LabeledImages) -> No
 
 
 def show_result(console: Console, result: DemoResult) -> None:
-    """All that was measured, as one table."""
+    """Print all measurements as one table."""
     table = Table(show_header=False)
     table.add_column(justify="left")
     table.add_column(justify="right")
-    table.add_row(f"[bold]accuracy on {result.before.images} held-out images", "")
+    table.add_row(f"[bold]accuracy on {result.before.images} test images", "")
     for name, outcome in (
         ("upright digits, pre-trained model", result.upright),
         ("changed digits, before", result.before),
@@ -56,7 +56,7 @@ def show_result(console: Console, result: DemoResult) -> None:
 
 
 def show_files(console: Console, result: DemoResult, seconds: float) -> None:
-    """Where the files are, how the model was verified, how long it took."""
+    """Print the paths of the files, how the model was verified, and the total time."""
     checked = ", ".join(result.export.cases)
     console.print(f"wrote {result.export.path} (compared with PyTorch on: {checked})", soft_wrap=True, highlight=False)
     console.print(f"wrote {result.picture}", soft_wrap=True, highlight=False)
@@ -78,6 +78,6 @@ def _percent(outcome: Outcome) -> str:
 
 
 def _draw(image: torch.Tensor) -> list[str]:
-    """Two characters a pixel, one line a row."""
+    """An image as text: two characters for each pixel, one line for each row."""
     levels = (image * (len(_SHADES) - 1)).round().int().tolist()
     return ["".join(2 * _SHADES[level] for level in row) for row in levels]

@@ -1,4 +1,4 @@
-"""The two trainings: all weights on the first task, then adapters alone on the second."""
+"""The two trainings: all weights on the first task, then only adapters on the changed task."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _PRETRAINING_RATE = 2e-3
 _ADAPTER_RATE = 6e-3
 _SCALE = 4.0
 
-#: Called after each optimizer step with the loss and the number of live triplets, if there is a budget.
+#: Called after each optimizer step with the loss, and with the number of live triplets or ``None`` without a budget.
 Watcher = Callable[[float, int | None], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adaptation:
-    """The adapted model and how it came about.
+    """The result of training adapters.
 
     Attributes:
         model: the model with its trained adapters.
-        budget: the budget that pruned it.
-        initial_triplets: triplets at the start.
+        budget: the rank budget of the training.
+        initial_triplets: the number of triplets at the start.
         losses: the loss of each step.
     """
 
@@ -42,7 +42,7 @@ class Adaptation:
 
 
 def pretrain(digits: LabeledImages, options: DemoOptions, watch: Watcher) -> DigitTransformer:
-    """A new model, all of whose weights are trained on ``digits``; returned in eval mode."""
+    """Train all weights of a new model on ``digits``; returns the model in eval mode."""
     torch.manual_seed(options.seed)
     model = DigitTransformer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_PRETRAINING_RATE, weight_decay=0.05)
@@ -55,7 +55,7 @@ def pretrain(digits: LabeledImages, options: DemoOptions, watch: Watcher) -> Dig
 
 
 def adapt(model: nn.Module, digits: LabeledImages, options: DemoOptions, watch: Watcher) -> Adaptation:
-    """AdaLoRA from end to end: every weight stays as it is, and adapters are trained and pruned on ``digits``."""
+    """Run AdaLoRA: train and prune adapters on ``digits``; the weights of the model do not change."""
     torch.manual_seed(options.seed)
     adapted = ac.compile_with_adapters(
         model.train(),

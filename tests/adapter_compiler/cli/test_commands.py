@@ -95,7 +95,7 @@ def test_errors_are_one_line_and_exit_code_1(folder: Path) -> None:
 
 
 def test_export_fold_and_verify(folder: Path) -> None:
-    """The base exported and folded agrees with the merged model exported; and int8 with a loss that is told."""
+    """An exported base file with adapters folded in agrees with the exported merged model; int8 reports its error."""
     target = f"{folder / 'my_model.py'}:build"
     base, merged, folded = (folder / f"{name}.onnx" for name in ("base", "merged", "folded"))
     assert run_json("export", target, "-o", base)["adapters"] == "none"
@@ -108,7 +108,7 @@ def test_export_fold_and_verify(folder: Path) -> None:
     checked = run_json("verify", folded, "--against", merged, "--draws", 3)
     assert max(error["max_abs"] for error in checked["errors"]) < 1e-5
     assert "agrees with itself on 8 inputs" in run("verify", folded)
-    assert "departs" in run("verify", folded, "--against", base, code=1)
+    assert "differs" in run("verify", folded, "--against", base, code=1)
 
 
 def test_export_with_runtime_adapters(folder: Path) -> None:
@@ -144,20 +144,20 @@ def test_verify_against_the_model(folder: Path) -> None:
     assert "on 10 inputs: example, batch 6, random values 1" in " ".join(shown.split())
 
 
-def test_verify_names_what_departs_from_the_model(folder: Path) -> None:
-    """Without the adapters the model is another one, from the first weight on."""
+def test_verify_names_what_differs_from_the_model(folder: Path) -> None:
+    """Without the adapters, the model differs from its first weight on."""
     target, file = f"{folder / 'my_model.py'}:build", folder / "merged.onnx"
     run("export", target, "--adapters", folder / "adapters", "-o", file)
     result = run_json("verify", file, "--model", target, code=1)
     assert result["error"] == "VerificationError"
-    assert "merged.onnx: output output on example: onnxruntime departs from PyTorch by" in result["message"]
-    assert re.search(r"the first node that departs is node_linear \(\w+, 0\)", result["message"])
+    assert "merged.onnx: output output on example: onnxruntime differs from PyTorch by" in result["message"]
+    assert re.search(r"the first node that differs is node_linear \(\w+, 0\)", result["message"])
 
 
 def test_verify_takes_one_thing_to_compare_with(folder: Path) -> None:
     target = f"{folder / 'my_model.py'}:build"
     assert "give one of them" in run("verify", "a.onnx", "--against", "b.onnx", "--model", target, code=1)
-    assert "name it with --model" in run("verify", "a.onnx", "--adapters", folder / "adapters", code=1)
+    assert "give --model" in run("verify", "a.onnx", "--adapters", folder / "adapters", code=1)
     assert "does not exist" in run("verify", folder / "none.onnx", "--model", target, code=1)
 
 

@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     code, out, err = invoke("demo", "--out", str(tmp_path / "file" / "folder"))
     assert (code, out) == (1, "")
     assert err.startswith("error: out='")
-    assert "cannot be made (Not a directory), expected a folder for model.onnx" in err
+    assert "cannot be created (Not a directory), expected a folder for model.onnx" in err
     assert err.count("\n") == 1
 
 
@@ -85,7 +85,7 @@ def test_an_error_of_many_lines_becomes_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert invoke("demo") == (1, "", "error: site [red]a[/red]: no rank\n")
 
 
-def test_an_error_that_nobody_expected_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 

@@ -1,4 +1,4 @@
-"""The demo's data, model, training and measurements, one by one."""
+"""The parts of the demo: data, model, training and measurements."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_patches_are_those_of_unfold() -> None:
     torch.testing.assert_close(split_into_patches(images), F.unfold(images[:, None], 2, stride=2).transpose(1, 2))
 
 
-def test_the_model_tells_where_a_patch_is() -> None:
+def test_the_model_knows_the_position_of_a_patch() -> None:
     torch.manual_seed(0)
     model = DigitTransformer().eval()
     image = torch.zeros(1, 8, 8)
@@ -120,9 +120,9 @@ def test_unequal_accuracy_is_an_error() -> None:
     digits = LabeledImages(images=torch.zeros(2, 8, 8), labels=torch.tensor([0, 1]))
     good, bad = (judge(torch.eye(10)[rows], digits) for rows in ([0, 1], [0, 2]))
     assert_same_accuracy(good, good, good)
-    with pytest.raises(VerificationError, match="of 2 images the adapted model names 2 right, the folded one 1, the"):
+    with pytest.raises(VerificationError, match="the adapted model classifies 2 correctly, the folded model 1, the"):
         assert_same_accuracy(good, bad, good)
-    with pytest.raises(VerificationError, match="the exported one 1; expected equal numbers"):
+    with pytest.raises(VerificationError, match="the exported model 1; expected equal numbers"):
         assert_same_accuracy(good, good, bad)
 
 

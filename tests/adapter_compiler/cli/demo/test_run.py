@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @dataclasses.dataclass(frozen=True)
 class ShortRun:
-    """What a run left behind."""
+    """The result and the files of a run."""
 
     folder: Path
     output: str
@@ -52,7 +52,7 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShortRun]:
     yield ShortRun(folder, answer.output, kept[0])
 
 
-def test_it_writes_a_model_that_names_as_many_digits_right_as_it_says(short_run: ShortRun) -> None:
+def test_it_writes_a_model_with_the_accuracy_that_it_prints(short_run: ShortRun) -> None:
     assert sorted(file.name for file in short_run.folder.iterdir()) == ["model.onnx", "report.png"]
     path = short_run.folder / "model.onnx"
     onnx.checker.check_model(str(path), full_check=True)
@@ -70,7 +70,7 @@ def test_training_on_the_changed_task_helps(short_run: ShortRun) -> None:
     assert result.adaptation.losses[-1] < result.adaptation.losses[0]
 
 
-def test_it_says_what_was_trained_and_pruned(short_run: ShortRun) -> None:
+def test_it_prints_what_was_trained_and_pruned(short_run: ShortRun) -> None:
     model = short_run.result.adaptation.model
     trained = sum(p.numel() for p in model.trainable_parameters())
     total = sum(p.numel() for p in model.module.parameters())
@@ -89,7 +89,7 @@ def test_the_picture_is_one(short_run: ShortRun) -> None:
 def test_it_fails_if_the_exported_model_is_worse(
     short_run: ShortRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The parts that take long give what they gave before, and the exported model answers nothing right."""
+    """The slow parts return their earlier results, and the exported model classifies nothing correctly."""
     result = short_run.result
     broken = dataclasses.replace(result, exported=dataclasses.replace(result.exported, correct=0))
     monkeypatch.setattr(run, "pretrain", lambda *_: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
