@@ -113,7 +113,6 @@ def measure_passes(nodes: int) -> dict[str, float]:
     import torch
 
     from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
-    from passes.adapt.compact_ranks import CompactRanksPass, compact_plan
     from passes.adapt.fold_adapters import FoldAdaptersPass
     from passes.adapt.insert_adapters import InsertAdaptersPass
     from passes.analysis.weight_uses import find_parameter_aliases, find_weight_uses
@@ -144,9 +143,6 @@ def measure_passes(nodes: int) -> dict[str, float]:
             parameter.normal_(0, 0.02)
     graph_module.add_submodule("adapters", adapter_parameters)
     take("insert", lambda: InsertAdaptersPass(plan=plan, aliases=aliases)(graph_module))
-    kept = {adapter.site.name: torch.tensor([0]) for adapter in plan}
-    take("compact", lambda: CompactRanksPass(plan=plan, kept=kept)(graph_module))
-    plan = compact_plan(plan, kept)
     take("fuse", lambda: FuseAdaptersPass()(graph_module))
     graph_module, base = make_long_graph(nodes)
     graph_module.add_submodule(

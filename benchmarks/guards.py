@@ -18,10 +18,10 @@ from collections.abc import Callable
 import torch
 from training_contenders import make_minilm, make_ours
 
-from adapter_compiler.model.dispatch.attach import find_exchanged
-from adapter_compiler.model.dispatch.classes import make_adapted_weight
+from adapter_compiler.model.dispatch.attach import find_replaced
 from adapter_compiler.model.dispatch.scope import calling
 from adapter_compiler.model.dispatch.slots import SLOTS
+from adapter_compiler.model.dispatch.weights.adapted_weight import make_adapted_weight
 
 
 def measure(action: Callable[[], object], rounds: int) -> float:
@@ -53,7 +53,7 @@ def main() -> None:
         return all(place.is_unchanged for place in adapted._places)
 
     def enter_call() -> None:
-        with calling(adapted._token, find_exchanged(adapted._adapted_attributes)):
+        with calling(adapted._token, find_replaced(adapted._adapted_attributes)):
             pass
 
     def bind_all() -> None:

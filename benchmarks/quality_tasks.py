@@ -106,7 +106,8 @@ def _split_by_length(examples: Examples) -> tuple[Tensor, ...]:
     inputs, labels = examples
     mask = inputs.get("attention_mask")
     order = torch.arange(len(labels)) if mask is None else mask.sum(1).argsort()
-    return order.split(128 if mask is None else 32)
+    parts: tuple[Tensor, ...] = order.split(128 if mask is None else 32)
+    return parts
 
 
 def make_digits(seed: int, *, shots: int = 200) -> Task:
@@ -233,8 +234,8 @@ def _read_banking(folder: Path) -> tuple[list[LabeledText], list[LabeledText]]:
 
 def _read_clinc(folder: Path) -> tuple[list[LabeledText], list[LabeledText]]:
     splits = json.loads((folder / "data_full.json").read_text(encoding="utf-8"))
-    train, test = ([((text,), label) for text, label in splits[name]] for name in ("train", "test"))
-    return train, test
+    found: list[list[LabeledText]] = [[((text,), label) for text, label in splits[name]] for name in ("train", "test")]
+    return found[0], found[1]
 
 
 def _read_movies(folder: Path) -> tuple[list[LabeledText], list[LabeledText]]:

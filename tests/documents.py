@@ -1,4 +1,4 @@
-"""Read the documents of the repository: their code blocks and their links."""
+"""Read the documents of the repository: their code blocks, their links, and what they name."""
 
 from __future__ import annotations
 
@@ -17,10 +17,21 @@ class Block:
     text: str
 
 
+def find_documents() -> list[str]:
+    """Every document, as a path below the root."""
+    pages = (str(file.relative_to(ROOT)) for file in sorted(ROOT.glob("docs/**/*.md")))
+    return ["README.md", "CONTRIBUTING.md", *pages]
+
+
+def read_text(document: str) -> str:
+    """The text of a document."""
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
 def read_blocks(document: str) -> list[Block]:
     """All fenced code blocks of a document, first to last."""
-    text = (ROOT / document).read_text(encoding="utf-8")
-    return [Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)]
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", read_text(document), flags=re.MULTILINE | re.DOTALL)
+    return [Block(*block) for block in found]
 
 
 def read_python(document: str) -> str:
@@ -30,6 +41,12 @@ def read_python(document: str) -> str:
 
 def find_links(document: str) -> list[str]:
     """Targets of links and pictures that are files of the repository, relative to the document."""
-    text = (ROOT / document).read_text(encoding="utf-8")
+    text = read_text(document)
     targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     return [target for target in targets if "://" not in target]
+
+
+def find_code(document: str) -> list[str]:
+    """What stands between backticks outside of code blocks, line breaks as spaces."""
+    prose = re.sub(r"^```.*?^```$", "", read_text(document), flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
