@@ -9,21 +9,23 @@ import passes as _passes
 if not getattr(_passes, "ADAPTER_COMPILER_PASSES", False):
     _found = _passes.__file__ or list(_passes.__path__)
     raise ImportError(
-        f"adapter_compiler needs its own package 'passes', but Python found {_found}; "
+        f"adapter_compiler needs its own package 'passes', but Python found another one at {_found}; "
         "rename your folder or module 'passes', or run from another directory"
     )
 
 from adapter_compiler.compile import compile_with_adapters
 from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.errors import AdapterCompilerError
-from adapter_compiler.lazy_imports import import_on_demand
+from adapter_compiler.load_folder import load
 from adapter_compiler.model.adapted_model import AdaptedModel
+from adapter_compiler.onnx.lazy_imports import import_on_demand
 from adapter_compiler.report.ranks import plot_ranks
 from adapter_compiler.saving.adapters import load_adapters
 from adapter_compiler.training.budget import Allocation, BudgetSchedule, RankBudget
 from adapter_compiler.training.calibration.allocate_ranks import StaticAllocation, allocate_ranks
 from adapter_compiler.training.calibration.realign import Realigner, rediagonalize
 from adapter_compiler.training.calibration.start_from_data import DataStart, InitializationReport, initialize_adapters
+from adapter_compiler.training.optimizers import AdapterMuon, AdapterNormalized, make_optimizer
 from adapter_compiler.training.training_state import load_training_state, save_training_state
 from passes.planning.plan import AdapterPlan
 from passes.planning.rules import AdapterRule
@@ -34,10 +36,14 @@ else:
     _ONNX = ("ExportReport", "OnnxAdapters", "export_onnx", "save_onnx_adapter")
     __getattr__ = import_on_demand(__name__, dict.fromkeys(_ONNX, "adapter_compiler.onnx"))
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AdaptedModel",
     "AdapterCompilerError",
     "AdapterConfig",
+    "AdapterMuon",
+    "AdapterNormalized",
     "AdapterPlan",
     "AdapterRule",
     "Allocation",
@@ -53,8 +59,10 @@ __all__ = [
     "compile_with_adapters",
     "export_onnx",
     "initialize_adapters",
+    "load",
     "load_adapters",
     "load_training_state",
+    "make_optimizer",
     "plot_ranks",
     "rediagonalize",
     "save_onnx_adapter",

@@ -1,4 +1,4 @@
-"""The pipeline: copy the model, capture it, find sites, plan, insert."""
+"""The pipeline: copy the model, analyze an example call, find sites, plan, attach adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from adapter_compiler.adapters.copies import (
     assert_not_lazy,
@@ -25,11 +24,12 @@ from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.config.attach_options import AttachOptions
 from adapter_compiler.errors import AdapterCompilerError, CaptureError, ConfigError, SiteError
 from adapter_compiler.model.adapted_model import AdaptedModel
+from adapter_compiler.model.capture.weight_use_analysis import analyze_weight_uses
 from adapter_compiler.model.quantized.bitsandbytes_models import adopt_bitsandbytes_linears, has_bitsandbytes_linears
-from adapter_compiler.model.weight_use_analysis import analyze_weight_uses
 from passes.analysis.weight_uses import WeightUse, find_parameter_aliases
 from passes.capture.calls import describe_refusal
 from passes.capture.module_state import is_without_memory
+from passes.compat import pytree
 from passes.planning.find_sites import SiteSearch, find_module_sites, find_sites
 from passes.planning.plan import AdapterPlan
 from passes.planning.site import abbreviate, find_matching_glob
@@ -45,31 +45,32 @@ def compile_with_adapters(
     config: AdapterConfig | None = None,
     plan: AdapterPlan | None = None,
 ) -> AdaptedModel:
-    """Insert adapters into a model: AdaLoRA's unless ``config.kind`` says otherwise.
+    """Add adapters to a model: AdaLoRA's form, unless ``config.kind`` says otherwise.
 
-    With an example, one call is recorded as a graph now, in the model's present training mode, and sites are found by
-    what the graph does with each weight. Without one, sites are the weights of linear layers and their kin. Calls run
-    the model's own Python, in which every read of an adapted weight gives W + ΔW.
+    With an example, one call is recorded as a graph, in the model's present training mode, and sites are chosen by
+    what the graph does with each weight. Without an example, sites are the weights of ``nn.Linear``,
+    ``nn.MultiheadAttention`` and transformers' ``Conv1D``. Calls run the model's own Python, in which every read of an
+    adapted weight gives W + ΔW.
 
     Args:
-        model: any module. It keeps its weights, buffers, flags and mode (unless ``config.inplace``);
-            the adapted model shares its weights' storage.
+        model: any module. Its weights, buffers, ``requires_grad`` flags and training mode do not change (unless
+            ``config.inplace``). The adapted model shares the storage of its weights.
         example_args: positional arguments of one call.
         example_kwargs: keyword arguments of one call.
         config: which weights are adapted, and how.
-        plan: the adapters, made before, perhaps on a model without weights; it then decides in place of
-            ``config`` which weights have which rank, scale and dtype.
+        plan: an existing plan, which may come from a model on the meta device. It replaces the options in ``config``
+            that choose weights, ranks, scales and dtypes.
 
-    A model on the meta device is planned without memory for its weights: the result reports sites, ranks and sizes and
-    holds the plan.
+    A model on the meta device gets a plan without memory for its weights: the result reports sites, ranks and sizes,
+    and holds the plan.
 
     Returns:
-        A module that is called like ``model``, in which only adapters and ``config.trainable`` train.
+        A module that is called like ``model``, in which only the adapters and ``config.trainable`` require grad.
 
     Raises:
         CaptureError: the model itself fails on the example.
-        SiteError: nothing can be adapted, a glob or rule matches nothing, or the plan is for another model.
-        ConfigError: the arguments are not of the expected kinds.
+        SiteError: no weight can be adapted, a glob or rule matches nothing, or the plan is for another model.
+        ConfigError: an argument has the wrong type.
     """
     config = AdapterConfig() if config is None else config
     example = _check_arguments(model, example_args, example_kwargs, config, plan)
@@ -106,7 +107,7 @@ def compile_with_adapters(
 
 
 def _on_device_of(model: nn.Module, example: tuple[Any, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example, without memory if the model has none."""
+    """The example; if the model is on the meta device, with its tensors on the meta device."""
     if not is_without_memory(model):
         return example
     moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), example)
@@ -120,7 +121,7 @@ def _analyze(
         return analyze_weight_uses(own, args, kwargs, is_recorded=is_recorded)
     except AdapterCompilerError:
         raise
-    except Exception as error:  # the model's own code raises what it likes
+    except Exception as error:  # the model's own code can raise any exception
         raise CaptureError(describe_refusal(own, args, kwargs, error)) from error
 
 
@@ -139,8 +140,8 @@ def _assemble(
             f"{type(own).__name__} has no weight to adapt (sites={config.sites!r}), expected at least one; "
             f"change sites, exclude or trainable in the AdapterConfig; {reasons}"
         )
-    adapter_parameters = AdapterParameters(plan, {name: p.device for name, p in own.named_parameters()})
     weights = dict(own.named_parameters())
+    adapter_parameters = AdapterParameters(plan, {name: weight.device for name, weight in weights.items()})
     for adapter in plan:
         start_adapter(adapter, adapter_parameters.parameters_of(adapter), weights[adapter.site.weight], config.start)
     logger.info("%d sites in %s, %d weights without adapter", len(plan), type(own).__name__, len(search.rejected))
@@ -160,7 +161,7 @@ def _assemble(
 
 
 def _find_untied(model: nn.Module, globs: Sequence[str]) -> list[str]:
-    """Further names of tied parameters that are to have parameters of their own.
+    """The further names of tied parameters that ``untie`` selects; each gets a parameter of its own.
 
     Raises:
         SiteError: a glob matches no such name.
@@ -169,19 +170,23 @@ def _find_untied(model: nn.Module, globs: Sequence[str]) -> list[str]:
     for pattern in globs:
         if find_matching_glob(tied, (pattern,)) is None:
             raise SiteError(
-                f"untie={pattern!r} matches no further name of a tied parameter, expected a glob that does; mend it or "
-                f"leave it out; there are: {abbreviate(tied)}"
+                f"untie={pattern!r} matches no further name of a tied parameter, expected a glob that does; correct it "
+                f"or leave it out; there are: {abbreviate(tied)}"
             )
     return [name for name in tied if find_matching_glob([name], globs) is not None]
 
 
 def _find_trainable(aliases: Mapping[str, str], config: AdapterConfig) -> frozenset[str]:
-    """First qualified names of the parameters that ``config.trainable`` names."""
+    """The first qualified names of the parameters that ``config.trainable`` selects.
+
+    Raises:
+        SiteError: a glob matches no parameter.
+    """
     trainable = config.selection.trainable
     for pattern in trainable:
         if find_matching_glob(aliases, (pattern,)) is None:
             raise SiteError(
-                f"trainable={pattern!r} matches no parameter, expected a glob that does; mend it or leave it out; "
+                f"trainable={pattern!r} matches no parameter, expected a glob that does; correct it or leave it out; "
                 f"there are: {abbreviate(list(aliases))}"
             )
     return frozenset(first for name, first in aliases.items() if find_matching_glob([name], trainable))
@@ -190,11 +195,15 @@ def _find_trainable(aliases: Mapping[str, str], config: AdapterConfig) -> frozen
 def _check_arguments(
     model: object, args: Any, kwargs: Any, config: object, plan: object
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The example call, or ``None`` if none was given."""
+    """The arguments of the example call, or ``None`` if no example was given.
+
+    Raises:
+        ConfigError: an argument has the wrong type.
+    """
     if not isinstance(model, nn.Module) or isinstance(model, AdaptedModel):
         raise ConfigError(
             f"model is a {type(model).__name__}, expected a torch.nn.Module without adapters; give the model itself "
-            "(of an AdaptedModel, what fold() returns)"
+            "(for an AdaptedModel, the result of fold())"
         )
     if plan is not None and not isinstance(plan, AdapterPlan):
         raise ConfigError(f"plan is a {type(plan).__name__}, expected an AdapterPlan, as AdapterPlan.from_json gives")

@@ -1,4 +1,4 @@
-"""Every error that adapter-compiler raises on purpose, in one place for users to import."""
+"""All error classes of adapter-compiler, for users to import."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from passes.base import (
 
 
 class ConfigError(AdapterCompilerError, ValueError):
-    """An option has a value that cannot work."""
+    """An option is unknown or its value cannot work."""
 
 
 class BudgetError(AdapterCompilerError, ValueError):
-    """A rank budget does not fit its model or optimizer."""
+    """A rank budget does not fit the model or the optimizer."""
 
 
 class NonFiniteGradientError(BudgetError):
-    """An adapter's gradient is inf or nan at an optimizer step."""
+    """The gradient of an adapter is inf or nan at an optimizer step."""
 
 
 class CheckpointError(AdapterCompilerError, ValueError):
@@ -33,11 +33,11 @@ class ExportError(AdapterCompilerError):
 
 
 class VerificationError(ExportError):
-    """An exported file does not compute what the model computes."""
+    """An exported file does not compute the same as the model."""
 
 
 class MissingDependencyError(AdapterCompilerError, ImportError):
-    """An optional library is not installed; the message names the extra that brings it."""
+    """An optional library is not installed; the message names the extra to install."""
 
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import importlib.util
 import json
@@ -45,10 +46,11 @@ def run_example(name: str, *arguments: str | Path, cwd: Path) -> subprocess.Comp
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("custom_attention.py", "verified on onnxruntime: example, batch 5, dimension 1 of size 41"),
-        ("qlora.py", "times less memory than float32, for both tasks together"),
-        ("resume.py", "triplets: 15 at the stop, 9 at the end"),
-        ("tabular.py", "worst values, onnxruntime"),
+        ("01_first_adapter.py", "verified on onnxruntime: example, batch 5"),
+        ("02_custom_attention.py", "verified on onnxruntime: example, batch 5, dimension 1 of size 41"),
+        ("03_tabular.py", "worst values, onnxruntime"),
+        ("06_qlora.py", "times less memory than float32, for both tasks together"),
+        ("07_resume.py", "triplets: 15 at the stop, 9 at the end"),
     ],
 )
 def test_a_quick_example_holds_its_claims(name: str, line: str, tmp_path: Path) -> None:
@@ -60,11 +62,24 @@ def test_a_quick_example_holds_its_claims(name: str, line: str, tmp_path: Path) 
 
 def test_every_example_has_a_test() -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
-    assert [path.name for path in EXAMPLES.glob("*.py") if path.name not in tests] == []
+    assert [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in tests] == []
+
+
+def test_examples_are_numbered_in_reading_order() -> None:
+    numbers = [re.fullmatch(r"(\d\d)_[a-z_]+\.py", path.name) for path in sorted(EXAMPLES.iterdir()) if path.is_file()]
+    assert [found and int(found[1]) for found in numbers] == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_says_what_it_shows_and_how_to_run_it(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    first, *rest = docstring.splitlines()
+    assert first.endswith(".") and len(first.split()) > 5, f"{path.name} begins with {first!r}, expected what it shows"
+    assert rest[:1] == [""] and rest[1].startswith(f"    python examples/{path.name}"), rest[:2]
 
 
 def test_multi_task_serving_names_the_data_it_needs(tmp_path: Path) -> None:
-    done = run_example("multi_task_serving.py", "--data", tmp_path, cwd=tmp_path)
+    done = run_example("05_multi_task_serving.py", "--data", tmp_path, cwd=tmp_path)
     assert done.returncode == 2
     assert f"--data {tmp_path} has no folder banking77; expected" in done.stderr
 
@@ -122,7 +137,7 @@ def test_text_classification_end_to_end(encoder: Path, tmp_path: Path) -> None:
     data, out = write_csv(tmp_path / "data"), tmp_path / "result"
     options = ["--limit", "60", "--steps", "12", "--batch-size", "8", "--lr", "0.02", "--seed", "3"]
     done = run_example(
-        "text_classification.py", "--model", encoder, "--data", data, "--out", out, *options, cwd=tmp_path
+        "04_text_classification.py", "--model", encoder, "--data", data, "--out", out, *options, cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "60 training texts, 75 test texts, 3 classes" in done.stdout
@@ -155,7 +170,7 @@ def measure_file(path: Path, encoder: Path) -> float:
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
     pytest.importorskip("transformers")
-    spec = importlib.util.spec_from_file_location("text_classification", EXAMPLES / "text_classification.py")
+    spec = importlib.util.spec_from_file_location("text_classification", EXAMPLES / "04_text_classification.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

@@ -1,1 +1,1 @@
-"""Tables and pictures of what was done."""
+"""Pictures of ranks and models, and the data in them."""

@@ -1,4 +1,4 @@
-"""A model as a person reads it: its blocks in order, equal ones together, with the weights in each."""
+"""The structure of a model as data for a picture: its blocks in order, with equal blocks joined, and their weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MapWeight:
-    """One weight; ``rank`` is ``None`` where it carries no adapter."""
+    """One weight.
+
+    Attributes:
+        label: its name inside the block.
+        role: its role, as in ``attention.query``.
+        shape: its shape.
+        rank: the rank of its adapter; ``None`` if it has none.
+    """
 
     label: str
     role: str
@@ -24,7 +31,14 @@ class MapWeight:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MapBlock:
-    """Neighboring blocks with the same weights: ``count`` of them from number ``first`` on, ``None`` outside."""
+    """A group of consecutive blocks with the same weights.
+
+    Attributes:
+        name: the name of the first block, with the number of the last, or the model's class for weights in no block.
+        weights: the weights of each block.
+        first: the number of the first block; ``None`` for weights in no block.
+        count: the number of blocks.
+    """
 
     name: str
     weights: tuple[MapWeight, ...]
@@ -33,12 +47,12 @@ class MapBlock:
 
     @property
     def title(self) -> str:
-        """``encoder.layers.0–11 (12 equal blocks)``."""
+        """The heading of the block, as in ``encoder.layers.0–11 (12 equal blocks)``."""
         return f"{self.name} ({self.count} equal blocks)" if self.count > 1 else self.name
 
 
 def map_model(adapted: AdaptedModel) -> tuple[MapBlock, ...]:
-    """The blocks of an adapted model in the model's order, with every weight that has or could have an adapter."""
+    """The blocks of an adapted model in order, with every weight that has or could have an adapter."""
     ranks = {adapter.site.name: adapter.rank for adapter in adapted.plan}
     sites = {site.name: site for site in (*adapted.unadapted_sites, *adapted.sites)}
     ordered = [sites[name] for name, _ in adapted.module.named_parameters() if name in sites]
@@ -53,21 +67,21 @@ def map_model(adapted: AdaptedModel) -> tuple[MapBlock, ...]:
 
 
 def _fill_depths(depths: Sequence[int | None]) -> list[int | None]:
-    """A weight without a number between two of the same block belongs to it."""
+    """The block number of each weight; a weight without one between two weights of the same block gets theirs."""
     filled = list(depths)
-    for place, depth in enumerate(depths):
-        before = next((d for d in reversed(depths[:place]) if d is not None), None)
-        after = next((d for d in depths[place:] if d is not None), None)
+    for index, depth in enumerate(depths):
+        before = next((d for d in reversed(depths[:index]) if d is not None), None)
+        after = next((d for d in depths[index:] if d is not None), None)
         if depth is None and before == after:
-            filled[place] = before
+            filled[index] = before
     return filled
 
 
 def _find_prefix(names: Sequence[str]) -> str:
-    """The part of the path that the names share, up to the first number."""
+    """The path that the names share, up to and including the first number."""
     paths = [name.split(".")[:-1] for name in names]
     shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
-    numbered = [place for place, part in enumerate(shared) if part.isdigit()]
+    numbered = [index for index, part in enumerate(shared) if part.isdigit()]
     return ".".join(shared[: numbered[0] + 1] if numbered else shared)
 
 

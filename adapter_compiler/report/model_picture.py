@@ -1,4 +1,4 @@
-"""Draw a model block by block, with its adapted weights marked, with matplotlib and no display."""
+"""Draw the blocks and weights of a model and mark the adapted ones; uses matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -27,20 +27,25 @@ _BLUE, _WHITE = "#1f5fa8", "#ffffff"
 _CHIP_WIDTH, _CHIP_HEIGHT, _GAP, _TITLE = 1.62, 0.62, 0.12, 0.36
 _LABEL_WIDTH = 1.45
 _MOST_IN_ROW = 6
-#: Longer labels lose their beginning.
+#: The largest number of characters; longer texts are cut at the beginning.
 _LONGEST_LABEL, _LONGEST_HEADING = 24, 21
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """Weights of one kind side by side; the kind is written before the first row of them."""
+    """Weights of one kind side by side.
+
+    Attributes:
+        kind: the label before the row; empty if the row continues the previous one.
+        weights: the weights.
+    """
 
     kind: str
     weights: Sequence[MapWeight]
 
 
 def draw_model(adapted: AdaptedModel, path: str | Path) -> Path:
-    """Write a picture of a model's blocks and weights; its suffix chooses the format (png, svg, pdf).
+    """Write a picture of a model's blocks and weights; the path's suffix determines the format (png, svg, pdf).
 
     Raises:
         ConfigError: the format is unknown.
@@ -55,7 +60,7 @@ def draw_model(adapted: AdaptedModel, path: str | Path) -> Path:
 
 
 def make_figure(blocks: Sequence[MapBlock], title: str) -> Figure:
-    """One box a group of equal blocks, top to bottom in the model's order."""
+    """A figure with one box for each group of equal blocks, from top to bottom in the model's order."""
     rows = [_arrange(block.weights) for block in blocks]
     widest = max((len(row.weights) for own in rows for row in own), default=1)
     width = _LABEL_WIDTH + max(widest, 3) * (_CHIP_WIDTH + _GAP) + 2 * _GAP
@@ -85,12 +90,12 @@ def _summarize(adapted: AdaptedModel) -> str:
 
 
 def _arrange(weights: Sequence[MapWeight]) -> list[_Row]:
-    """Rows by kind of role, in the order of the weights, none longer than fits."""
+    """Split weights into rows by the kind of their role; a row has at most ``_MOST_IN_ROW`` weights."""
     rows = []
     for kind, group in groupby(weights, key=lambda weight: weight.role.partition(".")[0].replace("_", " ")):
         own = list(group)
         chunks = [own[start : start + _MOST_IN_ROW] for start in range(0, len(own), _MOST_IN_ROW)]
-        rows += [_Row(kind if place == 0 else "", chunk) for place, chunk in enumerate(chunks)]
+        rows += [_Row(kind if index == 0 else "", chunk) for index, chunk in enumerate(chunks)]
     return rows
 
 
@@ -106,8 +111,8 @@ def _draw_block(axes: Axes, block: MapBlock, rows: Sequence[_Row], top: float, w
     )
     axes.add_patch(box)
     axes.text(2 * _GAP, top + _TITLE / 2, block.title, fontweight="bold", color=_INK, va="center", fontsize=9.5)
-    for place, row in enumerate(rows):
-        y = top + _TITLE + place * (_CHIP_HEIGHT + _GAP)
+    for index, row in enumerate(rows):
+        y = top + _TITLE + index * (_CHIP_HEIGHT + _GAP)
         axes.text(2 * _GAP, y + _CHIP_HEIGHT / 2, row.kind, color=_MUTED, va="center", fontsize=8.5)
         for column, weight in enumerate(row.weights):
             _draw_weight(axes, weight, _LABEL_WIDTH + column * (_CHIP_WIDTH + _GAP), y)
@@ -142,7 +147,7 @@ def _draw_chip(axes: Axes, x: float, y: float, width: float, height: float, *, i
 
 
 def _draw_legend(axes: Axes) -> None:
-    for place, (text, is_adapted) in enumerate((("adapted", True), ("left as it is", False))):
-        x = _GAP + 1.2 * place
+    for index, (text, is_adapted) in enumerate((("adapted", True), ("not adapted", False))):
+        x = _GAP + 1.2 * index
         _draw_chip(axes, x, 0.54, 0.24, 0.14, is_adapted=is_adapted)
         axes.text(x + 0.32, 0.61, text, color=_MUTED, va="center", fontsize=8)

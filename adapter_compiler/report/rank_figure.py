@@ -1,4 +1,4 @@
-"""Draw ranks by block and weight, and budget and loss over steps, with matplotlib and no display."""
+"""Draw ranks by block and weight, and budget and loss over steps; uses matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": _INK,
 }
 
-#: Maps of more cells have a color bar instead of a number in each cell.
+#: Heat maps with more cells have a color bar instead of a number in each cell.
 _MOST_NUMBERED_CELLS = 400
 _RIGHT_WIDTH = 5.4
 _RIGHT_HEIGHT = 4.8
 _LARGEST = 24.0
-#: More weights outside blocks than this stand in a column instead of a row.
+#: If there are more weights outside blocks than this, they are drawn as a column instead of a row.
 _LONGEST_STRIP = 16
 
 
@@ -55,12 +55,12 @@ def assert_known_format(path: Path) -> None:
 
 
 def draw_ranks(grid: RankGrid, curve: BudgetCurve, losses: Sequence[float], title: str) -> Figure:
-    """A figure with the ranks on the left and what happened over the steps on the right.
+    """A figure with the ranks on the left, and the budget and the loss over steps on the right.
 
     Args:
-        grid: the ranks to show.
+        grid: the ranks.
         curve: the budget over steps.
-        losses: the loss of each step; without it the right side is the budget alone.
+        losses: the loss of each step; if it is empty, no loss is drawn.
         title: heading of the figure.
     """
     maps = list(_find_maps(grid))
@@ -82,7 +82,7 @@ def draw_ranks(grid: RankGrid, curve: BudgetCurve, losses: Sequence[float], titl
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Map:
-    """One heat map: its heading, the names of its rows and columns, its values."""
+    """One heat map: its heading, the labels of its rows and columns, and its values [rows, columns]."""
 
     title: str
     rows: Sequence[str]
@@ -91,7 +91,7 @@ class _Map:
 
 
 def _find_maps(grid: RankGrid) -> Iterator[_Map]:
-    """The grid, and a strip of the weights that are in no block: a list where they are many."""
+    """The grid, and a heat map of the weights outside blocks: one row, or one column if there are many."""
     if grid.blocks:
         yield _Map(title="Rank by block and weight", rows=grid.blocks, columns=grid.weights, ranks=grid.ranks)
     if not grid.elsewhere:
@@ -101,7 +101,7 @@ def _find_maps(grid: RankGrid) -> Iterator[_Map]:
     if len(names) > _LONGEST_STRIP:
         yield _Map(title=title, rows=names, columns=[""], ranks=ranks[:, None])
     else:
-        # Empty cells at the end give the strip the grid's cell width.
+        # Empty cells at the end make the cells as wide as those of the grid.
         strip = np.pad(ranks, (0, max(0, len(grid.weights) - len(ranks))), constant_values=np.nan)
         yield _Map(title=title, rows=[""], columns=names, ranks=strip[None])
 
@@ -154,7 +154,7 @@ def _label(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
 
 
 def _draw_steps(figure: SubFigure, curve: BudgetCurve, losses: Sequence[float]) -> None:
-    """The budget as the step function it is, above the loss on the same axis of steps."""
+    """Draw the budget as a step function, and the loss below it with the same axis of steps."""
     axes = figure.subplots(2 if losses else 1, 1, sharex=True, squeeze=False)[:, 0]
     last = max(curve.steps[-1], len(losses))
     _draw_budget(axes[0], curve, last)

@@ -1,4 +1,4 @@
-"""Ranks and budgets as data for a picture."""
+"""Ranks and budget as data for a picture."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class RankGrid:
     Attributes:
         blocks: the rows, as in ``blocks.0``.
         weights: the columns, as in ``attention.query``.
-        ranks: [blocks, weights]; nan where a block has no such weight.
-        elsewhere: ranks of the weights that are in no numbered block, by name.
+        ranks: [blocks, weights]; nan if a block does not have the weight.
+        elsewhere: the ranks of weights outside numbered blocks, by name.
     """
 
     blocks: tuple[str, ...]
@@ -28,7 +28,7 @@ class RankGrid:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BudgetCurve:
-    """The triplets that maskings kept: ``triplets[i]`` from ``steps[i]`` on."""
+    """The number of live triplets over steps: ``triplets[i]`` from ``steps[i]`` on."""
 
     steps: tuple[int, ...]
     triplets: tuple[int, ...]

@@ -1,7 +1,7 @@
-"""Where a rank budget left its triplets, as data and as a picture.
+"""The ranks that a rank budget gave to each weight, as data and as a picture.
 
-A weight's place is read off its qualified name: what comes before and with the first number is the
-block (``encoder.layers.3``), the rest is the weight (``attention.query``).
+The block and the weight are parts of a site's name: the part up to the first number is the block
+(``encoder.layers.3``), the rest is the weight (``attention.query``).
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ def plot_ranks(
 
     Args:
         history: ``RankBudget.history``.
-        path: the file to write; its suffix chooses the format (png, svg, pdf). It is written beside and renamed.
-        initial_triplets: triplets before the first masking (``RankBudget.live_triplets`` before training).
-        losses: the loss of each optimizer step, first to last.
+        path: the file to write; its suffix determines the format (png, svg, pdf). The picture is written to a
+            temporary file, which is then renamed.
+        initial_triplets: the number of triplets before the first masking (``RankBudget.live_triplets`` before
+            training).
+        losses: the loss of each optimizer step, from the first to the last.
         title: heading of the picture.
 
     Returns:
@@ -43,9 +45,9 @@ def plot_ranks(
     if not history:
         raise ConfigError(
             "plot_ranks got an empty history, expected at least one masking; train past the schedule's warm-up, and "
-            "give the history of the RankBudget that saw the training"
+            "give the history of the RankBudget of this training"
         )
-    # matplotlib takes a good part of a second to import, which a program that draws nothing need not wait for.
+    # Importing matplotlib takes most of a second, which programs that draw nothing do not need.
     from adapter_compiler.report.rank_figure import assert_known_format, draw_ranks
 
     path = Path(path)
@@ -58,27 +60,27 @@ def plot_ranks(
 
 
 def arrange_ranks(ranks: Mapping[str, int]) -> RankGrid:
-    """Sort ranks by site name into a grid; blocks and weights stay in the order in which they first come."""
-    places = {name: _find_place(name) for name in ranks}
-    inside = {name: place for name, place in places.items() if place is not None}
+    """Sort ranks, given by site name, into a grid; blocks and weights are in the order of their first site."""
+    parts = {name: _split_name(name) for name in ranks}
+    inside = {name: part for name, part in parts.items() if part is not None}
     blocks = tuple(dict.fromkeys(block for block, _ in inside.values()))
     weights = tuple(dict.fromkeys(weight for _, weight in inside.values()))
     grid = np.full((len(blocks), len(weights)), np.nan)
     for name, (block, weight) in inside.items():
         grid[blocks.index(block), weights.index(weight)] = ranks[name]
-    elsewhere = {_shorten(name): rank for name, rank in ranks.items() if places[name] is None}
+    elsewhere = {_shorten(name): rank for name, rank in ranks.items() if parts[name] is None}
     return RankGrid(blocks=blocks, weights=weights, ranks=grid, elsewhere=elsewhere)
 
 
 def trace_budget(history: Sequence[MaskingRecord], initial_triplets: int | None = None) -> BudgetCurve:
-    """Triplets kept by each masking, after ``initial_triplets`` from step 0 on where that is known."""
+    """The number of triplets that each masking kept, preceded by ``initial_triplets`` at step 0 if it is given."""
     start = [] if initial_triplets is None else [(0, initial_triplets)]
     points = [*start, *((record.step, sum(record.ranks.values())) for record in history)]
     return BudgetCurve(steps=tuple(step for step, _ in points), triplets=tuple(count for _, count in points))
 
 
-def _find_place(name: str) -> tuple[str, str] | None:
-    """``(block, weight)``, or ``None`` for a name without a number."""
+def _split_name(name: str) -> tuple[str, str] | None:
+    """The block and the weight of a site's name, or ``None`` for a name without a number."""
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
     if first is None:

@@ -17,7 +17,7 @@ import adapter_compiler as ac
 
 WIDTH = 8
 
-#: How many random models are tried; a number above the default is for a night, in which everything is.
+#: The number of random models; above the default, all other situations are tried in full too (for a nightly run).
 EXAMPLES = int(os.environ.get("ADAPTER_COMPILER_EXAMPLES", "300"))
 IS_NIGHT = EXAMPLES > 300
 
@@ -44,16 +44,16 @@ def plain_call(model: Any, *args: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """How a situation is tried once.
+    """The options of one trial of a situation.
 
     Attributes:
-        name: of the run.
-        training: the mode of the model.
-        has_example: whether compiling gets one; without, sites are found by their modules.
-        capture: whether the example is recorded, which takes longer than all else here, or watched.
-        is_checkpointed: whether activations are computed again in backward.
-        is_large: whether what is written for large activations runs for the small ones of these tests.
-        is_thorough: whether the situation itself is checked too: that adapters and the change show.
+        name: the name of the run.
+        training: the training mode of the model.
+        has_example: whether compiling gets an example; without one, sites are found by the classes of modules.
+        capture: whether the example is recorded, which takes longer than everything else here, or watched.
+        is_checkpointed: whether activations are recomputed in backward.
+        is_large: whether code for large activations also runs for the small ones of these tests.
+        is_thorough: whether the situation itself is checked too: the adapters and the change must have an effect.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the configuration."""
+        """The options of the configuration."""
         return {"capture": self.capture, "checkpoint": self.is_checkpointed}
 
 
@@ -78,30 +78,30 @@ CHECKPOINT = Run(name="checkpoint", training=True, is_checkpointed=True, is_thor
 LARGE = Run(name="large", training=True, is_large=True, is_thorough=False)
 
 ALL = (EVAL, TRAIN, CHECKPOINT, LARGE)
-#: For models without linear layers of their own, whose weights only an example shows.
+#: For models without linear layers, whose sites can only be found with an example.
 WITH_EXAMPLE = (EVAL, WATCHED, CHECKPOINT, LARGE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Situation:
-    """One thing that a user's model or its user may do.
+    """Something that a user's model or its user may do.
 
     Attributes:
-        name: says what.
+        name: a short description.
         build: makes the user's model.
         args: draws the arguments of a call, and of the example.
         keywords: draws the keyword arguments of the example.
-        call: calls a model, the adapted one or the oracle.
+        call: calls a model: the adapted one or the oracle.
         change: what happens to the model between two calls.
         later: draws the arguments after the change.
         around: a context for the first call.
         later_around: one for the call after the change, by default the same.
-        rebased: whether the change gives weights new values, to which ΔW is then added.
-        runs: how it is tried.
-        options: of the configuration.
-        raises: whether eager itself raises, at one of the calls.
-        differs: whether the adapters show in what a call returns.
-        shows_in: the modes in which the change itself shows; nowhere if there is none.
+        rebased: whether the change gives W new values, to which ΔW is then added.
+        runs: the trials.
+        options: options of the configuration.
+        raises: whether eager code raises in one of the calls.
+        differs: whether the adapters change the result of a call.
+        shows_in: the training modes in which the change has an effect; none if there is no change.
         has_gradients: whether gradients are compared.
         is_folded: whether the folded model is compared too.
         tolerance: relative and absolute.
@@ -129,13 +129,13 @@ class Situation:
     is_limit: bool = False
 
     def shows(self, run: Run) -> bool:
-        """Whether the oracle itself must answer otherwise after the change."""
+        """Whether the result of the oracle must differ after the change."""
         is_changed = self.change is not nothing or self.later_around is not None
         return is_changed and ("train" if run.training else "eval") in self.shows_in
 
 
 class Net(nn.Module):
-    """Parts of many kinds, and a function that computes something with some of them."""
+    """A model with parts of many kinds, and a function that computes something with some of them."""
 
     def __init__(self, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ def make(run: Callable[..., Any]) -> Callable[[], nn.Module]:
 
 
 def put(path: str, value: Any) -> Callable[[Any], None]:
-    """A change that assigns to an attribute; a value that is made anew for each model is given as a function."""
+    """A change that assigns to an attribute; a function as value is called to make a value for each model."""
 
     def change(net: Any) -> None:
         owner, _, name = path.rpartition(".")
@@ -170,7 +170,7 @@ def put(path: str, value: Any) -> Callable[[Any], None]:
 
 
 def params(table: Sequence[Situation]) -> list[Any]:
-    """Each situation of a table with its runs, for ``pytest.mark.parametrize``; by day the dearer ones take turns."""
+    """Each situation of a table with its runs, for ``pytest.mark.parametrize``; slow runs alternate by default."""
     names = [situation.name for situation in table]
     assert len(names) == len(set(names))
     pairs = [(one, run) for index, one in enumerate(table) for run in _choose_runs(one.runs, index)]
@@ -203,7 +203,7 @@ def adapt(
     std: float = 0.5,
     **options: Any,
 ) -> ac.AdaptedModel:
-    """The model with adapters that change every weight clearly."""
+    """The adapted model, with adapters that change every weight significantly."""
     options = {"rank": 2, "alpha": 2, "sites": "*", **options}
     adapted = ac.compile_with_adapters(model, tuple(args), kwargs, config=ac.AdapterConfig(**options))
     randomize(adapted, std)
@@ -227,7 +227,7 @@ def treat_all_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def setting(target: dict[str, Any], key: str, value: Any) -> Iterator[None]:
-    """A global that has another value for a while."""
+    """A context in which a global has another value."""
     before = target[key]
     target[key] = value
     try:

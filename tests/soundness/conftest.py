@@ -1,4 +1,4 @@
-"""The same as for all tests, only quicker: here are two thousand of them."""
+"""A faster version of the fixtures of all tests, because there are two thousand tests here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How one situation is compared with eager PyTorch.
+"""Compare one situation with eager PyTorch.
 
 The oracle is a deep copy of the user's model with W + ΔW written into its weights. Both models are called, changed in
 the same way, and called again; outputs, errors, in-place changes of the arguments and the gradients of the adapters
@@ -31,18 +31,18 @@ class Oracle:
     def __init__(self, adapted: ac.AdaptedModel, model: nn.Module) -> None:
         self.adapted = adapted
         self.model = copy_model(model).requires_grad_(False)
-        #: The modules that hold a weight, which may be moved, the name in each, and the weight's.
+        #: The modules that have a weight (they may be moved), the name in each, and the weight's name.
         self._places = [
             (self.model.get_submodule(name.rpartition(".")[0]), name.split(".")[-1], site.weight)
             for site in adapted.sites
             for name in (site.weight, *site.aliases)
         ]
-        #: The plain weights by identity, with the values written last, the W that they were made of, and the name.
+        #: The plain weights by identity, with the values written last, the W that they were made from, and the name.
         self._written: dict[int, tuple[Tensor, Tensor, Tensor, str]] = {}
         self._add_updates()
 
     def apply(self, change: Callable[[Any], object], *, rebased: bool = False) -> None:
-        """Change the model; with ``rebased`` to weights that get new values, ΔW is then added."""
+        """Change the model; with ``rebased``, add ΔW to weights that got new values."""
         for weight, _, base, name in list(self._written.values()):
             self._written[id(weight)] = weight, weight.detach().clone(), base, name
         change(self.model)
@@ -74,7 +74,7 @@ class Oracle:
             weight.grad = None
 
     def expected_gradients(self) -> list[Tensor]:
-        """What the adapters' gradients must be, from those of the weights."""
+        """The expected gradients of the adapters, computed from those of the weights."""
         adapters = [p for p in self.adapted.adapters.parameters() if p.requires_grad]
         total = [torch.zeros_like(p) for p in adapters]
         for weight, _, base, name in self._written.values():
@@ -89,13 +89,13 @@ class Oracle:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    with torch.no_grad():  # so that what TorchScript copies by itself stays a leaf
+    with torch.no_grad():  # so that a tensor that TorchScript copies itself stays a leaf
         return copy.deepcopy(model)
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What a call gave: outputs or an error, the arguments as they are afterwards, gradients of the arguments."""
+    """The result of a call: outputs or an error, the arguments after the call, gradients of the arguments."""
 
     outputs: Any
     error: BaseException | None
@@ -107,7 +107,7 @@ class Outcome:
 def observe(
     situation: Situation, model: Any, args: Callable[[], Sequence[Any]], around: Context, number: int
 ) -> Outcome:
-    """Call a model as the situation says, and go backward where there is something to go through."""
+    """Call a model as in the situation, and run backward if an output requires grad."""
     seed(number)
     given = args()
     seed(number + 1)
@@ -120,7 +120,7 @@ def observe(
         losses = [weigh(t) for t in tensors if t.requires_grad and t.is_floating_point()]
         if losses and situation.has_gradients:
             torch.stack(losses).sum().backward()
-    except Exception as raised:  # the oracle says whether it is right to raise
+    except Exception as raised:  # the comparison with the oracle decides whether an error is right
         error = raised
     leaves = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
     gradients = [leaf.grad if leaf.is_leaf else None for leaf in leaves]
@@ -141,7 +141,7 @@ def check(situation: Situation, run: Run, monkeypatch: pytest.MonkeyPatch) -> No
         treat_all_as_large(monkeypatch)
     seed(1)
     model = situation.build().train(run.training)
-    pristine = copy_model(model)  # before the example runs, which must leave nothing behind
+    pristine = copy_model(model)  # before the example runs, which must have no side effects
     seed(2)
     args, kwargs = (situation.args(), situation.keywords()) if run.has_example else ((), {})
     adapted = adapt(model, args, kwargs, **{**run.options, **situation.options})
@@ -160,13 +160,13 @@ def check(situation: Situation, run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     assert situation.raises == (first.error is not None or changed.error is not None)
     if before is not None:
         unchanged = observe(situation, before, later, situation.around, 5)
-        assert find_difference(changed, unchanged) > 1e-3, "the change itself does not show in eager"
+        assert find_difference(changed, unchanged) > 1e-3, "the change has no effect in eager code"
     if plain is None or not situation.differs or find_difference(first, plain) > 1e-2:
         return
-    # A branch that the example has not taken has no adapters, so that one of the calls may be the base's.
+    # A branch that the example has not taken has no adapters, so one of the calls may give the base's result.
     situation.change(base)
     plain = observe(situation, base, later, later_around, 5)
-    assert find_difference(changed, plain) > 1e-2, "the adapters do not show"
+    assert find_difference(changed, plain) > 1e-2, "the adapters have no effect"
 
 
 def compare(
@@ -179,7 +179,7 @@ def compare(
     *,
     is_folded: bool = False,
 ) -> Outcome:
-    """Compare one call; what the oracle gives."""
+    """Compare one call; returns the outcome of the oracle."""
     folded = adapted.fold() if is_folded else None
     adapted.zero_grad()
     oracle.zero_grad()
@@ -199,7 +199,7 @@ def compare(
 
 def assert_same(found: Outcome, expected: Outcome, tolerance: tuple[float, float], *, is_whole: bool = True) -> None:
     if expected.error is not None:
-        # Autograd objects to a write into what backward needs. An adapted weight keeps such values, so more runs.
+        # Autograd refuses a write into tensors that backward needs. An adapted weight keeps them, so more code runs.
         is_lost_value = any(text in str(expected.error) for text in ("modified by an inplace", "been modified inplace"))
         assert is_lost_value or type(found.error) is type(expected.error), f"{found.error!r} for {expected.error!r}"
         return
@@ -213,7 +213,7 @@ def assert_same(found: Outcome, expected: Outcome, tolerance: tuple[float, float
 
 
 def assert_close(found: Any, expected: Any, tolerance: tuple[float, float] = (1e-4, 1e-5)) -> None:
-    """Tensors and numbers up to rounding, all else equal; tolerances are relative to the largest value."""
+    """Compare tensors and numbers up to rounding, relative to the largest value, and everything else for equality."""
     found_leaves, found_spec = pytree.tree_flatten(found)
     leaves, spec = pytree.tree_flatten(expected)
     assert str(found_spec) == str(spec)
@@ -234,7 +234,7 @@ def assert_close(found: Any, expected: Any, tolerance: tuple[float, float] = (1e
 
 
 def find_difference(one: Outcome, other: Outcome) -> float:
-    """How far the outcomes are from each other, relative to the largest value; 1 for anything but numbers."""
+    """The difference of outcomes relative to the largest value; 1 if other things than numbers differ."""
     if one.error is not None or other.error is not None:
         return float(type(one.error) is not type(other.error))
     leaves = [pytree.tree_leaves(outcome.outputs) for outcome in (one, other)]

@@ -1,4 +1,4 @@
-"""The steps that random models are made of, and what may change of one between calls."""
+"""The steps that random models are made of, and the changes that may happen to one between calls."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Step = Callable[[Any, Tensor, int, int], Any]
 
 
 class Model(nn.Module):
-    """Runs its steps one after the other.
+    """A model that runs its steps one after the other.
 
     Attributes:
-        steps: name of each, which part it works on, and a number that it makes something of.
+        steps: for each, the name, the part that it uses, and a number that it uses.
     """
 
     def __init__(self, steps: tuple[tuple[str, int, int], ...], *, tied: bool) -> None:
@@ -250,7 +250,7 @@ def freshen_by_loading(m: Any, k: int) -> None:
 
 Change = Callable[[Any, int], object]
 
-#: The names of those that give weights new values, to which ΔW is added, begin with "fresh".
+#: The names of changes that give W new values, to which ΔW is then added, begin with "fresh".
 CHANGES: dict[str, Change] = {
     "scale": lambda m, k: setattr(m, "scale", k / 3),
     "flag": lambda m, k: setattr(m, "flag", k % 2 == 0),

@@ -1,4 +1,4 @@
-"""Large activations, of which less is kept: what happens to them between forward and backward."""
+"""Large activations, for which less memory is kept: what models do to them between forward and backward."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def hook_if_differentiated(y: Tensor) -> Tensor:
     return hook(y) if y.requires_grad else y
 
 
-#: What a model does to an activation before an adapted layer reads it.
+#: Changes that a model makes to an activation before an adapted layer reads it.
 BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "as-it-is": lambda y: y,
     "written": lambda y: y.mul(1.0).add_(0.5),
@@ -166,7 +166,7 @@ def draw_many() -> tuple[Any, ...]:
     return (torch.randn(2, 3, 4, WIDTH),)
 
 
-#: What is computed again in backward, unless everything is kept.
+#: Situations that depend on recomputation in backward.
 AGAIN = ("gelu", "gelu-tanh", "silu", "norm")
 KEPT = {"recompute": False}
 

@@ -1,4 +1,4 @@
-"""What is passed to a model changes between two calls: kinds, strides, aliases, numbers, order."""
+"""The arguments of a model change between two calls: types, strides, aliases, numbers, order."""
 
 from __future__ import annotations
 

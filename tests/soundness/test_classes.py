@@ -31,7 +31,7 @@ class Abstract(nn.Linear, abc.ABC):
 
 
 class Tagged(nn.Linear):
-    """Its subclasses must say something."""
+    """A class whose subclasses must give an argument."""
 
     def __init_subclass__(cls, *, tag: str) -> None:
         cls.tag = tag  # type: ignore[attr-defined]
@@ -132,7 +132,7 @@ class OtherSignature(nn.Linear):
 
 
 class Transposed(nn.Module):
-    """Keeps its weight as [in, out], as Conv1D of transformers."""
+    """Stores its weight as [in, out], like Conv1D of transformers."""
 
     def __init__(self, *_: int) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def run_in_cpp(layer: Any, x: Tensor) -> Any:
 
 
 def run_alternative(layer: Any, x: Tensor) -> Any:
-    """The first step by hand, with the weights of the layer."""
+    """Compute the first step by hand, with the weights of the layer."""
     gates = F.linear(x, layer.weight_ih_l0, layer.bias_ih_l0) + F.linear(x, layer.weight_hh_l0, layer.bias_hh_l0)
     return layer(x)[0] + torch.tanh(gates).sum()
 
@@ -232,7 +232,7 @@ class Items(Lists):
         return torch.tanh(x @ self.dict["a"]) @ self.list[0]
 
 
-def exchange_in_a_dict(model: Any) -> None:
+def replace_in_a_dict(model: Any) -> None:
     model.dict.pop("a")
     model.dict["a"] = nn.Parameter(torch.ones(WIDTH, WIDTH), requires_grad=False)
 
@@ -272,7 +272,7 @@ TABLE = [
     of("lstm-weights-by-hand", around(nn.LSTM, WIDTH, WIDTH, call=run_alternative)),
     of("containers", Lists),
     of("containers-sliced", Slices),
-    of("dict-exchanged", Items, change=exchange_in_a_dict, rebased=True),
+    of("dict-replaced", Items, change=replace_in_a_dict, rebased=True),
     of("list-set", Items, change=set_in_a_list, rebased=True),
     of("dict-updated", Items, change=update_a_dict, rebased=True),
 ]  # fmt: skip
@@ -284,7 +284,7 @@ def test_classes(situation: Situation, run: Run, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_a_scripted_child_is_left_alone() -> None:
+def test_a_scripted_child_gets_no_adapter() -> None:
     seed(1)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), torch.jit.script(nn.Linear(WIDTH, WIDTH)))
     x = torch.randn(3, WIDTH)

@@ -70,7 +70,7 @@ class Case:
         self.renew()
 
     def renew(self) -> None:
-        """The oracle of what the adapters are now."""
+        """Make the oracle of the present adapters."""
         self.oracle = Oracle(self.adapted, self.base)
 
     def assert_right(self, call: Callable[..., Any], x: Tensor | None = None) -> None:
@@ -113,7 +113,7 @@ ALL = [(name, training, backend) for name in MODELS for training in (False, True
 def test_compiled(name: str, training: bool, backend: str) -> None:
     case = Case(MODELS[name])
     for one in (case.adapted, case.oracle.model):
-        one.train(training and name != "several")  # whose dropout draws other numbers when compiled
+        one.train(training and name != "several")  # dropout draws other numbers when compiled
     call = torch.compile(case.adapted, backend=backend)
     case.assert_right(call)
     case.assert_right(call, torch.randn(5, WIDTH) * 2)
@@ -152,7 +152,7 @@ def test_a_change_is_seen(name: str) -> None:
     for model in (case.adapted.module, case.oracle.model):
         CHANGES[name](model)
     if name in ("hook", "forward"):
-        torch._dynamo.reset()  # Dynamo itself does not look at either
+        torch._dynamo.reset()  # Dynamo itself does not guard these
     case.assert_right(call)
     assert not torch.allclose(before, case.oracle.model(case.x))
 

@@ -1,4 +1,4 @@
-"""Copies, files, folds and renamed places: what a model becomes must be what it was."""
+"""Copies, files, folds and renamed modules: the result must compute the same as the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.soundness.oracle import Oracle, assert_close
 
 
 class Parts(nn.Module):
-    """Every kind of owner of weights that a copy may get wrong."""
+    """A model with every kind of module with weights that is difficult to copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def test_a_copy_of_the_module_does_the_same(way: str) -> None:
     expected = oracle(tokens())
     copied = COPIES[way](adapted.module)
     assert_close(copied(tokens()).detach(), expected.detach())
-    randomize(adapted, 1.0)  # is no concern of the copy's
+    randomize(adapted, 1.0)  # must not affect the copy
     assert_close(copied(tokens()).detach(), expected.detach())
     assert copied.linear.weight.detach().norm() > 0
 

@@ -1,4 +1,4 @@
-"""Calls with other parameters, gradients of the adapters of every order, per sample and many at once."""
+"""Calls with other parameters, and gradients of the adapters: higher-order, per sample, and batched."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 
 def check(pair: Pair, function: Callable[[Callable[..., Any]], Any]) -> None:
-    """The same of both, where the adapters show."""
+    """Compare both, where the adapters have an effect."""
     found, expected = function(pair.call), function(pair.expect)
     assert_close(found, expected, (1e-9, 1e-9))
 
@@ -143,7 +143,7 @@ def test_gradients_with_create_graph(pair: Pair) -> None:
 
 
 def test_a_step_inside_a_step(pair: Pair) -> None:
-    """Learning to learn: the gradient through a step of the adapters."""
+    """Meta-learning: the gradient through a step of the adapters."""
 
     def run(call: Callable[..., Any]) -> Any:
         leaves = {name: p.clone().requires_grad_() for name, p in pair.adapters.items()}
@@ -216,7 +216,7 @@ def test_other_forms(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["svd", "lora"])
 def test_numerical_derivatives(kind: str) -> None:
-    """Against finite differences, which know nothing of any formula."""
+    """Compare with finite differences, which do not depend on any formula."""
     pair = Pair(loop, kind)
     names = list(pair.adapters)
 
@@ -229,7 +229,7 @@ def test_numerical_derivatives(kind: str) -> None:
 
 
 class Scopes(nn.Module):
-    """Leaves the adapters for a part of itself, as a reference policy in its own model."""
+    """Disables the adapters for a part of itself, like a model that contains its reference policy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ def test_adapters_are_disabled_for_a_part() -> None:
     adapted = adapt(model, (x,))
     oracle = Oracle(adapted, model).model
     module: Any = adapted.module
-    module.scope = lambda: adapted.disable_adapters()  # a bound method would make a fold copy all of it
+    module.scope = lambda: adapted.disable_adapters()  # with a bound method, a fold would copy the whole adapted model
     found = adapted(x)
     assert_close(found, (oracle(x)[0], model(x)[1]))
     with adapted.disable_adapters():

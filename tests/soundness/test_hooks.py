@@ -48,7 +48,7 @@ def keep_gradients(net: Any, x: Tensor) -> Any:
 
 
 def count(net: Any) -> Callable[..., None]:
-    """A hook that leaves its trace in what the model returns next."""
+    """A hook that changes the result of the next call."""
 
     def hook(*_: Any) -> None:
         net.seen = getattr(net, "seen", 0) + 1
@@ -101,7 +101,7 @@ def set_weight_of_next(net: Any) -> Callable[..., None]:
 
 
 def remove_after(register: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """A hook that is there for one call only."""
+    """A hook that is registered for one call only."""
 
     def change(net: Any) -> None:
         handle = register(net)
@@ -112,7 +112,7 @@ def remove_after(register: Callable[[Any], Any]) -> Callable[[Any], None]:
 
 
 def once(net: Any) -> None:
-    """A hook that removes itself, as many do that look at one batch."""
+    """A hook that removes itself after one call."""
 
     def hook(module: Any, args: Any, output: Any) -> Any:
         handle.remove()
@@ -135,11 +135,11 @@ def remove_first_hook(net: Any) -> None:
     net.first._forward_hooks.clear()
 
 
-#: A checkpoint calls what is inside again in backward, when such a hook or the global ones are gone.
+#: A checkpoint calls the inner modules again in backward, when such hooks are already removed.
 OUTSIDE: dict[str, Any] = {"options": {"regions": ("first", "second")}}
 
 
-#: Torch warns of a backward hook on a module none of whose inputs needs a gradient.
+#: torch warns about a backward hook on a module if no input requires grad.
 BACKWARD: dict[str, Any] = {"args": lambda: (torch.randn(3, WIDTH).requires_grad_(),), "shows_in": ()}
 
 

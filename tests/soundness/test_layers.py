@@ -1,4 +1,4 @@
-"""Layers of torch other than nn.Linear, in all their variants."""
+"""torch's layers other than nn.Linear, in all their variants."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LENGTHS = [5, 3, 2]
 
 
 class Around(nn.Module):
-    """A layer between two linear ones, called in some way."""
+    """A layer between two linear layers, called by a given function."""
 
     def __init__(self, layer: nn.Module, call: Callable[..., Any] = lambda layer, *x: layer(*x)) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Ways to the weights that are not a call of the model: methods, submodules, properties, generation."""
+"""Uses of the weights without a call of the model: methods, submodules, properties, generation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A model that is used by much more than its forward."""
+    """A model with many methods besides forward."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a module holds changes between two calls: attributes, submodules, parameters, modes, classes."""
+"""The contents of a module change between two calls: attributes, submodules, parameters, modes, classes."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def partial_forward(net: Any) -> None:
 
 
 class Holds(nn.Module):
-    """Keeps modules, weights and methods in places where torch does not look."""
+    """Keeps modules, weights and methods in containers that torch does not search."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ def on(name: str, change: Callable[[Any], object], **options: Any) -> Situation:
 
 TRAIN_ONLY, EVAL_ONLY = ("train",), ("eval",)
 
-#: A checkpoint computes twice what is inside, and lets batch normalization count twice, with or without adapters.
+#: A checkpoint runs the inner modules twice, so batch normalization counts twice, with or without adapters.
 OUTSIDE: dict[str, Any] = {"options": {"regions": ("first", "second")}}
 BATCH_NORM: dict[str, Any] = {"build": make(use_batch_norm), **OUTSIDE}
 

@@ -1,6 +1,6 @@
 """Small random models, changed at random between calls, against eager PyTorch.
 
-``ADAPTER_COMPILER_EXAMPLES`` says how many; a night runs 5000.
+``ADAPTER_COMPILER_EXAMPLES`` is the number of models; a nightly run has 5000.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ AROUND: dict[str, Context] = {
     "enable_grad": torch.enable_grad,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
 }
-#: Steps whose answer turns round, or grows, with the rounding of half precision.
+#: Steps whose result changes discontinuously, or strongly, with the rounding of half precision.
 DELICATE = ("value", "break", "index", "sorted", "item", "weight-item", "lookup", "norm", "batch-norm", "force")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """One call, and what happens to the model before it."""
+    """One call, and the change of the model before it."""
 
     changes: tuple[tuple[str, int], ...]
     training: bool | None
@@ -46,7 +46,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """A model, how it is adapted, and what is done with it."""
+    """A model, the options of its adapters, and the calls."""
 
     steps: tuple[tuple[str, int, int], ...]
     tied: bool
@@ -97,13 +97,13 @@ PROGRAMS = st.builds(
 
 
 def run(program: Program, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Compare every call; whether the adapters showed in one."""
+    """Compare every call; returns whether the adapters had an effect in one of them."""
     if program.is_large:
         treat_all_as_large(monkeypatch)
     monkeypatch.setitem(GLOBALS, "scale", 1.0)
     dtype = torch.float64 if program.is_double else torch.float32
     seed(1)
-    # The last layer sees to it that there is something to adapt.
+    # The last layer ensures that there is a weight to adapt.
     model: nn.Module = Model((*program.steps, ("linear", 0, 0)), tied=program.tied).to(dtype).train(program.training)
     base = copy.deepcopy(model)
     example = (torch.randn(3, WIDTH, dtype=dtype),) if program.has_example else ()
@@ -120,7 +120,7 @@ def run(program: Program, monkeypatch: pytest.MonkeyPatch) -> bool:
 def run_call(program: Program, call: Call, adapted: Any, oracle: Oracle, base: nn.Module, number: int) -> float:
     for name, way in call.changes:
         if name == "write" and "dora" in dict(program.options).values():
-            continue  # which W would give the result is unknown, and refused
+            continue  # no W gives the result, so the write is refused
 
         def change(model: Any, name: str = name, way: int = way) -> None:
             seed(number)
@@ -141,10 +141,10 @@ def run_call(program: Program, call: Call, adapted: Any, oracle: Oracle, base: n
         return (torch.randn(call.batch, WIDTH, dtype=dtype).requires_grad_(call.requires_grad),)
 
     tolerance = (6e-2, 6e-2) if is_rough else (1e-8, 1e-9) if program.is_double else (1e-3, 1e-4)
-    # A model may refuse a call, as a write into an input that requires a gradient; both must.
+    # A model may refuse a call, such as a write into an input that requires grad; both models must refuse it.
     situation = Situation(name="random", build=nn.Module, raises=True, tolerance=tolerance)
     around = AROUND[call.around]
-    # A folded model has the flags of the user's again, which the oracle has not.
+    # A folded model has the requires_grad flags of the user's model, and the oracle does not.
     is_folded = call.is_folded and all(name != "requires-grad" for name, _, _ in program.steps)
     expected = compare(situation, adapted, oracle, draw, around, number, is_folded=is_folded)
     return find_difference(expected, observe(situation, base, draw, around, number))
@@ -167,4 +167,4 @@ def test_random_programs(monkeypatch: pytest.MonkeyPatch) -> None:
             shown[run(program, patches)] += 1
 
     run_one()
-    assert shown[True] > 4 * shown[False], "most models must show their adapters"
+    assert shown[True] > 4 * shown[False], "the adapters must have an effect in most models"

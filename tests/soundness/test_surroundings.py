@@ -1,4 +1,4 @@
-"""What a model asks of its surroundings changes between two calls: modes, globals, patches, time."""
+"""The environment that a model reads changes between two calls: modes, globals, patches, time."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def deterministic() -> Iterator[None]:
 
 
 class Loud(nn.Module):
-    """Keeps a number and a function in its class."""
+    """A model with a number and a function as class attributes."""
 
     factor = 1.0
 
@@ -188,9 +188,9 @@ def around(name: str, run: Callable[..., Any], later_around: Context, **options:
     return Situation(name=name, build=make(run), later_around=later_around, **options)
 
 
-#: A checkpoint repeats what is inside after the surroundings have changed back, with or without adapters.
+#: A checkpoint runs the inner modules again after the environment was restored, with or without adapters.
 OUTSIDE: dict[str, Any] = {"options": {"regions": ("first", "second")}}
-#: What is patched for a call is not so in its backward.
+#: A patch for a call is not active in its backward.
 BEFORE_BACKWARD = (EVAL, TRAIN, LARGE)
 ROUGH: dict[str, Any] = {"tolerance": (3e-2, 3e-2), **OUTSIDE}
 

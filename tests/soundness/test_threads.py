@@ -27,7 +27,7 @@ def compute(net: Any, x: Tensor) -> Any:
 
 
 def remember_process() -> list[Any]:
-    """What a call must leave as it is for everybody."""
+    """The state of the process that a call must not change."""
     loggers = [logging.getLogger(name) for name in ("", "torch", "torch._dynamo", "adapter_compiler", "transformers")]
     functions = [nn.Module.to, nn.Module.__call__, nn.Module.__getattr__, nn.Module.__setattr__, nn.Linear.forward]
     levels = [(one.level, one.disabled, tuple(one.filters)) for one in loggers]
@@ -37,7 +37,7 @@ def remember_process() -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def _many_switches() -> Iterator[None]:
-    """Threads take turns a hundred times more often than they do by default."""
+    """Switch threads a hundred times more often than the default."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(5e-5)
     state = remember_process()
@@ -48,7 +48,7 @@ def _many_switches() -> Iterator[None]:
 
 
 def run_threads(works: Sequence[Callable[[int], Any]], count: int = CALLS) -> list[str]:
-    """Each work again and again in its own thread; what was wrong."""
+    """Run each function repeatedly in its own thread; returns the errors."""
     wrong: list[str] = []
     barrier = threading.Barrier(len(works))
 
@@ -58,7 +58,7 @@ def run_threads(works: Sequence[Callable[[int], Any]], count: int = CALLS) -> li
             for i in range(count):
                 if message := work(i):
                     wrong.append(f"thread {number}, call {i}: {message}")
-        except Exception as error:  # or the thread would end in silence
+        except Exception as error:  # otherwise the thread would end silently
             wrong.append(f"thread {number}: {type(error).__name__}: {error}")
 
     threads = [threading.Thread(target=run, args=pair) for pair in enumerate(works)]
@@ -70,7 +70,7 @@ def run_threads(works: Sequence[Callable[[int], Any]], count: int = CALLS) -> li
 
 
 class Shared:
-    """A model that all threads call, and what they must get."""
+    """A model that all threads call, and the expected results."""
 
     def __init__(self, *, training: bool = False, has_example: bool = True, **options: Any) -> None:
         seed(1)
@@ -211,7 +211,7 @@ def test_compiling_during_calls_of_another_model() -> None:
     assert run_threads([compile_some, call_until_done, call_until_done], 1) == []
 
 
-def test_an_error_in_a_call_leaves_everything_as_it_was() -> None:
+def test_an_error_in_a_call_changes_nothing() -> None:
     shared = Shared()
     with pytest.raises(RuntimeError), shared.adapted.disable_adapters():
         shared.adapted(torch.randn(2, WIDTH + 1))

@@ -1,4 +1,4 @@
-"""Tiny models of transformers: training, switches of the library, generation with caches and padding."""
+"""Tiny models of transformers: training, options of the library, generation with caches and padding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.soundness.common import EVAL, LARGE, Run, Situation, adapt, params, randomize, seed
 from tests.soundness.oracle import assert_close, check
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the library about itself
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the library about itself
 
 
 def llama() -> Any:

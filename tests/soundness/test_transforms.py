@@ -87,7 +87,7 @@ def batched_gradients_of_weights(model: Any, x: Tensor) -> Any:
     y = model(x)
     many = torch.eye(y.numel()).view(-1, *y.shape)
     wanted = [p for name, p in model.named_parameters() if p.requires_grad and "first" in name]
-    # The weights have other gradients than the adapters, but what batching does shows in those of later products.
+    # The weights have other gradients than the adapters, but errors of batching would show in those of later products.
     with contextlib.suppress(IndexError):
         torch.autograd.grad(y, wanted[0], many, is_grads_batched=True, retain_graph=True)
     return y
@@ -146,9 +146,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     "vhp": lambda m, x: torch.autograd.functional.vhp(loss(m), x, tangent(x)),
 }
 
-#: Those that other models are tried with: by day every third.
+#: The transforms that are tried with other models: by default every third.
 SOME = {name: call for i, (name, call) in enumerate(CALLS.items()) if name != "linearize" and (IS_NIGHT or i % 3 == 0)}
-#: Torch itself does not take its transforms through a checkpoint.
+#: torch's transforms do not support checkpoints.
 RUNS = (EVAL, TRAIN, LARGE)
 RAW_RUNS = (WATCHED, LARGE)
 MIXED_RUNS = (LARGE,)
@@ -199,7 +199,7 @@ TABLE = [
     *(
         Situation(name=name, build=make(compute), call=call, runs=RUNS, is_folded=False)
         for name, call in CALLS.items()
-        if IS_NIGHT or name != "linearize"  # which traces, for seconds
+        if IS_NIGHT or name != "linearize"  # tracing takes seconds
     ),
     *(
         Situation(name=f"{name}-raw", build=make(use_raw), call=call, runs=RAW_RUNS, is_folded=False)
@@ -213,7 +213,7 @@ TABLE = [
             call=call,
             runs=MIXED_RUNS,
             is_folded=False,
-            # Torch's own attention cannot go backward through its forward mode.
+            # torch's attention does not support backward over forward mode.
             has_gradients=not name.startswith("forward"),
         )
         for name, call in SOME.items()
@@ -237,8 +237,8 @@ TABLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # torch's linearize does
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # forward mode of torch itself uses it
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # a warning of torch's linearize
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch's forward mode
 @pytest.mark.parametrize(("situation", "run"), params(TABLE))
 def test_transforms(situation: Situation, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     check(situation, run, monkeypatch)

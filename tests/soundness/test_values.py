@@ -1,4 +1,4 @@
-"""Python reads values and shapes and decides by them."""
+"""Python code reads values and shapes and branches on them."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def draw_with(value: Any) -> Any:
 
 
 class Adaptive(nn.Module):
-    """Computes until it is sure, as models of adaptive depth do."""
+    """Computes until a threshold is reached, like models of adaptive depth."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -316,7 +316,7 @@ def test_values(situation: Situation, run: Run, monkeypatch: pytest.MonkeyPatch)
     check(situation, run, monkeypatch)
 
 
-#: The batches at which the branches above go either way, so that a frozen answer cannot pass.
+#: Batches for which the branches above differ, so that a frozen branch would be noticed.
 BATCHES = [
     [torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(n)) * 1.5 + n / 10 - 0.4] for n in range(1, 6)
 ]

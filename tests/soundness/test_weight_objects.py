@@ -1,4 +1,4 @@
-"""Weights as objects: written from themselves, kept, compared, tied, hooked, computed by parametrizations later on."""
+"""Weights as objects: written in place, kept, compared, tied, with hooks, parametrized later."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def compute(net: Any, x: Tensor) -> Any:
 
 
 def renormalize_data(net: Any, x: Tensor) -> Any:
-    """EEGNet keeps the rows of a weight short, at every call."""
+    """As in EEGNet, which limits the norm of a weight's rows at every call."""
     net.first.weight.data = torch.renorm(net.first.weight.data, 2, 0, 0.5)
     return net.second(net.first(x))
 
@@ -55,7 +55,7 @@ def keep_weight_in_a_list(net: Any, x: Tensor) -> Any:
 
 
 def gradient_of_a_weight(net: Any, x: Tensor) -> Any:
-    """A step of gradient descent inside forward."""
+    """Take a step of gradient descent inside forward."""
     weight = net.first.weight
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(F.linear(x, weight).square().sum(), weight, create_graph=True)
@@ -63,7 +63,7 @@ def gradient_of_a_weight(net: Any, x: Tensor) -> Any:
 
 
 def hook_on_a_weight(net: Any, x: Tensor) -> Any:
-    """The hook of the call before is taken away: a Parameter keeps its hooks."""
+    """Remove the hook of the previous call, because a Parameter keeps its hooks."""
     weight = net.first.weight
     for handle in net.table.pop("handles", []):
         handle.remove()
@@ -104,7 +104,7 @@ def another_of_the_class(net: Any, x: Tensor) -> Any:
 
 
 def fused_copy(net: Any, x: Tensor) -> Any:
-    """As torch.nn.utils.fuse_linear_bn_eval does it: another weight in a copy of the layer."""
+    """As torch.nn.utils.fuse_linear_bn_eval does: put another weight into a copy of the layer."""
     fused = copy.deepcopy(net.first)
     fused.weight = nn.Parameter(net.first.weight.detach() * 2, requires_grad=False)
     return net.second(fused(x))
@@ -147,7 +147,7 @@ def seeded(change: Callable[[Any], object]) -> Callable[[Any], None]:
     return run
 
 
-#: The adapters do not train any more then.
+#: After these changes, the adapters do not train any more.
 LATER: dict[str, Callable[[Any], object]] = {
     "pruned": lambda net: prune.l1_unstructured(net.first, "weight", 0.5),
     "weight-norm": lambda net: parametrizations.weight_norm(net.first),
@@ -199,7 +199,7 @@ TABLE = [
     of("copy-of-a-layer", copy_of_a_layer),
     of("another-of-the-class", another_of_the_class),
     of("fused-copy", fused_copy, runs=(TRAIN,), is_limit=True),
-    of("fused-copy-seen", fused_copy, runs=(EVAL, LARGE)),  # the example shows that the weight gets no gradient
+    of("fused-copy-seen", fused_copy, runs=(EVAL, LARGE)),  # in the example, the weight gets no gradient
     of("sparse", lambda net, x: torch.sparse.mm(x.detach().to_sparse(), net.first.weight) + net.second(x)),
     of("sparse-operator", lambda net, x: x.detach().to_sparse() @ net.first.weight + net.second(x)),
     of("sparse-rows", lambda net, x: net.first(x.detach().to_sparse_csr())),
@@ -228,7 +228,7 @@ def test_weight_objects(situation: Situation, run: Run, monkeypatch: pytest.Monk
 
 
 def test_a_weight_that_was_kept_follows_the_adapters() -> None:
-    """As a Parameter that was kept follows the optimizer."""
+    """In the same way, a kept Parameter follows the optimizer."""
     seed(1)
     model, x = make(compute)(), torch.randn(3, WIDTH)
     adapted = adapt(model, (x,))
@@ -244,12 +244,12 @@ def test_a_weight_that_was_kept_follows_the_adapters() -> None:
 
 
 def test_an_adapted_weight_cannot_be_renamed() -> None:
-    """torch's older ``spectral_norm`` registers W itself under another name, where nobody would see ΔW."""
+    """torch's older ``spectral_norm`` registers W under another name, where reads would not include ΔW."""
     seed(1)
     model, x = make(compute)(), torch.randn(3, WIDTH)
     adapted = adapt(model, (x,))
     before = adapted(x)
-    with pytest.raises(SiteError, match=r"weight of Linear has an adapter and cannot become weight_orig"):
+    with pytest.raises(SiteError, match=r"weight of Linear has an adapter and cannot be renamed to weight_orig"):
         torch.nn.utils.spectral_norm(adapted.module.get_submodule("first"))
     assert torch.equal(adapted(x), before)
 
@@ -274,7 +274,7 @@ def test_frozen_parts_of_adapters(frozen: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"kind": "lora"}], ids=["svd", "checkpoint", "lora"])
 def test_training_with_other_trained_parameters(options: dict[str, Any]) -> None:
-    """Five steps of Adam give what they give with W + ΔW written out by hand."""
+    """Five steps of Adam give the same as with W + ΔW computed by hand."""
     seed(1)
     model, x = make(compute)().double(), torch.randn(6, WIDTH, dtype=torch.float64)
     adapted = adapt(model, (x,), trainable=("second.*", "*.bias"), exclude="inner.*", **options)

@@ -1,4 +1,4 @@
-"""Weights used by hand, shared, computed, of other dtypes, and adapted in other forms."""
+"""Weights used in functions, shared, computed, of other dtypes, and with other forms of adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.soundness.oracle import check
 
 
 class Product(torch.autograd.Function):
-    """A product with a backward of its own, as libraries of fused layers write it."""
+    """A product with its own backward, as in libraries of fused layers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,7 +62,7 @@ def loop_over_columns(x: Tensor, w: Any) -> Any:
 
 
 def rescale_in_forward(net: Any, x: Tensor) -> Any:
-    """RWKV halves the weights of late layers once, at the first inference call."""
+    """As in RWKV, which halves the weights of late layers once, at the first inference call."""
     if not net.training and net.flag:
         with torch.no_grad():
             net.first.weight.div_(2)
@@ -240,7 +240,7 @@ def parametrized(function: Callable[[nn.Module], object]) -> Callable[[], nn.Mod
 
 
 def old_weight_norm(layer: nn.Module) -> None:
-    with torch.no_grad():  # or the weight it computes has a history, and no deep copy
+    with torch.no_grad():  # otherwise the computed weight has a history and cannot be deep-copied
         torch.nn.utils.weight_norm(layer)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from adapter_compiler.model.weight_use_analysis import analyze_weight_uses
+from adapter_compiler.model.capture.weight_use_analysis import analyze_weight_uses
 from passes.analysis.roles import find_roles
 from tests.zoo.entry import ZooEntry
 from tests.zoo.role_names import find_named_role

