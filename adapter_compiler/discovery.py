@@ -102,9 +102,10 @@ def _find_differentiated(
     try:
         with restored_state(module), _own_values(module), _trainable(module) as floats:
             results = [t for t in find_tensors(module(*args, **kwargs)) if t.requires_grad]
-            if results:
-                real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in results]
-                torch.stack([t.float().mean().cpu() for t in real]).sum().backward()
+            if not results:
+                return {}
+            real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in results]
+            torch.stack([t.float().mean().cpu() for t in real]).sum().backward()
             return {name: floats[name].grad is not None for name in tried if name in floats}
     except Exception as error:  # the model's own backward raises what it likes
         logger.info("it cannot be told whether gradients reach %s: %s", ", ".join(tried), error)

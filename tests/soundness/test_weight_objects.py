@@ -198,7 +198,8 @@ TABLE = [
     of("key-of-a-dictionary", key_of_a_dictionary),
     of("copy-of-a-layer", copy_of_a_layer),
     of("another-of-the-class", another_of_the_class),
-    of("fused-copy", fused_copy, is_limit=True),
+    of("fused-copy", fused_copy, runs=(TRAIN,), is_limit=True),
+    of("fused-copy-seen", fused_copy, runs=(EVAL, LARGE)),  # the example shows that the weight gets no gradient
     of("sparse", lambda net, x: torch.sparse.mm(x.detach().to_sparse(), net.first.weight) + net.second(x)),
     of("sparse-operator", lambda net, x: x.detach().to_sparse() @ net.first.weight + net.second(x)),
     of("sparse-rows", lambda net, x: net.first(x.detach().to_sparse_csr())),
