@@ -99,4 +99,4 @@ def test_it_fails_if_the_exported_model_is_worse(
     assert answer.exit_code == 1
     assert "0.0%" in answer.stdout
     assert "wrote" not in answer.stdout
-    assert re.fullmatch(r"error: of 599 images .*the exported one 0; expected equal numbers\. .*\n", answer.stderr)
+    assert re.fullmatch(r"error: of 599 images .*the exported model 0; expected equal numbers\. .*\n", answer.stderr)
