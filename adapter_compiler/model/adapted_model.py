@@ -16,13 +16,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from adapter_compiler.adapters.combine import combine_adapters
-from adapter_compiler.adapters.copies import (
-    clone_parameter,
-    copy_module,
-    detach_computed_attributes,
-    replace_parameter,
-    share_unpacked,
-)
+from adapter_compiler.adapters.copies import detach_computed_attributes, share_unpacked
 from adapter_compiler.adapters.named_adapters import add_adapter, remove_adapter, use_adapter
 from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
 from adapter_compiler.adapters.reports import FoldReport, QuantizationReport
@@ -31,23 +25,22 @@ from adapter_compiler.config.attach_options import AttachOptions
 from adapter_compiler.model.capture.captured_call import capture_adapted
 from adapter_compiler.model.dispatch.attach import (
     attach_adapters,
-    detach_adapters,
     find_adapted_attributes,
     find_places,
     find_replaced,
     find_slots,
-    share_slots,
 )
 from adapter_compiler.model.dispatch.scope import Token, calling, is_visible, without_adapters
+from adapter_compiler.model.fold import copy_without_adapters, fold_module
 from adapter_compiler.model.interface.parameter_groups import make_parameter_groups
 from adapter_compiler.model.interface.peft_names import PeftNames
 from adapter_compiler.model.interface.show import describe_briefly, render_html
 from adapter_compiler.model.interface.signed_class import make_signed_class
 from adapter_compiler.model.interface.summary import AdapterReport, describe_adapters
+from adapter_compiler.model.interface.user_attributes import UserAttributes
 from adapter_compiler.model.quantized.quantize_base import quantize_base
 from adapter_compiler.saving.adapters import save_adapters
 from adapter_compiler.saving.load_adapter import load_adapter
-from passes.adapt.fold_adapters import merge_weight
 from passes.planning.find_sites import SiteSearch
 from passes.planning.plan import AdapterPlan
 from passes.quantize.packed_weights import find_packed_weights, moved_weights, read_parameter
@@ -57,23 +50,7 @@ logger = logging.getLogger(__name__)
 Self = TypeVar("Self", bound="AdaptedModel")
 
 
-#: Attributes that are always the adapted model's own, even if the user's module has one of the same name.
-_OWN = frozenset(
-    {
-        "adapter_set",
-        "fold_report",
-        "options",
-        "quantization_report",
-        "rejected",
-        "training",
-        "unadapted_sites",
-        "unused",
-        "was_called",
-    }
-)
-
-
-class AdaptedModel(PeftNames):
+class AdaptedModel(PeftNames, UserAttributes):
     """A module with adapters at some of its weights. Made by ``compile_with_adapters``.
 
     A call runs the user's own Python, in which every read of an adapted weight gives W + ΔW
@@ -283,22 +260,7 @@ class AdaptedModel(PeftNames):
             training mode, which shares no memory with this object.
         """
         self._warn_of_replaced()
-        slots = find_slots(self.module)
-        errors: dict[str, float] = {}
-
-        def merge(name: str, parameter: nn.Parameter) -> nn.Parameter:
-            slot = slots.get(name)
-            first_name = name if slot is None else slot.weight
-            flag = self._gradient_flags.get(first_name, parameter.requires_grad)
-            if slot is None:
-                return clone_parameter(parameter, requires_grad=flag)
-            weight: torch.Tensor = parameter
-            for adapter in slot.adapters:
-                merged = merge_weight(weight, adapter.planned, adapter.bind().parameters)
-                weight, errors[adapter.planned.site.name] = merged.weight, merged.rounding_error
-            return replace_parameter(parameter, weight, requires_grad=flag)
-
-        folded = self._copy_without_adapters(merge)
+        folded, errors = fold_module(self.module, self._gradient_flags)
         quantized = {} if self.quantization_report is None else self.quantization_report.errors
         self.fold_report = FoldReport(rounding_error=errors, quantization_error=quantized)
         return folded
@@ -309,14 +271,7 @@ class AdaptedModel(PeftNames):
 
     def copy_base(self) -> nn.Module:
         """The user's own model without adapters: a frozen copy that shares the weights; quantized ones are unpacked."""
-        return self._copy_without_adapters(lambda _, parameter: share_unpacked(parameter))
-
-    def _copy_without_adapters(self, make_parameter: Callable[[str, nn.Parameter], nn.Parameter]) -> nn.Module:
-        memo: dict[int, object] = {}
-        share_slots(self.module, memo)
-        copied = copy_module(self.module, make_parameter, memo)
-        detach_adapters(copied)
-        return copied
+        return copy_without_adapters(self.module, lambda _, parameter: share_unpacked(parameter))
 
     def report(self) -> AdapterReport:
         """What was adapted and what was not, with reasons; ``print`` it or read its fields."""
@@ -348,31 +303,6 @@ class AdaptedModel(PeftNames):
                 ", ".join(lost),
             )
 
-    def __getattr__(self, name: str) -> Any:
-        """Look up in the user's module what this class does not define."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            module = self.__dict__.get("_modules", {}).get("module")
-            if module is None or (name.startswith("__") and name.endswith("__")):
-                raise
-        try:
-            return getattr(module, name)
-        except AttributeError as error:
-            kind = type(module).__name__
-            raise AttributeError(f"neither AdaptedModel nor the {kind} in it gives {name!r}: {error}") from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute that only the user's module has in the user's module, and any other one here."""
-        module = self.__dict__.get("_modules", {}).get("module")
-        if module is None or self._defines(name) or not hasattr(module, name):
-            super().__setattr__(name, value)
-        else:
-            setattr(module, name, value)
-
-    def _defines(self, name: str) -> bool:
-        return name.startswith("_") or name in _OWN or name in self._modules or hasattr(type(self), name)
-
     def _apply(self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """``.to()``, ``.cuda()``, ``.double()``…: move the module and the adapters, and update dtypes in the plans."""
         with moved_weights(self.module, fn):
@@ -383,10 +313,6 @@ class AdaptedModel(PeftNames):
         )
         self._attach()
         return self
-
-    def _get_name(self) -> str:
-        """The name of the user's class, by which libraries recognize a model."""
-        return type(self.module).__name__
 
     def __repr__(self) -> str:
         return describe_briefly(self)
