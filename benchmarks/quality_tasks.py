@@ -201,7 +201,7 @@ def make_text(name: str, data: Path, encoder: Path, seed: int, *, tests: int = 5
 def _fit_head(model: TextClassifier, examples: Examples) -> None:
     """Logistic regression on the features of the frozen encoder.
 
-    The decay is strong enough to leave a loss to learn from: few examples are told apart by almost any features, and
+    The decay is strong enough to leave a loss to learn from: few examples are separated by almost any features, and
     where the head alone does so, the encoder gets no gradient.
     """
     features: list[Tensor] = []
@@ -262,7 +262,7 @@ def _split(rows: list[LabeledText]) -> tuple[list[LabeledText], list[LabeledText
 
 
 def get_steps(name: str) -> int:
-    """How many optimizer steps a task takes, unless told otherwise."""
+    """How many optimizer steps a task takes, by default."""
     return TEXT_TASKS[name].steps if name in TEXT_TASKS else 150
 
 

@@ -306,7 +306,7 @@ def _assert_close(found: Any, expected: Any, what: str, *, loose: bool = False) 
             continue
         largest = float(theirs[finite].abs().max())
         difference = float((mine[finite] - theirs[finite]).abs().max())
-        assert difference <= atol + rtol * largest, f"{what} {i} departs by {difference:.3g} of {largest:.3g}"
+        assert difference <= atol + rtol * largest, f"{what} {i} differs by {difference:.3g} of {largest:.3g}"
 
 
 def _pair(found: list[Tensor], expected: list[Tensor], what: str) -> Iterator[tuple[Tensor, Tensor]]:

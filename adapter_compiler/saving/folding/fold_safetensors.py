@@ -85,8 +85,8 @@ def fold_safetensors(
         _overwrite(copies[checkpoint.shard_of[name]], place, _cast(saved, name, saved.tensor(key), place))
         _report(progress, done, name, total)
     added = {name: saved.tensor(key) for name, key in changes.added.items()}
-    for name, twin in ties.copies.items():
-        value = read_tensor(checkpoint.tensors[twin])
+    for name, source in ties.copies.items():
+        value = read_tensor(checkpoint.tensors[source])
         is_merged = name in saved.changed
         added[name] = saved.merge(name, value) if is_merged else saved.tensor(saved.replacements[name]).to(value.dtype)
     if added:

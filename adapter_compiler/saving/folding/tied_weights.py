@@ -69,13 +69,13 @@ def resolve_ties(
     """
     copies, dropped = {}, set()
     for name, shape in _find_missing(saved, base):
-        twin = _find_embedding(saved, base, name, shape)
-        if twin is None:
+        embedding = _find_embedding(saved, base, name, shape)
+        if embedding is None:
             continue
-        if saved.changes_alike(name, twin):
+        if saved.changes_alike(name, embedding):
             dropped.add(name)
         else:
-            copies[name] = twin
+            copies[name] = embedding
     _assert_embeddings_alone(saved, base, dropped | copies.keys())
     also = _find_partners(saved, base, read)
     unties = bool(copies) or (not also and _has_changed_pair(saved, base, read))

@@ -10,7 +10,7 @@ A later write to the same place removes the drafts of this machine whose lock no
 of a process however it ends, and sees those of other containers too. Drafts of other machines on a shared file system
 stay, since their locks are not always seen from here, and so do those of other users, and all where there is no flock
 (Windows, some network file systems): they are removed by hand. Two machines of one name that write to one place on a
-file system whose locks are local to each are not told apart.
+file system whose locks are local to each are not distinguished.
 """
 
 from __future__ import annotations

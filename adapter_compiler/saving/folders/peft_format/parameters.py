@@ -12,7 +12,7 @@ from adapter_compiler.saving.folders.saved_adapters import SavedAdapter
 from adapter_compiler.saving.folders.stored_parameters import Expert
 from adapter_compiler.saving.layer_kinds import PARAMETER
 
-#: So many parameters of one module can be told apart by their shapes.
+#: So many parameters of one module can be distinguished by their shapes.
 _MOST = 6
 
 

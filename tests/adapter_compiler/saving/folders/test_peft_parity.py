@@ -1,6 +1,6 @@
 """From the same start, every kind trains as in peft, step for step, and each initializer gives peft's directions.
 
-Where peft departs from a paper (LoRA-GA's scaling, EVA's centered inputs), its own start is taken over for the
+Where peft differs from a paper (LoRA-GA's scaling, EVA's centered inputs), its own start is taken over for the
 trajectory, and what both must share is compared beside it.
 """
 
