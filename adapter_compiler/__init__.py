@@ -18,6 +18,7 @@ from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.errors import AdapterCompilerError
 from adapter_compiler.load_folder import load
 from adapter_compiler.model.adapted_model import AdaptedModel
+from adapter_compiler.model.optimizers import AdapterMuon, AdapterNormalized
 from adapter_compiler.onnx.lazy_imports import import_on_demand
 from adapter_compiler.report.ranks import plot_ranks
 from adapter_compiler.saving.adapters import load_adapters
@@ -25,7 +26,7 @@ from adapter_compiler.training.budget import Allocation, BudgetSchedule, RankBud
 from adapter_compiler.training.calibration.allocate_ranks import StaticAllocation, allocate_ranks
 from adapter_compiler.training.calibration.realign import Realigner, rediagonalize
 from adapter_compiler.training.calibration.start_from_data import DataStart, InitializationReport, initialize_adapters
-from adapter_compiler.training.optimizers import AdapterMuon, AdapterNormalized, make_optimizer
+from adapter_compiler.training.make_optimizer import make_optimizer
 from adapter_compiler.training.training_state import load_training_state, save_training_state
 from passes.planning.plan import AdapterPlan
 from passes.planning.rules import AdapterRule

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import measure_times
 from torch import nn
 
 import adapter_compiler as ac
@@ -144,6 +145,41 @@ def make_ours(work: Workload, name: str = "ours", **options: Any) -> Contender:
     budget = ac.RankBudget(adapted, optimizer, schedule)
     step = make_step(adapted, optimizer, work)
     return Contender(name=name, step=step, model=adapted, optimizer=optimizer, budget=budget)
+
+
+def make_muon(work: Workload) -> Contender:
+    """The same with the optimizer of ``adapted.make_optimizer``."""
+    adapted = _adapt(work, rank=RANK)
+    optimizer = adapted.make_optimizer(1e-4)
+    schedule = ac.BudgetSchedule(target_rank=TARGET, total_steps=TOTAL_STEPS, warmup_steps=0, interval=10)
+    budget = ac.RankBudget(adapted, optimizer, schedule)
+    step = make_step(adapted, optimizer, work)
+    return Contender(name="ours, AdapterMuon", step=step, model=adapted, optimizer=optimizer, budget=budget)
+
+
+def measure_optimizer_share(work: Workload, rounds: int, clock: Callable[[], float]) -> float:
+    """The time of ``AdapterMuon``'s own step, without a budget, divided by that of a whole training step with it."""
+    adapted = _adapt(work, rank=RANK)
+    optimizer = adapted.make_optimizer(1e-4)
+    whole = make_step(adapted, optimizer, work)
+    adapted(**work.batch).loss.backward()  # the gradients of the steps that are timed alone
+    timing = measure_times({"own": optimizer.step, "whole": _keep_gradients(adapted, whole)}, rounds, clock)
+    return timing.ratio("own", "whole")
+
+
+def _keep_gradients(model: ac.AdaptedModel, step: Step) -> Step:
+    """A step after which the gradients are there as before; references only, so that it takes no time."""
+
+    def keep() -> None:
+        parameters = model.trainable_parameters()
+        gradients = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        step()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    return keep
 
 
 def make_captured(work: Workload) -> Contender:

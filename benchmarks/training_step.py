@@ -27,11 +27,13 @@ from training_contenders import (
     make_full,
     make_gpt2,
     make_minilm,
+    make_muon,
     make_ours,
     make_peft_adalora,
     make_peft_lora,
     make_peft_lora_with_ranks,
     make_vit,
+    measure_optimizer_share,
 )
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
@@ -47,6 +49,7 @@ COMPARED = (
     ("ours", "peft LoRA r8"),
     ("ours", "floor"),
     ("ours, compacted", "peft LoRA, same ranks"),
+    ("ours, AdapterMuon", "ours"),
 )
 
 NOTES = "\n## Notes\n"
@@ -60,9 +63,9 @@ Forward, backward, optimizer step (AdamW, fused, for all) and zero_grad of all-M
 (random weights), in training mode with dropout. *floor* is the captured graph without adapters, with gradients
 of the activations only: what any training of adapters must compute. *ours* has rank 12 on its way to 8, as
 peft's AdaLoRA; *all kept* is the same without computing cheap activations again; *captured* runs the graph that
-`AdaptedModel.capture` gives instead of the model's Python; *compacted* is what is left of it
-after the schedule. Ratios are medians over rounds in which the contenders take turns; below 1 is faster. Memory is
-what stands above the model's own weights.
+`AdaptedModel.capture` gives instead of the model's Python; *AdapterMuon* steps with the optimizer of
+`adapted.make_optimizer`; *compacted* is what is left of it after the schedule. Ratios are medians over rounds in
+which the contenders take turns; below 1 is faster. Memory is what stands above the model's own weights.
 """
 
 
@@ -88,6 +91,7 @@ class Result:
     timing: Timing
     memory: Mapping[str, Memory]
     parts: Mapping[str, float]
+    optimizer_share: float
 
 
 def main() -> None:
@@ -126,7 +130,8 @@ def run(key: str, rounds: int, clock: Callable[[], float]) -> Result:
     contenders[fair.name] = fair
     timing = measure_times({name: one.step for name, one in contenders.items()}, rounds, clock)
     parts = profile_parts(contenders["ours"].step, [RANK * n for n in range(1, 5)])
-    result = Result(key=key, name=work.name, timing=timing, memory=memory, parts=parts)
+    share = measure_optimizer_share(work, rounds, clock)
+    result = Result(key=key, name=work.name, timing=timing, memory=memory, parts=parts, optimizer_share=share)
     print("\n".join(write_section(result)), flush=True)
     return result
 
@@ -138,6 +143,7 @@ def list_makers(work: Workload) -> list[Callable[[], Contender]]:
         functools.partial(make_ours, work, "ours, unfused", fused=False),
         functools.partial(make_ours, work),
         functools.partial(make_ours, work, "ours, all kept", recompute=False),
+        functools.partial(make_muon, work),
         functools.partial(make_captured, work),
         functools.partial(make_compacted, work),
         functools.partial(make_peft_lora, work),
@@ -183,6 +189,7 @@ def write_ratios(result: Result) -> list[str]:
     for name in ("ours", "ours, all kept"):
         found = result.memory[name].peak / result.memory["peft AdaLoRA"].peak
         lines.append(f"- memory of {name} to peft AdaLoRA: {found:.3f}")
+    lines.append(f"- AdapterMuon's own step to a whole step with it, without a budget: {result.optimizer_share:.2%}")
     parts = ", ".join(f"{name} {share:.1%}" for name, share in result.parts.items())
     return [*lines, f"- our step is made of: {parts}"]
 

@@ -38,6 +38,8 @@ from adapter_compiler.model.interface.show import describe_briefly, render_html
 from adapter_compiler.model.interface.signed_class import make_signed_class
 from adapter_compiler.model.interface.summary import AdapterReport, describe_adapters
 from adapter_compiler.model.interface.user_attributes import UserAttributes
+from adapter_compiler.model.optimizers.adapter_optimizer import AdapterOptimizer
+from adapter_compiler.model.optimizers.make_adapter_optimizer import make_adapter_optimizer
 from adapter_compiler.model.quantized.quantize_base import quantize_base
 from adapter_compiler.saving.adapters import save_adapters
 from adapter_compiler.saving.load_adapter import load_adapter
@@ -179,6 +181,19 @@ class AdaptedModel(PeftNames, UserAttributes):
         See :mod:`adapter_compiler.model.interface.parameter_groups`.
         """
         return make_parameter_groups(self, lr, lora_plus_ratio=lora_plus_ratio, weight_decay=weight_decay)
+
+    def make_optimizer(self, lr: float, **options: Any) -> AdapterOptimizer:
+        """An optimizer over all trainable parameters, made for adapters.
+
+        Args:
+            lr: learning rate of P and Q (B and A); an element moves by about this much in a step.
+            options: ``rule``, ``other_lr``, ``momentum``, ``betas``, ``eps``, ``weight_decay``, see
+                :func:`adapter_compiler.make_optimizer`.
+
+        Raises:
+            ConfigError: an option cannot work, or the model has nothing to train.
+        """
+        return make_adapter_optimizer(self, lr, **options)
 
     def add_adapter(self, name: str, *, config: AdapterConfig | None = None, plan: AdapterPlan | None = None) -> None:
         """Add a new adapter over the same frozen weights; it is inactive until :meth:`use` activates it.

@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import nn
 
+from adapter_compiler.adapters.parameters.sharded import gather_full
 from adapter_compiler.errors import BudgetError, NonFiniteGradientError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.training.budget.schedule import BudgetSchedule
-from adapter_compiler.training.scoring.distributed import gather_full
 from adapter_compiler.training.scoring.triplet_buffers import TripletBuffers
 from passes.planning.plan import PlannedAdapter
 

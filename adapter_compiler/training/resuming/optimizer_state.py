@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from adapter_compiler.model.adapted_model import AdaptedModel
+from adapter_compiler.model.optimizers import AdapterOptimizer
 from adapter_compiler.saving.adapters import find_saved_tensors
 from adapter_compiler.saving.fit_tensors import Kind
 from passes.planning.json_schema import Field, Source, check_object, is_list_of, is_or_null, is_text, show
@@ -149,16 +150,16 @@ def _assert_states_fit(
 ) -> None:
     """Raise unless the state of each parameter fits the parameter."""
     # Other libraries use these names for tensors of any shape.
-    is_torch = type(optimizer).__module__.startswith("torch.optim")
+    is_known = type(optimizer).__module__.startswith("torch.optim") or isinstance(optimizer, AdapterOptimizer)
     for index, held in state["state"].items():
-        if is_torch and (index not in places or not isinstance(held, dict)):
+        if is_known and (index not in places or not isinstance(held, dict)):
             source.fail(f"it has {show(held)} for parameter {show(index)}, expected states of {len(places)} parameters")
         if index not in places or not isinstance(held, dict):
             continue
         for key, value in held.items():
             if key == "step" and not (_is_finite_number(value) and float(value) >= 0):
                 source.fail(f"the step of {places[index].name} is {show(value)}, expected a number of steps, 0 or more")
-            if is_torch and key in _MOMENTS | _FACTORS and value is not None:
+            if is_known and key in _MOMENTS | _FACTORS and value is not None:
                 _assert_moment_fits(source, places[index], key, value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from adapter_compiler.training.scoring.distributed import gather_full
+from adapter_compiler.adapters.parameters.sharded import gather_full
 from adapter_compiler.training.scoring.triplet_buffers import TripletBuffers
 from passes.planning.plan import AdapterPlan
 

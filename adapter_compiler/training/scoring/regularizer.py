@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from adapter_compiler.training.scoring.distributed import gather_full, replicate_like
+from adapter_compiler.adapters.parameters.sharded import gather_full, replicate_like
 from adapter_compiler.training.scoring.triplet_buffers import TripletBuffers
 
 

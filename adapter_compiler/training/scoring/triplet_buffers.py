@@ -16,7 +16,7 @@ import torch
 
 from adapter_compiler.adapters.parameters.adapter_parameters import TRIPLETS, AdapterParameters
 from adapter_compiler.adapters.parameters.flat_buffers import FlatLayout, Key
-from adapter_compiler.training.scoring.distributed import gather_full
+from adapter_compiler.adapters.parameters.sharded import gather_full
 from passes.compat import foreach_copy_, foreach_zero_
 
 

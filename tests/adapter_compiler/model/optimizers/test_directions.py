@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter_compiler.training.optimizers.directions import normalize_vectors, orthogonalize
+from adapter_compiler.model.optimizers.directions import normalize_vectors, orthogonalize
 
 SIZES = st.integers(1, 9)
 SEEDS = st.integers(0, 2**31 - 1)

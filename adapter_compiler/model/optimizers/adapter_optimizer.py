@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from adapter_compiler.adapters.adapter_state import AdapterState
-from adapter_compiler.training.optimizers.batches import Batch, find_batches, stack
-from adapter_compiler.training.optimizers.directions import normalize_vectors, orthogonalize
-from adapter_compiler.training.optimizers.groups import LEFT, OTHER, assert_group_valid, find_groups, find_names
-from adapter_compiler.training.scoring.distributed import gather_full, is_sharded, replicate_like
+from adapter_compiler.adapters.parameters.sharded import gather_full, is_sharded, replicate_like
+from adapter_compiler.model.optimizers.batches import Batch, find_batches, stack
+from adapter_compiler.model.optimizers.directions import normalize_vectors, orthogonalize
+from adapter_compiler.model.optimizers.groups import LEFT, OTHER, assert_group_valid, find_groups, find_names
 from passes.compat import foreach_lerp_, foreach_mul, foreach_sub_
 
 
@@ -159,9 +159,9 @@ def _find_adamw(batch: Batch) -> tuple[torch.Tensor, float]:
     """Update AdamW's moments; its directions, [n, …], and their length at a learning rate of 1."""
     (beta1, beta2), eps = batch.group["betas"], batch.group["eps"]
     first, second = batch.moments("exp_avg"), batch.moments("exp_avg_sq")
+    steps = float(batch.states[0].get("step", 0)) + 1  # the same for the whole batch
     for state in batch.states:
-        state["step"] = state.get("step", torch.zeros((), dtype=torch.float32, device="cpu")) + 1
-    steps = float(batch.states[0]["step"])
+        state["step"] = torch.tensor(steps, dtype=torch.float32, device="cpu")
     foreach_lerp_(first, batch.gradients, 1 - beta1)
     foreach_lerp_(second, foreach_mul(batch.gradients, batch.gradients), 1 - beta2)
     root = stack(second).sqrt() / math.sqrt(1 - beta2**steps)

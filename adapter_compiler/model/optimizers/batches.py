@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from adapter_compiler.adapters.parameters.sharded import gather_full, is_sharded
 from adapter_compiler.errors import ConfigError, NonFiniteGradientError
-from adapter_compiler.training.scoring.distributed import gather_full, is_sharded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import adapter_compiler as ac
+from adapter_compiler.errors import CheckpointError
 from tests.adapter_compiler.training.helpers import assert_same, find_lambdas, make_adapted, set_gradients, snapshot
 
 RULES = ("muon", "triplet")
@@ -121,6 +123,35 @@ def test_a_resumed_run_is_the_same_run(rule: str, stop: int, tmp_path: Path) -> 
     ac.load_training_state(tmp_path, resumed, other, budget=its_budget)
     train(resumed, other, 20 - stop)
     assert_same(snapshot(resumed, other, its_budget), snapshot(adapted, optimizer, budget))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["momentum_buffer", "exp_avg", "exp_avg_sq"])
+def test_moments_of_another_shape_are_refused(rule: str, name: str, tmp_path: Path) -> None:
+    adapted = make()
+    optimizer = ac.make_optimizer(adapted, 0.02, rule=rule)
+    train(adapted, optimizer, 2)
+    state = next(state for state in optimizer.state.values() if name in state)
+    shape, state[name] = tuple(state[name].shape), torch.zeros(5)
+    ac.save_training_state(tmp_path, adapted, optimizer)
+    resumed = make()
+    other = ac.make_optimizer(resumed, 0.02, rule=rule)
+    before = copy.deepcopy([resumed.state_dict(), other.state_dict()])
+    with pytest.raises(
+        CheckpointError, match=rf"{name} of adapters.* has shape \(5,\), expected {re.escape(str(shape))}"
+    ):
+        ac.load_training_state(tmp_path, resumed, other)
+    assert_same([resumed.state_dict(), other.state_dict()], before)
+
+
+def test_the_models_method_is_the_function() -> None:
+    adapted, other = make(), make()
+    options: dict[str, Any] = {"rule": "triplet", "other_lr": 0.01, "momentum": 0.7, "weight_decay": 0.1}
+    one, its = adapted.make_optimizer(0.02, **options), ac.make_optimizer(other, 0.02, **options)
+    assert type(one) is type(its) is ac.AdapterNormalized
+    train(adapted, one, 3)
+    train(other, its, 3)
+    assert_same(adapted.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

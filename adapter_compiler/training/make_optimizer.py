@@ -1,4 +1,4 @@
-"""The optimizer of an adapted model in one call."""
+"""The optimizer of an adapted model in one call, also through the wrappers of other libraries."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 
 from adapter_compiler.adapters.adapter_state import AdapterState
 from adapter_compiler.errors import ConfigError
+from adapter_compiler.model.optimizers.adapter_optimizer import AdapterOptimizer
+from adapter_compiler.model.optimizers.make_adapter_optimizer import make_adapter_optimizer
 from adapter_compiler.training.budget.stepping.wrappers import unwrap_model
-from adapter_compiler.training.optimizers.adapter_optimizer import AdapterMuon, AdapterNormalized, AdapterOptimizer
-
-#: The optimizers by the names of their rules.
-RULES: dict[str, type[AdapterOptimizer]] = {"muon": AdapterMuon, "triplet": AdapterNormalized}
 
 
 def make_optimizer(
@@ -27,7 +25,8 @@ def make_optimizer(
 ) -> AdapterOptimizer:
     """An optimizer over all trainable parameters of an adapted model, made for adapters.
 
-    See :mod:`adapter_compiler.training.optimizers.adapter_optimizer` for the rules.
+    See :mod:`adapter_compiler.model.optimizers.adapter_optimizer` for the rules. ``adapted.make_optimizer(lr)`` is the
+    same for a model that no other library has wrapped.
 
     Args:
         adapted: the result of ``compile_with_adapters``, also inside DDP or ``torch.compile``.
@@ -42,12 +41,19 @@ def make_optimizer(
     Raises:
         ConfigError: an option cannot work, or the model has nothing to train.
     """
-    if rule not in RULES:
-        raise ConfigError(f"make_optimizer(rule={rule!r}): expected one of {', '.join(map(repr, RULES))}")
     found = unwrap_model(adapted, AdapterState)
     if not isinstance(found, AdapterState):
         raise ConfigError(
             f"make_optimizer got a {type(found).__name__}, expected the result of compile_with_adapters; for another "
             "model, use an optimizer of torch"
         )
-    return RULES[rule](found, lr, other_lr=other_lr, momentum=momentum, betas=betas, eps=eps, weight_decay=weight_decay)
+    return make_adapter_optimizer(
+        found,
+        lr,
+        rule=rule,
+        other_lr=other_lr,
+        momentum=momentum,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
