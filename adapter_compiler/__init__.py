@@ -28,6 +28,9 @@ from adapter_compiler.training.calibration.realign import Realigner, rediagonali
 from adapter_compiler.training.calibration.start_from_data import DataStart, InitializationReport, initialize_adapters
 from adapter_compiler.training.make_optimizer import make_optimizer
 from adapter_compiler.training.training_state import load_training_state, save_training_state
+from adapter_compiler.training.tuning.find_rate import RateSearch, find_rate
+from adapter_compiler.training.tuning.find_smallest import find_smallest
+from adapter_compiler.training.tuning.size_search import SizePoint, SizeSearch
 from passes.planning.plan import AdapterPlan
 from passes.planning.rules import AdapterRule
 
@@ -54,11 +57,16 @@ __all__ = [
     "InitializationReport",
     "OnnxAdapters",
     "RankBudget",
+    "RateSearch",
     "Realigner",
+    "SizePoint",
+    "SizeSearch",
     "StaticAllocation",
     "allocate_ranks",
     "compile_with_adapters",
     "export_onnx",
+    "find_rate",
+    "find_smallest",
     "initialize_adapters",
     "load",
     "load_adapters",

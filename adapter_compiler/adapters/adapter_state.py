@@ -175,6 +175,10 @@ class AdapterState(nn.Module):
         """Call ``follower.follow_ranks()`` when loading a state dict changes ranks; copies of the model do not."""
         self._followers.add(follower)
 
+    def find_followers(self) -> tuple[FollowsRanks, ...]:
+        """The present followers, such as rank budgets."""
+        return tuple(self._followers)
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the followers."""
         return {key: value for key, value in self.__dict__.items() if key != "_followers"}

@@ -45,16 +45,28 @@ def load_target(spec: str) -> Target:
         ConfigError: there is no such module or function, the user's code raises, or its result is not (model, args,
             kwargs).
     """
+    return _check(spec, call_function(spec, _EXPECTED))
+
+
+def call_function(spec: str, expected: str) -> Any:
+    """Import the function that ``spec`` names, and call it; returns what it returns.
+
+    Args:
+        spec: ``package.module:function`` or ``file.py:function``.
+        expected: what errors say that the function should be.
+
+    Raises:
+        ConfigError: there is no such module or function, or the user's code raises.
+    """
     source, colon, name = spec.rpartition(":")
     if not colon or not source or not name:
         raise ConfigError(f"{spec!r}: expected package.module:function or file.py:function")
     with _explained(spec):
         factory = getattr(_import(source), name, None)
     if not callable(factory):
-        raise ConfigError(f"{spec!r}: {source} has no function {name}; {_EXPECTED}")
+        raise ConfigError(f"{spec!r}: {source} has no function {name}; {expected}")
     with _explained(spec):
-        returned = factory()
-    return _check(spec, returned)
+        return factory()
 
 
 @contextlib.contextmanager
