@@ -12,11 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adapter_compiler.errors import CheckpointError, MissingDependencyError
+from adapter_compiler.integrations.budget_file import read_budget, write_budget
 from adapter_compiler.integrations.budgets import BudgetMaker, find_adapted, summarize
-from adapter_compiler.saving.primitives.files import written_beside
 from adapter_compiler.training.budget import MaskingRecord, RankBudget
 
 try:
@@ -30,7 +28,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 #: Name of the file that is written into each checkpoint.
-BUDGET_FILE = "rank_budget.pt"
+BUDGET_FILE = "rank_budget.safetensors"
 
 #: Where the trainer's state remembers which run a checkpoint belongs to.
 _STATE_KEY = "adapter_compiler.TrainerBudget"
@@ -91,8 +89,11 @@ class TrainerBudget(TrainerCallback):
         adapted = find_adapted(kwargs["model"], "TrainerBudget")
         self.budget = self._maker.make(adapted, [kwargs["optimizer"]], state.max_steps)
         if state.global_step:
-            saved = self._read(args, state)
-            self.budget.load_state_dict(saved["budget"])
+            path, saved = self._read(args, state)
+            try:
+                self.budget.load_state_dict(saved["budget"])
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {error}") from error
             self._note_loss(saved["loss"])
         else:
             state.stateful_callbacks[_STATE_KEY] = {"run": uuid.uuid4().hex}
@@ -122,8 +123,7 @@ class TrainerBudget(TrainerCallback):
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         find_adapted(kwargs["model"], "TrainerBudget").save(folder)
-        with written_beside(folder / BUDGET_FILE) as draft:
-            torch.save({**self._identify(state), "loss": self._loss, "budget": self.budget.state_dict()}, draft)
+        write_budget(folder / BUDGET_FILE, self.budget.state_dict(), **self._identify(state), loss=self._loss)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Mask what may have been loaded as the best model."""
@@ -137,7 +137,7 @@ class TrainerBudget(TrainerCallback):
         if loss is not None and self.budget is not None:
             self.budget.note_loss(loss)
 
-    def _read(self, args: Any, state: Any) -> dict[str, Any]:
+    def _read(self, args: Any, state: Any) -> tuple[Path, dict[str, Any]]:
         if _STATE_KEY not in state.stateful_callbacks:
             raise CheckpointError(
                 f"the run is resumed at step {state.global_step} from a checkpoint without a budget, expected one that "
@@ -146,9 +146,9 @@ class TrainerBudget(TrainerCallback):
         for folder in self._candidates(args, state):
             path = folder / BUDGET_FILE
             if path.is_file():
-                saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+                saved = read_budget(path)
                 if {key: saved.get(key) for key in ("run", "step")} == self._identify(state):
-                    return saved
+                    return path, saved
         looked = ", ".join(str(folder / BUDGET_FILE) for folder in self._candidates(args, state))
         raise CheckpointError(
             f"the budget of the checkpoint at step {state.global_step} is not in {looked}, expected it there; name the "

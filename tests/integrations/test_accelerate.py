@@ -55,6 +55,32 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, stop: int, compa
     assert (resumed.budget.step, resumed.budget.live_triplets) == (12, 4)
 
 
+@pytest.mark.parametrize("order", ["model first", "optimizer first", "one by one", "budget before prepare"])
+def test_prepare_works_in_any_order(order: str) -> None:
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True)
+    adapted: Any = make_adapted()
+    optimizer: Any = torch.optim.AdamW(adapted.trainable_parameters(), lr=1e-2)
+    schedule = ac.BudgetSchedule(target_rank=2, total_steps=6, warmup_steps=1, final_steps=2, interval=1)
+    budget = ac.RankBudget(adapted, optimizer, schedule) if order == "budget before prepare" else None
+    model: Any = adapted
+    if order == "optimizer first":
+        optimizer, model = accelerator.prepare(optimizer, model)
+    elif order == "one by one":
+        model = accelerator.prepare(model)
+        optimizer = accelerator.prepare(optimizer)
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    budget = budget or ac.RankBudget(model, optimizer, schedule)
+    for _ in range(6):
+        accelerator.backward(model(torch.randn(4, 6), labels=torch.arange(4))["loss"])
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (budget.step, budget.live_triplets) == (6, 4)
+    assert sum(int(p.count_nonzero()) for n, p in adapted.adapters.named_parameters() if n.endswith("lam")) == 4
+
+
 def test_accumulated_steps_are_one() -> None:
     run = Run(compact=False, gradient_accumulation_steps=2)
     run.train(0, 6)

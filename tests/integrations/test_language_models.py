@@ -106,6 +106,85 @@ def test_a_pipeline_takes_it() -> None:
     assert found[0]["generated_text"].startswith("one two")
 
 
+def test_seq2seq_trainer_generates_in_evaluation(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=len(WORDS),
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    model, tokenizer = transformers.T5ForConditionalGeneration(config), make_tokenizer()
+    sentences = [torch.randint(3, len(WORDS), (6,)).tolist() for _ in range(32)]
+    rows = [{"input_ids": one, "labels": one} for one in sentences]
+    example = {name: torch.tensor(sentences[:2]) for name in ("input_ids", "labels")}
+    adapted: Any = ac.compile_with_adapters(model, example_kwargs=example, config=ac.AdapterConfig(rank=4))
+    made: list[Any] = []
+
+    def keep(found: Any) -> dict[str, float]:
+        made.append(found.predictions)
+        return {}
+
+    arguments = transformers.Seq2SeqTrainingArguments(
+        str(tmp_path),
+        max_steps=12,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        learning_rate=2e-2,
+        save_strategy="no",
+        disable_tqdm=True,
+        predict_with_generate=True,
+        generation_max_length=5,
+    )
+    budget = TrainerBudget(target_rank=2, interval=2)
+    trainer = transformers.Seq2SeqTrainer(
+        model=adapted,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows[:8],
+        processing_class=tokenizer,
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[budget],
+        compute_metrics=keep,
+    )
+    trainer.train()
+    assert budget.budget is not None
+    assert budget.budget.live_triplets == 2 * len(adapted.plan)
+    trainer.evaluate(max_length=5)
+    merged: Any = adapted.fold().eval()
+    expected = merged.generate(torch.tensor(sentences[:8]), attention_mask=torch.ones(8, 6), max_length=5)
+    assert made[0][:, : expected.shape[1]].tolist() == expected.tolist()
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(again(**example).logits, merged(**example).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("task", ["text-classification", "feature-extraction"])
+def test_pipelines_of_encoders_take_it(task: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    kind = transformers.BertForSequenceClassification if task == "text-classification" else transformers.BertModel
+    example = {"input_ids": torch.randint(3, len(WORDS), (2, 5))}
+    adapted = ac.compile_with_adapters(kind(config).eval(), example_kwargs=example, config=ac.AdapterConfig(rank=2))
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.normal_(0, 0.3)
+    both = [
+        transformers.pipeline(task, model=model, tokenizer=make_tokenizer(), device="cpu")("one two three")
+        for model in (adapted, adapted.fold())
+    ]
+    found, expected = ([one["score"] for one in made] if task == "text-classification" else made[0] for made in both)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
+
+
 def make_encoder(folder: Path) -> Path:
     torch.manual_seed(0)
     config = transformers.BertConfig(

@@ -32,13 +32,15 @@ class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
         return torch.optim.AdamW(self.adapted.trainable_parameters(), lr=1e-2)
 
 
-def fit(folder: Path, *, compact: bool = False, checkpoint: Path | None = None, **options: Any) -> tuple[Any, Any]:
+def fit(
+    folder: Path, *, compact: bool = False, checkpoint: Path | None = None, batches: int = 1, **options: Any
+) -> tuple[Any, Any]:
     budget = LightningBudget(target_rank=2, warmup_steps=1, final_steps=4, interval=2, compact=compact)
     keep = lightning.pytorch.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
     arguments = {"max_steps": 12, "logger": False, "accelerator": "cpu", "callbacks": [budget, keep], **options}
     trainer = lightning.Trainer(enable_progress_bar=False, enable_model_summary=False, **arguments)
     module = Module()
-    loader = torch.utils.data.DataLoader(Rows(4), batch_size=4)  # Lightning begins an epoch anew
+    loader = torch.utils.data.DataLoader(Rows(4 * batches), batch_size=4)  # Lightning begins an epoch anew
     trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
     return module.adapted, budget
 
@@ -53,6 +55,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, stop: int, compa
         torch.testing.assert_close(values_of(resumed)[name], value, rtol=0, atol=0, msg=name)
     assert found.budget.history == expected.budget.history
     assert (sum(adapter.rank for adapter in whole.plan) == 4) == compact
+
+
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}], ids=str)
+def test_it_resumes_with_the_options_of_the_trainer(tmp_path: Path, options: dict[str, Any]) -> None:
+    whole, expected = fit(tmp_path, batches=2, **options)
+    assert (expected.budget.step, expected.budget.live_triplets) == (12, 4)
+    again, found = fit(tmp_path / "again", batches=2, checkpoint=tmp_path / "step=6.ckpt", **options)
+    for name, value in values_of(whole).items():
+        torch.testing.assert_close(values_of(again)[name], value, rtol=0, atol=0, msg=name)
+    assert found.budget.history == expected.budget.history
 
 
 def test_ranks_are_logged(tmp_path: Path) -> None:

@@ -65,6 +65,44 @@ def test_numbers_of_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"trainable params: {trained} || all params: {total} || trainable%: 49.4382\n"
 
 
+def test_numbers_and_methods_mean_what_they_mean_in_peft(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    options = {"r": 3, "lora_alpha": 6, "target_modules": ["first", "second"]}
+    theirs: Any = peft.get_peft_model(Net(), peft.LoraConfig(**options))
+    ours: Any = make_adapted(3, kind="lora", alpha=6.0)
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    for model in (theirs, ours):
+        model.print_trainable_parameters()
+    expected, found = capsys.readouterr().out.splitlines()
+    assert found == expected
+    draw_values(ours)
+    ours.save_pretrained(tmp_path)
+    theirs.load_adapter(tmp_path, "other")
+    for model, name in ((theirs, "second"), (ours, "second")):
+        model.add_adapter(name, *([peft.LoraConfig(**options)] if model is theirs else []))
+        model.set_adapter(name)
+        assert model.active_adapters == [name]
+    assert [p.requires_grad for n, p in theirs.named_parameters() if "lora_A.second" in n] == [True, True]
+    assert len(ours.trainable_parameters()) == 4
+    ours.set_adapter("default")
+    theirs.set_adapter("other")
+    for model in (ours, theirs):
+        model.delete_adapter("second")
+    torch.testing.assert_close(ours(X)["logits"], theirs(X)["logits"])
+    torch.testing.assert_close(ours.get_base_model()(X)["logits"], theirs.get_base_model()(X)["logits"])
+    with ours.disable_adapter(), theirs.disable_adapter():
+        torch.testing.assert_close(ours(X)["logits"], theirs(X)["logits"])
+    merged = [model.merge_and_unload(safe_merge=True) for model in (ours, theirs)]
+    assert merged[0].state_dict().keys() == merged[1].state_dict().keys()
+    for name, value in merged[1].state_dict().items():
+        torch.testing.assert_close(merged[0].state_dict()[name], value)
+
+
+def test_the_hub_does_not_get_the_weights_without_adapters() -> None:
+    with pytest.raises(ConfigError, match=r"push_to_hub\('me/it'\) would upload the frozen weights.*upload_folder"):
+        make_adapted().push_to_hub("me/it")
+
+
 def test_adapters_by_the_names_of_peft() -> None:
     adapted = make_adapted()
     adapted.add_adapter("task")

@@ -21,7 +21,7 @@ _WITHOUT_EFFECT = frozenset({"is_main_process", "max_shard_size", "safe_serializ
 
 
 class _Foldable(Protocol):
-    def fold(self) -> nn.Module:
+    def fold(self, *, parametrized: str = ...) -> nn.Module:
         """The user's own model with every ΔW merged into its weight."""
 
     def disable_adapters(self) -> contextlib.AbstractContextManager[None]:
@@ -76,16 +76,19 @@ class PeftNames(AdapterState):
         """The user's module; as in PEFT, a call of it runs with the adapters."""
         return self.module
 
-    def merge_and_unload(self: _Foldable, *, safe_merge: bool = False) -> nn.Module:
+    def merge_and_unload(
+        self: _Foldable, *, safe_merge: bool = False, parametrized: str = "right_inverse"
+    ) -> nn.Module:
         """A copy of the user's own model with every ΔW merged, like ``fold``; this model does not change.
 
         Args:
             safe_merge: check that all values of the result are finite.
+            parametrized: as of ``fold``.
 
         Raises:
             AdapterCompilerError: with ``safe_merge``, a merged parameter has inf or nan.
         """
-        merged = self.fold()
+        merged = self.fold(parametrized=parametrized)
         for name, parameter in merged.named_parameters() if safe_merge else ():
             if not bool(torch.isfinite(parameter).all()):
                 raise AdapterCompilerError(
@@ -112,3 +115,15 @@ class PeftNames(AdapterState):
             )
         if options.get("is_main_process", True):
             save_peft_adapters(self, save_directory)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> None:
+        """Refuse: the method of the user's model would upload the frozen weights without the adapters.
+
+        Raises:
+            ConfigError: always, with the two calls that upload the adapters.
+        """
+        raise ConfigError(
+            f"push_to_hub({repo_id!r}) would upload the frozen weights without the adapters; expected a folder of "
+            f"adapters: save_pretrained(folder), then huggingface_hub.upload_folder(repo_id={repo_id!r}, "
+            "folder_path=folder). For the merged model: fold().push_to_hub(...)"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from adapter_compiler.adapters.adapter_state import AdapterState
+from adapter_compiler.model.interface.checkpointing import adjust_method
 
 #: Attributes that are always the adapted model's own, even if the user's module has one of the same name.
 _OWN = frozenset(
@@ -34,7 +35,7 @@ class UserAttributes(AdapterState):
             if module is None or (name.startswith("__") and name.endswith("__")):
                 raise
         try:
-            return getattr(module, name)
+            return adjust_method(module, name, getattr(module, name))
         except AttributeError as error:
             kind = type(module).__name__
             raise AttributeError(f"neither AdaptedModel nor the {kind} in it gives {name!r}: {error}") from None

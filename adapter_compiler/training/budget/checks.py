@@ -58,8 +58,9 @@ class GradientWatch:
             return "the adapted model was not called; compute the loss with it and not with the original model"
         return (
             "the loss does not depend on it, or something stops its gradient: look for detach() or no_grad between the "
-            "model's output and the loss, and for zero_grad() between backward() and step(); if no call uses the "
-            "weight, exclude it from the sites"
+            "model's output and the loss, for zero_grad() between backward() and step(), and for a checkpoint with "
+            "use_reentrant=True whose inputs do not require grad (use_reentrant=False needs none); if no call uses "
+            "the weight, exclude it from the sites"
         )
 
 

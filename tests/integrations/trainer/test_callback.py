@@ -12,45 +12,18 @@ import torch
 import adapter_compiler as ac
 from adapter_compiler.errors import BudgetError, CheckpointError, ConfigError
 from tests.integrations.models import Rows, make_adapted, values_of
-
-transformers = pytest.importorskip("transformers", reason="the extra 'integrations' is not installed")
-pytest.importorskip("accelerate", reason="the extra 'integrations' is not installed")
-
-from adapter_compiler.integrations.trainer import BUDGET_FILE, TrainerBudget  # noqa: E402 - after the skip
+from tests.integrations.trainer.runs import (
+    STEPS,
+    TrainerBudget,
+    assert_same_values,
+    find_budget,
+    make_trainer,
+    transformers,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-STEPS = 12
-
-
-def make_trainer(
-    folder: Path, adapted: ac.AdaptedModel | None = None, *, budget: dict[str, Any] | None = None, **options: Any
-) -> Any:
-    arguments = transformers.TrainingArguments(
-        str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=4,
-        report_to=[],
-        use_cpu=True,
-        learning_rate=1e-2,
-        logging_steps=1,
-        disable_tqdm=True,
-        **{"save_strategy": "steps", "save_steps": 3, **options},
-    )
-    chosen = {"target_rank": 2, "warmup_steps": 1, "final_steps": 4, "interval": 2, **(budget or {})}
-    return transformers.Trainer(
-        model=make_adapted() if adapted is None else adapted,
-        args=arguments,
-        train_dataset=Rows(),
-        eval_dataset=Rows(8),
-        callbacks=[TrainerBudget(**chosen)],
-    )
-
-
-def find_budget(trainer: Any) -> ac.RankBudget:
-    (callback,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, TrainerBudget)]
-    assert callback.budget is not None
-    return callback.budget
+BUDGET_FILE = "rank_budget.safetensors"
 
 
 def test_one_line_trains_and_prunes(tmp_path: Path) -> None:
@@ -70,7 +43,7 @@ def test_one_line_trains_and_prunes(tmp_path: Path) -> None:
 def test_loggers_get_the_ranks(tmp_path: Path) -> None:
     seen: list[dict[str, float]] = []
 
-    class Logger(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+    class Logger(transformers.TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             seen.append(dict(logs))
 
@@ -83,14 +56,16 @@ def test_loggers_get_the_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compact", [False, True], ids=["masked", "compact"])
 @pytest.mark.parametrize("stop", [3, 9], ids=["before the freeze", "after it"])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, stop: int, compact: bool) -> None:
-    whole = make_trainer(tmp_path / "whole", budget={"compact": compact})
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, stop: int, compact: bool, accumulated: int) -> None:
+    options: dict[str, Any] = {"gradient_accumulation_steps": accumulated, "lr_scheduler_type": "cosine"}
+    whole = make_trainer(tmp_path / "whole", budget={"compact": compact}, **options)
     whole.train()
-    resumed = make_trainer(tmp_path / "whole", budget={"compact": compact})
+    resumed = make_trainer(tmp_path / "whole", budget={"compact": compact}, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
-    expected, found = values_of(whole.model), values_of(resumed.model)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+    assert_same_values(resumed.model, whole.model)
+    expected = values_of(whole.model)
+    assert find_budget(whole).step == STEPS
     assert find_budget(resumed).history == find_budget(whole).history
     assert find_budget(resumed).ranks() == find_budget(whole).ranks()
     assert (min(len(v) for n, v in expected.items() if n.endswith("lam")) < 4) == compact
@@ -109,8 +84,7 @@ def test_starts_from_data_come_back(tmp_path: Path) -> None:
         pytest.fail("the start stores no starting values, so that this shows nothing")
     runs[0].train()
     runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    for name, value in values_of(runs[0].model).items():
-        torch.testing.assert_close(values_of(runs[1].model)[name], value, rtol=0, atol=0, msg=name)
+    assert_same_values(runs[1].model, runs[0].model)
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["masked", "compact"])
@@ -138,7 +112,9 @@ def test_a_checkpoint_without_a_budget_is_refused(tmp_path: Path) -> None:
     trainer.train()
     folder = tmp_path / "checkpoint-6"
     (folder / BUDGET_FILE).rename(folder / "elsewhere")
-    with pytest.raises(CheckpointError, match=r"step 6 is not in .*rank_budget\.pt.*TrainerBudget\(checkpoint="):
+    with pytest.raises(
+        CheckpointError, match=r"step 6 is not in .*rank_budget\.safetensors.*TrainerBudget\(checkpoint="
+    ):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(folder))
     state = json.loads((folder / "trainer_state.json").read_text())
     state["stateful_callbacks"] = {}
@@ -154,6 +130,30 @@ def test_the_budget_of_another_run_is_not_taken(tmp_path: Path) -> None:
     target.write_bytes(source.read_bytes())
     with pytest.raises(CheckpointError, match="is not in"):
         make_trainer(tmp_path / "two").train(resume_from_checkpoint=str(target.parent))
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "of another kind", "pickled"])
+def test_a_damaged_budget_is_refused(tmp_path: Path, damage: str) -> None:
+    make_trainer(tmp_path).train()
+    path = tmp_path / "checkpoint-6" / BUDGET_FILE
+    whole = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "changed":
+        path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    elif damage == "of another kind":
+        path.write_bytes((path.parent / "adapters.safetensors").read_bytes())
+    else:
+        torch.save({"budget": {}}, path)
+    with pytest.raises(CheckpointError, match=r"rank_budget\.safetensors"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(path.parent))
+
+
+def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
+    make_trainer(tmp_path).train()
+    path = tmp_path / "checkpoint-6"
+    with pytest.raises(CheckpointError, match=r"rank_budget\.safetensors.*made with interval=2, this budget has"):
+        make_trainer(tmp_path, budget={"interval": 1}).train(resume_from_checkpoint=str(path))
 
 
 def test_what_cannot_work_is_said(tmp_path: Path) -> None:
