@@ -25,6 +25,8 @@ from adapter_compiler.config.attach_options import AttachOptions
 from adapter_compiler.errors import AdapterCompilerError, CaptureError, ConfigError, SiteError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.model.capture.weight_use_analysis import analyze_weight_uses
+from adapter_compiler.model.parametrized.find import ParametrizedWeight, find_parametrized
+from adapter_compiler.model.parametrized.replace import find_flags, replace_by_values
 from adapter_compiler.model.quantized.bitsandbytes_models import adopt_bitsandbytes_linears, has_bitsandbytes_linears
 from passes.analysis.weight_uses import WeightUse, find_parameter_aliases
 from passes.capture.calls import describe_refusal
@@ -90,17 +92,29 @@ def compile_with_adapters(
         replace_at(own, name, own_parameter(name, own.get_parameter(name)))
     if has_bitsandbytes_linears(model):
         adopt_bitsandbytes_linears(own, model)
+    computed = find_parametrized(own, trainable)
+    viewed = own if not computed else copy_module(own, lambda _, parameter: share_parameter(parameter))
+    replace_by_values(viewed, computed)
     for name, parameter in own.named_parameters():
         parameter.requires_grad_(name in trainable and parameter.is_floating_point())
     attaching = config.attaching(own)
     if example is None:
-        search = find_module_sites(own, config.selection)
+        search = find_module_sites(viewed, config.selection)
     else:
-        uses = _analyze(own, *_on_device_of(own, example), is_recorded=config.capture != "off")
-        search = find_sites(uses, own, config.selection)
-    planned = plan_adapters(search, config) if plan is None else match_plan(plan, own)
+        uses = _analyze(viewed, *_on_device_of(own, example), is_recorded=config.capture != "off")
+        search = find_sites(uses, viewed, config.selection)
+    planned = plan_adapters(search, config) if plan is None else match_plan(plan, viewed)
     planned = prepare_start(planned, config.start)
-    adapted = _assemble(own, search, planned, config, flags, attaching)
+    computed = tuple(weight for weight in computed if weight.name in planned.by_weight)
+    replace_by_values(own, computed)
+    for weight in computed:
+        if not weight.is_of_torch:
+            logger.warning(
+                "%s is adapted as %s computes it now; what changes the parametrization later has no effect",
+                weight.name,
+                weight.kinds,
+            )
+    adapted = _assemble(own, search, planned, config, {**flags, **find_flags(computed, flags)}, attaching, computed)
     if config.quantize is not None and not is_without_memory(own):
         adapted.quantize_base(config.quantize)
     return adapted
@@ -132,6 +146,7 @@ def _assemble(
     config: AdapterConfig,
     flags: Mapping[str, bool],
     attaching: AttachOptions,
+    computed: tuple[ParametrizedWeight, ...],
 ) -> AdaptedModel:
     if not plan.adapters:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(search.rejected.items())[:8])
@@ -157,6 +172,7 @@ def _assemble(
         search=search,
         gradient_flags=flags,
         attaching=attaching,
+        parametrized=computed,
     )
 
 

@@ -19,6 +19,8 @@ from torch._ops import OpOverload
 from torch._subclasses import meta_utils
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -252,6 +254,18 @@ def without_onnx_log() -> Iterator[None]:
         binding._jit_onnx_log = before
 
 
+#: The hooks of the former ``torch.nn.utils.weight_norm`` and ``spectral_norm``, in this order.
+WEIGHT_NORM_HOOKS = (WeightNorm, SpectralNorm)
+
+#: The class of spectral normalization as a parametrization.
+SPECTRAL_NORM = "torch.nn.utils.parametrizations._SpectralNorm"
+
+
+def is_of_class(value: object, name: str) -> bool:
+    """Whether a value is an instance of the class with this full name."""
+    return any(f"{cls.__module__}.{cls.__qualname__}" == name for cls in type(value).__mro__)
+
+
 def schema_of(overload: OpOverload) -> torch.FunctionSchema:
     """The schema of an operator: its arguments, its results, and which of them share or change memory."""
     return overload._schema
@@ -270,8 +284,10 @@ __all__ = [
     "ONNX_LOGGER",
     "SET_GRAD_ENABLED",
     "SHAPE_LOGGER",
+    "SPECTRAL_NORM",
     "SUBCLASS_LOGGER",
     "UPDATE_FLAT_WEIGHTS",
+    "WEIGHT_NORM_HOOKS",
     "OpOverload",
     "TorchDispatchMode",
     "TorchVersionError",
@@ -289,6 +305,7 @@ __all__ = [
     "has_saved_tensor_hooks",
     "higher_order_name",
     "is_batched",
+    "is_of_class",
     "is_saved_plainly",
     "is_transformed",
     "make_fx",

@@ -40,6 +40,8 @@ from adapter_compiler.model.interface.summary import AdapterReport, describe_ada
 from adapter_compiler.model.interface.user_attributes import UserAttributes
 from adapter_compiler.model.optimizers.adapter_optimizer import AdapterOptimizer
 from adapter_compiler.model.optimizers.make_adapter_optimizer import make_adapter_optimizer
+from adapter_compiler.model.parametrized.find import ParametrizedWeight
+from adapter_compiler.model.parametrized.replace import assert_known, restore_parametrizations
 from adapter_compiler.model.quantized.quantize_base import quantize_base
 from adapter_compiler.saving.adapters import save_adapters
 from adapter_compiler.saving.load_adapter import load_adapter
@@ -88,12 +90,14 @@ class AdaptedModel(PeftNames, UserAttributes):
         search: SiteSearch,
         gradient_flags: Mapping[str, bool],
         attaching: AttachOptions,
+        parametrized: tuple[ParametrizedWeight, ...] = (),
     ) -> None:
         super().__init__(module, plan=plan, adapter_parameters=adapter_parameters, options=options, search=search)
         self.was_called = False
         self.training = module.training
         self._gradient_flags = gradient_flags
         self._attaching = attaching
+        self._parametrized = parametrized
         self._token = Token()
         self._warned_of: set[str] = set()
         self._attach()
@@ -264,18 +268,30 @@ class AdaptedModel(PeftNames, UserAttributes):
         """A context in which this thread runs the user's module without adapters; other threads are not affected."""
         return without_adapters(self._token)
 
-    def fold(self) -> nn.Module:
+    def fold(self, *, parametrized: str = "right_inverse") -> nn.Module:
         """The user's own model with every ΔW merged into its weight.
 
         Sums are computed in float64 and cast once to the weight's dtype; :attr:`fold_report` then has the rounding
         errors. Quantized weights are unpacked.
 
+        Args:
+            parametrized: what becomes of adapted weights that a parametrization computes (weight_norm, spectral_norm,
+                orthogonal): ``"right_inverse"`` finds the parameters from which it computes the merged weight, so that
+                the model keeps its state-dict keys; ``"remove"`` puts the merged weight in its place.
+
         Returns:
             A copy of the user's module with its class, state-dict keys, buffers, ``requires_grad`` flags and present
             training mode, which shares no memory with this object.
+
+        Raises:
+            ConfigError: ``parametrized`` is neither, or a parametrization does not give a merged weight.
         """
+        assert_known(parametrized)
         self._warn_of_replaced()
         folded, errors = fold_module(self.module, self._gradient_flags)
+        if parametrized == "right_inverse":
+            found = restore_parametrizations(folded, self._parametrized, self._gradient_flags)
+            errors.update({name: max(error, errors[name]) for name, error in found.items() if name in errors})
         quantized = {} if self.quantization_report is None else self.quantization_report.errors
         self.fold_report = FoldReport(rounding_error=errors, quantization_error=quantized)
         return folded

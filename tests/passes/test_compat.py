@@ -273,3 +273,16 @@ def test_loggers_are_those_of_modules() -> None:
     for name in (*compat.EXPORT_LOGGERS, compat.FAKE_TENSOR_LOGGER, compat.SUBCLASS_LOGGER, compat.SHAPE_LOGGER):
         __import__(name)
     __import__(compat.ONNX_LOGGER)
+
+
+def test_norms_of_weights_are_recognized() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        former = [nn.utils.weight_norm(nn.Linear(2, 3)), nn.utils.spectral_norm(nn.Linear(2, 3))]
+    for module, kind in zip(former, compat.WEIGHT_NORM_HOOKS, strict=True):
+        hook: Any = next(iter(module._forward_pre_hooks.values()))
+        assert [type(hook)] == [kind]
+        assert hook.name == "weight"
+    present: Any = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 3))
+    assert compat.is_of_class(present.parametrizations.weight[0], compat.SPECTRAL_NORM)
+    assert not compat.is_of_class(present, compat.SPECTRAL_NORM)

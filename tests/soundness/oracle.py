@@ -1,8 +1,9 @@
 """Compare one situation with eager PyTorch.
 
-The oracle is a deep copy of the user's model with W + ΔW written into its weights. Both models are called, changed in
-the same way, and called again; outputs, errors, in-place changes of the arguments and the gradients of the adapters
-must agree each time. The gradient of an adapter follows from that of the oracle's plain weight by the chain rule.
+The oracle is a deep copy of the user's model with W + ΔW written into its weights, parametrized ones as computed. Both
+models are called, changed in the same way, and called again; outputs, errors, in-place changes of the arguments and the
+gradients of the adapters must agree each time. The gradient of an adapter follows from that of the oracle's plain
+weight by the chain rule.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 import adapter_compiler as ac
@@ -31,6 +33,8 @@ class Oracle:
     def __init__(self, adapted: ac.AdaptedModel, model: nn.Module) -> None:
         self.adapted = adapted
         self.model = copy_model(model).requires_grad_(False)
+        for site in adapted.sites:
+            make_plain(self.model, site.weight)
         #: The modules that have a weight (they may be moved), the name in each, and the weight's name.
         self._places = [
             (self.model.get_submodule(name.rpartition(".")[0]), name.split(".")[-1], site.weight)
@@ -86,6 +90,22 @@ class Oracle:
             found: Sequence[Tensor | None] = torch.autograd.grad(effective, adapters, gradient, allow_unused=True)
             total = [t if g is None else t + g for t, g in zip(total, found, strict=True)]
         return total
+
+
+def make_plain(model: nn.Module, name: str) -> None:
+    """Put what eager PyTorch computes as the weight in eval mode in place of a parametrization, if there is one."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if parametrize.is_parametrized(owner, leaf):
+        parts: Any = owner.parametrizations
+        value = parts[leaf].eval()().detach()
+        owner.__class__ = type(owner).__bases__[0]  # not remove_parametrizations: copies share the class
+        del owner.parametrizations
+        owner.register_parameter(leaf, nn.Parameter(value))
+    elif f"{leaf}_orig" in owner._parameters:
+        torch.nn.utils.remove_spectral_norm(owner, leaf)
+    elif f"{leaf}_v" in owner._parameters:
+        torch.nn.utils.remove_weight_norm(owner, leaf)
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -180,7 +200,7 @@ def compare(
     is_folded: bool = False,
 ) -> Outcome:
     """Compare one call; returns the outcome of the oracle."""
-    folded = adapted.fold() if is_folded else None
+    folded = adapted.fold(parametrized="remove") if is_folded else None
     adapted.zero_grad()
     oracle.zero_grad()
     found = observe(situation, adapted, args, around, number)

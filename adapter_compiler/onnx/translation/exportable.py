@@ -95,7 +95,7 @@ def prepare_merged(model: nn.Module) -> nn.Module:
             "torch.nn.Module; give the model itself"
         )
     if isinstance(model, AdaptedModel):
-        return model.fold().eval().cpu().requires_grad_(False)
+        return model.fold(parametrized="remove").eval().cpu().requires_grad_(False)
     return prepare_base(model)
 
 
