@@ -1,4 +1,4 @@
-"""Verify a file that exists already against the PyTorch model that it should be, as an export does."""
+"""Verify an existing file against a PyTorch model, as an export does."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from passes.capture.module_state import canonical_kernels
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileVerification:
-    """What a file was compared with PyTorch on.
+    """The result of comparing a file with PyTorch.
 
     Attributes:
         path: the file.
-        errors: one entry for each output of each input.
+        errors: one entry for each output on each input.
         not_verified: inputs that the model itself refuses.
     """
 
@@ -125,7 +125,7 @@ def _assert_same_names(
 def _read_bounds(
     session: onnxruntime.InferenceSession, inputs: Sequence[str], call: ModuleCall
 ) -> list[tuple[DimensionBound, ...]]:
-    """What sizes the file says that it takes; an input that it dropped follows the others of its size."""
+    """The sizes that the file declares; an input that it does not have follows the others of its size."""
     shapes = {value.name: value.shape for value in session.get_inputs()}
     symbols: dict[tuple[int, int], str] = {}
     for name, tensor in zip(inputs, call.tensors, strict=True):

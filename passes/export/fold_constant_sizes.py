@@ -21,7 +21,7 @@ from passes.base import GraphPass, PassResult
 class FoldConstantSizesPass(GraphPass):
     """Give the example values of inputs numbers for sizes that are constant.
 
-    Contract: the graph is the same; afterwards no symbolic size of an input stands for a number.
+    Contract: the graph is the same; afterwards no symbolic size of an input is a constant.
     """
 
     def call(self, graph_module: GraphModule) -> PassResult:

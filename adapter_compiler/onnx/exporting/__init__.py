@@ -1,1 +1,1 @@
-"""The export as a user calls it: translate, verify, cast, write."""
+"""The export that users call: translate, verify, cast, describe and write a file."""

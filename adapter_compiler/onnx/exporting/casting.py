@@ -1,7 +1,7 @@
-"""Open a file on onnxruntime, with casts to float32 where it has no kernel for the model's own dtype.
+"""Open a file on onnxruntime, with casts to float32 where it has no kernel for the model's dtype.
 
-onnxruntime refuses such a file when it loads it, one operator at a time; each refused operator gets casts
-around every node of its kind, until the file loads.
+onnxruntime refuses to load a file with operators that it has no kernel for, and names one of them. Casts are added
+around every node of that operator, until the file loads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _REFUSED = re.compile(r"Could not find an implementation for (\w+)\(\d+\) node")
 
 
 def open_with_casts(path: Path) -> tuple[onnxruntime.InferenceSession, tuple[str, ...]]:
-    """Open a file; where kernels are missing, put casts into it and save it again.
+    """Open a file; where kernels are missing, add casts and save it again.
 
     Returns:
         The session, and the operators that now run in float32.
@@ -40,11 +40,11 @@ def open_with_casts(path: Path) -> tuple[onnxruntime.InferenceSession, tuple[str
             if refused is None:
                 raise
             model = onnx.load(path, load_external_data=False)
-            # What is refused may be a part of an operator that onnxruntime takes apart; then those get the casts.
+            # The refused operator may be part of one that onnxruntime decomposes; then that one gets the casts.
             candidates = (refused[1], *find_composite_operators(model))
             found = next((op for op in candidates if op not in cast and cast_operator(model, op)), None)
             if found is None:
                 raise
-            logger.info("onnxruntime lacks %s for this dtype; %s runs in float32", refused[1], found)
+            logger.info("onnxruntime has no %s for this dtype; %s runs in float32", refused[1], found)
             onnx.save(model, path)
             cast.append(found)

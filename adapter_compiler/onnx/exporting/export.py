@@ -1,4 +1,4 @@
-"""fold → export → ONNX → onnx.checker → onnxruntime against PyTorch, or no file at all."""
+"""Fold, export to ONNX, check with onnx.checker, and compare with PyTorch on onnxruntime; or write no file."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def export_onnx(
 ) -> ExportReport:
     """Export a model in eval mode to ONNX and verify the file.
 
-    Inputs are named after ``forward``'s arguments, outputs after the keys of what it returns. Dimensions are
-    left open as far as the model allows. The file is compared with PyTorch on the example, on another batch
-    size, at another size of every other open dimension, and on random inputs in the example's ranges; it is
-    written beside ``path`` and renamed only when all checks pass. Where one way of exporting fails, the next
-    is tried (see :mod:`adapter_compiler.onnx.translation.fallbacks`); the report lists them.
+    Inputs have the names of ``forward``'s arguments, outputs the keys of what it returns, as ``output.<key>`` if an
+    input has that name. Dimensions are left open as far as the model allows. The file is compared with PyTorch on the
+    example, on another batch size, at another size of every other open dimension, and on random inputs in the
+    example's ranges; it is written beside ``path`` and renamed only when all checks pass. If one strategy fails, the
+    next is tried (see :mod:`adapter_compiler.onnx.translation.fallbacks`); the report lists them.
 
     Args:
         adapted_or_model: an adapted model, or any module; it is not changed.
@@ -68,14 +68,14 @@ def export_onnx(
         opset: the ONNX operator set, from 7 to 25; by default the exporter's.
         adapters: ``"merged"`` folds them into the weights. ``"runtime"`` leaves an input for each of them, with
             a default of rank 0, so that the file alone is the base model and
-            :func:`~adapter_compiler.onnx.serving.adapter_file.save_onnx_adapter` writes what goes in.
-            DoRA cannot be one.
+            :func:`~adapter_compiler.onnx.serving.adapter_file.save_onnx_adapter` writes files of adapters for it.
+            What else training changes are inputs as well. DoRA is not possible.
 
     Returns:
         A report with ``path``, ``max_abs_error`` and the error of each output on each input.
 
     Raises:
-        ConfigError: an option has a value that cannot work, or adapters are no low-rank additions.
+        ConfigError: an option has a value that cannot work, or adapters are not low-rank additions.
         ExportError: the model does not export; no file is left.
         VerificationError: the file does not load or differs from PyTorch; no file is left.
     """

@@ -13,15 +13,15 @@ from adapter_compiler.onnx.translation.translate import spellings
 from adapter_compiler.saving.onnx_files.initializers import InitializerFile
 from passes.analysis.weight_uses import find_parameter_aliases
 
-#: How many spellings of a name are looked for.
+#: Spellings of a name that are looked for.
 _SPELLINGS = 3
 
 
 def map_weights(draft: Path, module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Qualified name of each parameter and buffer → where it stands in the file.
+    """For each parameter and buffer, by qualified name, the place in the file.
 
-    Only weights that stand there whole, in their own layout and bit for bit, are in the map; an exporter
-    may have folded others into something else.
+    Only tensors that are in the file as a whole, in their own layout and with the same bits, are in the map; an
+    exporter may have folded others into something else.
 
     Returns:
         By the weight's first name: ``initializer``, its name in the file, and ``aliases``, its other names.

@@ -1,9 +1,9 @@
-"""The captured graph of a model's ``forward`` as what is exported, where the model as it is called is not.
+"""The captured graph of a model's ``forward``, which may be exported where the whole call cannot be.
 
-It is the graph that compiling inserts adapters into, here over the folded weights. It leaves out what stands
-around ``forward``: hooks of the model itself and a ``__call__`` of its class's own, whose Python (a check that
-outputs are finite, a log of their mean) no exporter takes. Should that change what the model returns,
-verification finds it, because PyTorch's side of it is the model as it is called.
+It is the graph that ``AdaptedModel.capture`` makes, here over the folded weights. It leaves out the code around
+``forward``: hooks of the model itself and a ``__call__`` of its class, whose Python (a check that outputs are finite,
+a log of their mean) no exporter accepts. If that code changes what the model returns, verification finds it, because
+the file is compared with a call of the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def capture_forward(module: nn.Module, call: ModuleCall) -> GraphModule:
     """The graph of ``module.forward``: takes the call's tensors one by one, returns each distinct tensor once.
 
     Raises:
-        CaptureError: the module does not capture as one graph, or the graph departs from ``forward``.
+        CaptureError: the module does not capture as one graph, or the graph differs from ``forward``.
     """
     graph_module = capture_call(module, call).graph_module
     output = graph_module.graph.output_node()

@@ -1,4 +1,4 @@
-"""The model as it is exported: folded, in eval mode, on the CPU, its outputs flat and named."""
+"""The form in which a model is exported: folded, in eval mode, on the CPU, with flat and named outputs."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def _distinct_tensors(result: Any) -> dict[str, torch.Tensor]:
 def prepare_call(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, merged: bool
 ) -> tuple[NamedOutputs, ModuleCall]:
-    """The model as it is exported, with its adapters or without, and the example by the names of its arguments.
+    """The model to export, with its adapters merged or without them, and the example by the names of its arguments.
 
     Raises:
-        ConfigError: the example is empty or no tuple, or the model is none.
+        ConfigError: the example is empty or not a tuple, or the model is not a module.
     """
     if isinstance(args, torch.Tensor):
         raise ConfigError("example_args is a Tensor, expected a tuple of arguments, as in (x,)")
@@ -84,10 +84,10 @@ def prepare_call(
 
 
 def prepare_merged(model: nn.Module) -> nn.Module:
-    """A copy of the model, adapters folded, in eval mode on the CPU.
+    """A copy of the model with merged adapters, in eval mode on the CPU.
 
-    It is frozen: with gradients, PyTorch traces attention by another kernel, whose layout the exporter
-    cannot always translate.
+    It is frozen: with gradients, PyTorch traces another attention kernel, whose layout the exporter cannot always
+    translate.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(

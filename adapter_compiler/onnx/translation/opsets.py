@@ -1,7 +1,7 @@
-"""Which ONNX operator sets can be asked for, and whether a file has the one that was.
+"""The ONNX operator sets that users can choose, and the check that a file has the chosen one.
 
-torch.export's exporter writes opset 18 and converts from there, up or down; where it cannot, it says nothing and
-leaves another one. The TorchScript exporter writes each of the older ones by translations of their own.
+torch.export's exporter writes opset 18 and converts up or down from there; if it cannot, it keeps another one without
+an error. The TorchScript exporter has separate translations for each of the older ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import onnx
 
 from adapter_compiler.errors import ConfigError, ExportError
 
-#: The oldest set that an exporter writes, and that onnxruntime still runs.
+#: The oldest set that an exporter writes and onnxruntime still runs.
 OLDEST_OPSET = 7
 #: The newest one that the TorchScript exporter writes.
 NEWEST_TRACED_OPSET = 20
@@ -21,10 +21,10 @@ NEWEST_OPSET = 25
 
 
 def check_opset(opset: object) -> None:
-    """Refuse what no exporter could write, before anything is exported.
+    """Refuse operator sets that no exporter writes, before anything is exported.
 
     Raises:
-        ConfigError: it is no whole number, or out of range.
+        ConfigError: it is not an integer, or out of range.
     """
     newest = min(NEWEST_OPSET, onnx.defs.onnx_opset_version())
     expected = f"expected None or an integer from {OLDEST_OPSET} to {newest}; leave it out for the exporter's own"
@@ -39,7 +39,7 @@ def read_opset(path: Path) -> int:
 
 
 def assert_opset(path: Path, wanted: int | None) -> int:
-    """The operator set of a file, which must be the one asked for, if any was.
+    """The operator set of a file, which must be the chosen one, if any.
 
     Raises:
         ExportError: the exporter wrote another one.

@@ -92,7 +92,7 @@ def trace_to_file(
                 dynamic_axes={name: open_axes for name, open_axes in axes.items() if open_axes},
                 opset_version=opset or NEWEST_TRACED_OPSET,
             )
-        except Exception as error:  # the tracer raises whatever the model's own code raises
+        except Exception as error:  # the tracer passes on any exception of the model's own code
             raise ExportError(f"the TorchScript exporter fails: {innermost(error)}") from error
         model = onnx_ir.load(draft)
         clean_up(model, [f"module.{name}" for name, _ in module.named_parameters()])
@@ -101,7 +101,7 @@ def trace_to_file(
 
 
 def _find_frozen(caught: Sequence[warnings.WarningMessage]) -> list[str]:
-    """Each warning of the tracer once, with the line of the model that caused it."""
+    """Each warning of the tracer once, with the line of the model's code that caused it."""
     found = [
         f"{Path(w.filename).name}:{w.lineno}: {re.split(r'[.] ', ' '.join(str(w.message).split()))[0]}"
         for w in caught

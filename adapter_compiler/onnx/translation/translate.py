@@ -1,9 +1,8 @@
-"""One exported program → one ONNX file whose parameters keep their names and their layout.
+"""Translate an exported program to an ONNX model whose parameters keep their names and their layout.
 
-The exporter's own clean-up folds transposes and slices of weights into new, nameless initializers. Here every
-parameter stays whole, under its state-dict key and apart from others that happen to be equal, so that adapters
-can be folded into the file later and fed to it at run time. onnxruntime does the same clean-up when it loads
-the file.
+The exporter's own optimization folds transposes and slices of weights into new initializers without names. Here every
+parameter stays whole, under its state-dict key and separate from others with equal values, so that adapters can be
+folded into the file later and fed to it at run time. onnxruntime makes the same optimization when it loads the file.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _FOLDING_ROUNDS = 2
 def translate_program(
     program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], *, opset: int | None
 ) -> ONNXProgram:
-    """The ONNX program for ``program``, with named inputs and outputs, cleaned up.
+    """The optimized ONNX program for ``program``, with named inputs and outputs.
 
     Raises:
         ExportError: an operator has no translation.
@@ -65,7 +64,7 @@ def translate_program(
 
 
 def clean_up(model: onnx_ir.Model, parameters: Collection[str]) -> None:
-    """Fold constants, but nothing that a parameter goes into; then give parameters the user's names."""
+    """Fold constants, except operations on parameters; then give parameters the user's names."""
     kept = set(parameters)
 
     def may_fold(node: onnx_ir.Node) -> bool | None:
@@ -93,9 +92,9 @@ def _find_weights(program: ExportedProgram) -> list[str]:
 
 
 def restore_weight_names(model: onnx_ir.Model) -> None:
-    """Initializers get the user's state-dict keys, without the names of the wrappers around the module.
+    """Give initializers the user's state-dict keys, without the names of the wrappers around the module.
 
-    A weight that is called like an input or another value gets an underscore: names are unique in a file.
+    A weight with the name of an input or another value gets an underscore: names are unique in a file.
     """
     values = (value for node in model.graph.all_nodes() for value in node.outputs)
     taken = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values(), *values)}
@@ -107,13 +106,13 @@ def restore_weight_names(model: onnx_ir.Model) -> None:
 
 
 def spellings(name: str) -> Iterator[str]:
-    """A weight's name, and those that it may have where others have that one."""
+    """The names that a weight may have: its own, or with underscores if another value has that name."""
     return (name + "_" * count for count in itertools.count())
 
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Inside, what exporters complain of is not shown: a missing torchvision, their own deprecations, failed graphs."""
+    """A context without the warnings of exporters: a missing torchvision, their own deprecations, failed graphs."""
     with (
         quiet_loggers(ONNX_LOGGER, level=logging.ERROR),
         warnings.catch_warnings(),

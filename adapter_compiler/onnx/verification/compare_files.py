@@ -17,7 +17,7 @@ from adapter_compiler.onnx.verification.verify import compare_values, measure_ar
 from adapter_compiler.saving.onnx_files.initializers import InitializerFile
 from adapter_compiler.saving.onnx_files.metadata import read_metadata
 
-#: Share of ones in random flags; the first of each row is always one, so that no row is masked wholly.
+#: Share of ones in random flags; the first of each row is always one, so that no row is masked entirely.
 _SHARE_OF_FLAGS = 0.8
 
 Feeds = dict[str, torch.Tensor]
@@ -31,14 +31,14 @@ def verify_file(path: str | Path, *, against: str | Path | None = None, draws: i
 
     Args:
         path: a file that this library exported.
-        against: what it should agree with, such as the export of the merged model for a folded file.
+        against: the file that it should agree with, such as an export of the merged model for a folded file.
         draws: random inputs.
 
     Returns:
-        The error of each output on each input; without ``against``, of the file against itself run anew.
+        The error of each output on each input; without ``against``, of a second run of the same file.
 
     Raises:
-        ExportError: a file is damaged, or neither says what inputs it takes.
+        ExportError: a file is damaged, or neither has a record of its inputs.
         VerificationError: it does not load, run or give finite values, or the files differ.
     """
     path = Path(path)
@@ -81,7 +81,7 @@ def read_input_ranges(path: Path, other: str | Path | None = None) -> Mapping[st
             return ranges
         except ExportError:
             continue
-    raise ExportError(f"{path.name} does not say what inputs it takes; expected a file that export_onnx wrote")
+    raise ExportError(f"{path.name} has no record of its inputs; expected a file that export_onnx wrote")
 
 
 def draw_feeds(ranges: Mapping[str, Any], draws: int) -> list[tuple[str, Feeds]]:
@@ -123,7 +123,7 @@ def _draw(entry: Mapping[str, Any], generator: torch.Generator) -> torch.Tensor:
 
 
 def measure_values(case: str, name: str, found: torch.Tensor, want: torch.Tensor) -> OutputError:
-    """The error of one output, whatever it is."""
+    """The error of one output, however large."""
     found, exact = found.double(), want.double()
     difference = float((found - exact).abs().max()) if exact.numel() else 0.0
     largest = float(exact.abs().max()) if exact.numel() else 0.0

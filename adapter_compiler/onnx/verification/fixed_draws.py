@@ -1,8 +1,8 @@
-"""Let PyTorch and onnxruntime draw the same "random" numbers, so that models that draw in eval mode can be compared.
+"""Give PyTorch and onnxruntime the same "random" numbers, so that models that draw in eval mode can be compared.
 
-An autoencoder that samples, dropout that is left on, masking at random: two runs of such a model never agree. For
-verification alone, both sides give each draw the same fixed numbers, which depend on its shape only: the k-th value
-of a uniform draw is the fractional part of k times the golden ratio. The file itself is left as it is.
+An autoencoder that samples, dropout that stays on, random masking: two runs of these models never agree. For the
+verification only, both sides replace each draw by the same fixed numbers, which depend on its shape only: the k-th
+value of a uniform draw is the fractional part of k times the golden ratio. The file itself is not changed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ aten = torch.ops.aten
 def open_with_fixed_draws(
     draft: Path, session: onnxruntime.InferenceSession, reference: Reference
 ) -> tuple[onnxruntime.InferenceSession, Reference, int]:
-    """A session and a reference that draw the same numbers, and how many nodes draw; unchanged where none does."""
+    """A session and a reference that draw the same numbers, and the number of nodes that draw.
+
+    Without such nodes, both are returned unchanged.
+    """
     model = onnx_ir.load(draft)
     count = _replace_draws(model)
     if not count:
@@ -112,7 +115,7 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
 
 
 def _replace_draws(model: onnx_ir.Model) -> int:
-    """Give every node that draws its fixed numbers; how many there were."""
+    """Replace every node that draws by one with fixed numbers; the number of these nodes."""
     drawing = [node for node in model.graph.all_nodes() if _draws(node)]
     for node in drawing:
         _replace_draw(node)
@@ -139,7 +142,7 @@ def _replace_draw(node: onnx_ir.Node) -> None:
 
 
 def _build(node: onnx_ir.Node, builder: tape.Tape) -> Iterator[onnx_ir.Value]:
-    """The values that stand for the outputs of a node that draws."""
+    """The values that replace the outputs of a node that draws."""
 
     def constant(value: Any, dtype: onnx_ir.DataType) -> onnx_ir.Value:
         return builder.op("Constant", [], {"value": onnx_ir.tensor(value, dtype=dtype)})

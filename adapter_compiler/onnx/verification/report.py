@@ -1,4 +1,4 @@
-"""What an export tried, what it wrote, and how the file was checked."""
+"""The report of an export: what was tried, what was written, and how the file was verified."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputError:
-    """How far one output is from PyTorch's on one input.
+    """The difference of one output from PyTorch's on one input.
 
     Attributes:
         case: the input: ``example``, ``batch 5``, ``dimension 1 of size 9``, ``random values 2``.
@@ -26,7 +26,7 @@ class OutputError:
         max_abs: largest absolute difference.
         max_rel: the same over the largest absolute value that PyTorch gives.
         argmax_agreement: share of the rows whose largest entry along the last dimension is the same one;
-            ``None`` for outputs that are no rows of floating-point values.
+            ``None`` for outputs that are not rows of floating-point values.
     """
 
     case: str
@@ -38,7 +38,7 @@ class OutputError:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportAttempt:
-    """One strategy that was tried, and why it failed (``None`` for the one that wrote the file)."""
+    """One strategy that was tried, and why it failed; ``None`` for the one that wrote the file."""
 
     strategy: str
     reason: str | None
@@ -46,7 +46,7 @@ class ExportAttempt:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What was exported and how it was checked; ``print`` it or read its fields.
+    """The result of an export; ``print`` it or read its fields.
 
     Attributes:
         path: the ONNX file.
@@ -56,8 +56,8 @@ class ExportReport:
             the batch) or ``"first"`` (the batch); ``"none"`` if none is open.
         dynamic_axes: the dimensions that are open in the file, by input; all others have the example's size.
         opset: the ONNX operator set.
-        errors: one entry for each output of each input the file was verified on.
-        not_verified: inputs the file could not be compared on, because the model itself refuses them.
+        errors: one entry for each output on each input that the file was verified on.
+        not_verified: inputs that the file could not be verified on, because the model itself refuses them.
         fold: rounding errors of the fold, if adapters were folded.
         attempts: the strategies in the order tried, the last one successful.
         frozen: what is constant in the file: buffers that a call of the model changes, and branches and loops on
@@ -99,7 +99,7 @@ class ExportReport:
 
     @property
     def cases(self) -> tuple[str, ...]:
-        """The inputs the file was verified on."""
+        """The inputs that the file was verified on."""
         return tuple(dict.fromkeys(error.case for error in self.errors))
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class ExportReport:
         yield from map(Text, self._describe())
 
     def _describe(self) -> Iterator[str]:
-        """What stands below the table, line by line."""
+        """The lines below the table."""
         yield f"exported by {self.strategy}, opset {self.opset}"
         yield f"open dimensions: {self._spell_open()}; all others have the example's size"
         yield from (f"tried before: {a.strategy}: {a.reason}" for a in self.attempts if a.reason is not None)

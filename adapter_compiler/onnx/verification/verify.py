@@ -25,7 +25,7 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.bfloat16: (4e-2, 1e-2),
 }
 
-#: What PyTorch gives for a call, named as in the file.
+#: Computes PyTorch's outputs for a call, with their names in the file.
 Reference = Callable[[ModuleCall], Sequence[tuple[str, torch.Tensor]]]
 
 
@@ -64,9 +64,9 @@ def verify_cases(
 
     Args:
         session: the file, opened.
-        cases: the example first; it must give finite values.
+        cases: the inputs; the example, which comes first, must give finite values.
         inputs: names of the inputs, in the order of the call's tensors.
-        reference: what PyTorch gives.
+        reference: computes PyTorch's outputs.
         run_options: for onnxruntime, for example with an active adapter.
 
     Raises:
@@ -140,8 +140,8 @@ def compare_outputs(
 
     Args:
         session: the file, opened.
-        case: what to call the input.
-        feeds: the inputs by name; those that the file has dropped as unused are left out.
+        case: the name of the input, for messages.
+        feeds: the inputs by name; those that the file does not have, because they are unused, are left out.
         expected: PyTorch's outputs, named as in the file.
         run_options: for onnxruntime.
 
@@ -183,7 +183,7 @@ def compare_values(case: str, name: str, found: torch.Tensor, want: torch.Tensor
         raise MismatchError(
             f"output {name} on {case}: onnxruntime differs from PyTorch by {difference:.3g} (values up to "
             f"{largest:.3g}), accepted is {atol + rtol * largest:.3g} for {want.dtype}"
-            + ("" if same_elsewhere else "; inf or nan stand in different places")
+            + ("" if same_elsewhere else "; inf or nan are in different places")
         )
     return OutputError(
         case=case,
@@ -195,7 +195,7 @@ def compare_values(case: str, name: str, found: torch.Tensor, want: torch.Tensor
 
 
 def measure_argmax_agreement(found: torch.Tensor, exact: torch.Tensor) -> float | None:
-    """Share of rows whose largest value stands in the same place; ``None`` for values without rows."""
+    """Share of rows whose largest value is in the same place; ``None`` for values without rows."""
     if exact.dim() < 2 or exact.shape[-1] < 2:
         return None
     return float((found.argmax(-1) == exact.argmax(-1)).double().mean())

@@ -1,1 +1,1 @@
-"""ONNX files as files: their weights and metadata, read and written without loading the graph."""
+"""The weights and metadata of ONNX files, read and written without loading the graph."""

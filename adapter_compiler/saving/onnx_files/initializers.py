@@ -1,7 +1,7 @@
 """Read and overwrite single initializers of an ONNX file without loading the others.
 
-Weights stand in the file itself or, for large models, in a file beside it. Either way the place of each one's
-bytes is known, and one weight at a time is in memory.
+Weights are in the file itself or, for large models, in a file beside it. Either way the place of each one's bytes is
+known, and one weight at a time is in memory.
 """
 
 from __future__ import annotations
@@ -111,12 +111,12 @@ class InitializerFile:
         """Overwrite a weight by one of its shape and dtype.
 
         Raises:
-            ExportError: its values do not stand in the file as plain bytes.
+            ExportError: its values are not in the file as plain bytes.
         """
         place, data = self._places.get(name), to_buffer(values)
         if place is None:
             raise ExportError(
-                f"{self.path}: the values of {name} do not stand there as plain bytes (raw_data), so they cannot be "
+                f"{self.path}: the values of {name} are not there as plain bytes (raw_data), so they cannot be "
                 "overwritten; expected a file as export_onnx writes it; export it again"
             )
         if len(data) != place.length:
@@ -196,6 +196,6 @@ class _Place:
 
 
 def to_buffer(values: torch.Tensor) -> memoryview:
-    """The elements of a tensor, row by row, as they stand in files; nothing is copied if they lie so in memory."""
+    """The elements of a tensor, row by row, as they are in files; nothing is copied if memory has the same order."""
     flat = values.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

@@ -1,6 +1,6 @@
-"""What a file written here says about itself: versions, adapters, names of weights, ranges of inputs.
+"""The description of a file that this library wrote: versions, adapters, names of weights, ranges of inputs.
 
-All of it stands in the model's metadata under one key, as JSON.
+It is JSON in the model's metadata, under one key.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _CHUNK = 1 << 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Field:
-    """Where one field stands.
+    """The place of one field.
 
     Attributes:
         number: which field of its message.
@@ -34,7 +34,7 @@ class Field:
 
 
 def walk_fields(file: BinaryIO, begin: int, end: int) -> Iterator[Field]:
-    """The fields of the message that stands from ``begin`` to ``end``.
+    """The fields of the message from ``begin`` to ``end``.
 
     Raises:
         ValueError: it is cut off, or no message.
@@ -79,7 +79,7 @@ def copy_range(source: BinaryIO, target: BinaryIO, begin: int, end: int) -> None
 
 
 def _read_varint(file: BinaryIO, position: int) -> tuple[int, int]:
-    """A number of seven bits a byte, the lowest first, and the offset behind it; the file stands at ``position``."""
+    """A number of seven bits a byte, the lowest first, and the offset behind it, read at ``position``."""
     value = 0
     for shift in range(0, 70, 7):
         byte = file.read(1)

@@ -85,7 +85,7 @@ def test_values_that_are_no_plain_bytes_are_read_and_not_overwritten(tmp_path: P
     onnx.save(model, tmp_path / "model.onnx")
     file = InitializerFile(tmp_path / "model.onnx")
     assert file.read("0.weight").tolist() == [[1, 2], [3, 4]]
-    with pytest.raises(ExportError, match=r"the values of 0.weight do not stand there as plain bytes .*; export it"):
+    with pytest.raises(ExportError, match=r"the values of 0.weight are not there as plain bytes .*; export it"):
         file.write("0.weight", torch.zeros(2, 2))
 
 
