@@ -88,14 +88,13 @@ def verify_onnx(
         cases = list(find_cases(call, _read_bounds(session, inputs, call), draws=draws, factors=factors))
         fixed_session, reference, _ = open_with_fixed_draws(path, session, exporter.named_outputs)
         try:
-            errors, refused = verify_cases(fixed_session, cases, inputs, reference)
+            verified = verify_cases(fixed_session, cases, inputs, reference)
         except MismatchError as error:
             culprit = _find_culprit(error, path, record, exporter, call, inputs, outputs)
             raise VerificationError(f"{path.name}: {error}{culprit}") from error
         if kind == "runtime" and isinstance(model, AdaptedModel):
-            more, _ = verify_runtime_adapters(session, model, cases, inputs)
-            errors = [*errors, *more]
-    return FileVerification(path=path, errors=tuple(errors), not_verified=tuple(refused))
+            verified.errors.extend(verify_runtime_adapters(session, model, cases, inputs))
+    return FileVerification(path=path, errors=tuple(verified.errors), not_verified=tuple(verified.refused))
 
 
 def _read_record(path: Path) -> dict[str, Any]:

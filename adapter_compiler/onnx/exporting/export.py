@@ -34,7 +34,8 @@ from adapter_compiler.onnx.verification.cases import DRAWS, VerificationCase, ch
 from adapter_compiler.onnx.verification.fixed_draws import open_with_fixed_draws
 from adapter_compiler.onnx.verification.inputs import spell_names
 from adapter_compiler.onnx.verification.report import ExportAttempt, ExportReport, OutputError
-from adapter_compiler.onnx.verification.verify import MismatchError, assert_comparable, verify_cases
+from adapter_compiler.onnx.verification.sizes import Place, find_places
+from adapter_compiler.onnx.verification.verify import MismatchError, Verification, assert_comparable, verify_cases
 from adapter_compiler.saving.onnx_files.metadata import describe_file, describe_tensor, write_metadata
 from adapter_compiler.saving.primitives.files import written_beside
 from passes.capture.calls import ModuleCall, describe_refusal
@@ -135,8 +136,7 @@ class _Result:
 
     strategy: Strategy
     written: WrittenDraft
-    errors: list[OutputError]
-    refused: list[str]
+    verified: Verification
     casts: tuple[str, ...]
     drawing: int
 
@@ -179,7 +179,7 @@ def _attempt(task: _Task, strategy: Strategy, draft: Path) -> _Result:
     cases = list(find_cases(task.call, written.bounds, draws=draws, factors=factors))
     session, reference, drawing = open_with_fixed_draws(draft, session, task.exporter.named_outputs)
     try:
-        errors, refused = verify_cases(session, cases, task.inputs, reference)
+        verified = verify_cases(session, cases, task.inputs, reference)
     except MismatchError as error:
         culprit = describe_first_difference(draft, written.program, task.inputs, error.tensors)
         raise VerificationError(f"{error}{culprit}") from error
@@ -188,8 +188,8 @@ def _attempt(task: _Task, strategy: Strategy, draft: Path) -> _Result:
     ]
     written = dataclasses.replace(written, frozen=(*written.frozen, *kept))
     strategy = strategy if written.is_open else dataclasses.replace(strategy, dynamic="none")
-    errors += _finish_file(task, strategy, written, draft, cases)
-    return _Result(strategy=strategy, written=written, errors=errors, refused=refused, casts=casts, drawing=drawing)
+    verified.errors.extend(_finish_file(task, strategy, written, draft, cases))
+    return _Result(strategy=strategy, written=written, verified=verified, casts=casts, drawing=drawing)
 
 
 def _finish_file(
@@ -209,24 +209,22 @@ def _finish_file(
         return []
     description |= add_runtime_adapters(draft, task.model, weights, unused)
     write_metadata(draft, description)
-    errors, _ = verify_runtime_adapters(open_with_casts(draft)[0], task.model, cases, task.inputs)
-    return errors
+    return verify_runtime_adapters(open_with_casts(draft)[0], task.model, cases, task.inputs)
 
 
 def _report(task: _Task, path: Path, attempts: list[ExportAttempt], result: _Result) -> ExportReport:
-    model = task.model
+    model, bounds = task.model, result.written.bounds
+    open_places = [place for place in find_places(task.call) if bounds[place.tensor][place.dimension].symbol]
     return ExportReport(
         path=path,
         inputs=tuple(task.inputs),
         outputs=tuple(task.outputs),
         dynamic=result.strategy.dynamic,
-        dynamic_axes={
-            name: tuple(i for i, bound in enumerate(bounds) if bound.symbol is not None)
-            for name, bounds in zip(task.inputs, result.written.bounds, strict=True)
-        },
+        dynamic_axes=_name_axes(task, open_places),
+        unverified_axes=_name_axes(task, [place for place in open_places if not _was_resized(place, result.verified)]),
         opset=result.written.opset,
-        errors=tuple(result.errors),
-        not_verified=tuple(result.refused),
+        errors=tuple(result.verified.errors),
+        not_verified=tuple(result.verified.refused),
         fold=model.fold_report if isinstance(model, AdaptedModel) and task.adapters == "merged" else None,
         attempts=tuple(attempts),
         frozen=result.written.frozen,
@@ -234,3 +232,12 @@ def _report(task: _Task, path: Path, attempts: list[ExportAttempt], result: _Res
         drawing=result.drawing,
         adapters=task.adapters,
     )
+
+
+def _name_axes(task: _Task, places: Sequence[Place]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(place.dimension for place in places if place.tensor == i) for i, name in enumerate(task.inputs)}
+
+
+def _was_resized(place: Place, verified: Verification) -> bool:
+    """Whether the file was verified on more than one size of a dimension."""
+    return len({shapes[place.tensor][place.dimension] for shapes in verified.shapes}) > 1

@@ -61,7 +61,7 @@ def read_with_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
     """onnxruntime's part of a file and its manifest.
 
     Raises:
-        CheckpointError: the file is missing, has no manifest, or is not as it was written.
+        CheckpointError: the file is missing, has no manifest, or its bytes have changed.
     """
     source = Source(name=str(path), error=CheckpointError, advice="save it again with save_onnx_adapter")
     data = read_file_bytes(source, path, _LARGEST_FILE)
@@ -70,7 +70,7 @@ def read_with_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
     end = data[-_LENGTH.size - len(_MAGIC) :]
     content, digest = data[:-_TAIL_BYTES], data[-_TAIL_BYTES : -len(end)]
     if hashlib.sha256(content + end).digest() != digest:
-        source.fail("its checksum is another one, so it was damaged or changed, expected the file as it was written")
+        source.fail("its checksum is another one, so it was damaged or changed, expected the bytes that were saved")
     (length,) = _LENGTH.unpack(end[: _LENGTH.size])
     if length > min(len(content), LARGEST_TEXT):
         source.fail(f"its manifest has {length:,} bytes, expected at most {min(len(content), LARGEST_TEXT):,}")

@@ -190,7 +190,8 @@ class OnnxAdapters:
             )
         other = find_other_tensor(self._base, file.base)
         if other is not None:
-            problem = "has other values" if other in file.base else "is missing"
+            found, wanted = (base.get(other, "missing").partition(":")[0] for base in (file.base, self._base))
+            problem = "has other values" if found == wanted else f"is {found}, not {wanted},"
             raise CheckpointError(
                 f"{path} belongs to another base model than {self.path.name}: {other} {problem} in the model that it "
                 "was saved from; export that model with adapters='runtime', or load with check_base=False if the "

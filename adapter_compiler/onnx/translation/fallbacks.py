@@ -148,7 +148,7 @@ def is_redundant(strategy: Strategy, sizes: VaryingSizes) -> bool:
 
 
 def _enlarge(sizes: VaryingSizes, dynamic: str) -> Iterator[ModuleCall]:
-    """The example with two or more instead of one where a dimension is to be open, since exporters take one for fixed.
+    """The example with two or more instead of one where a dimension is to be open, because exporters fix a one.
 
     The first is to be preferred; the others have fewer such dimensions.
     """

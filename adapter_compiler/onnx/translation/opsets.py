@@ -47,7 +47,7 @@ def assert_opset(path: Path, wanted: int | None) -> int:
     found = read_opset(path)
     if wanted is not None and found != wanted:
         raise ExportError(
-            f"the exporter wrote opset {found}, asked was {wanted}: some operator of this model has no form in it; "
+            f"the exporter wrote opset {found}, requested was {wanted}: some operator of this model has no form in it; "
             "ask for a newer one"
         )
     return found

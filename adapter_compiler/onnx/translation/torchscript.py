@@ -19,7 +19,7 @@ from torch import nn
 
 from adapter_compiler.errors import ExportError
 from adapter_compiler.onnx.translation.opsets import NEWEST_TRACED_OPSET
-from adapter_compiler.onnx.translation.translate import clean_up, innermost, quiet_exporter
+from adapter_compiler.onnx.translation.translate import clean_up, find_kept_weights, innermost, quiet_exporter
 from adapter_compiler.onnx.verification.sizes import Place
 from passes.capture.calls import ModuleCall
 from passes.capture.capture import DimensionBound
@@ -73,7 +73,7 @@ def trace_to_file(
         ExportError: the model does not trace, an operator has no translation, or the opset is too new.
     """
     if opset is not None and opset > NEWEST_TRACED_OPSET:
-        raise ExportError(f"the TorchScript exporter writes opset {NEWEST_TRACED_OPSET} at most, asked was {opset}")
+        raise ExportError(f"the TorchScript exporter writes opset {NEWEST_TRACED_OPSET} at most, requested was {opset}")
     axes = {
         name: {i: f"{bound.symbol}" for i, bound in enumerate(tensor) if bound.symbol is not None}
         for name, tensor in zip(inputs, bounds, strict=True)
@@ -95,7 +95,7 @@ def trace_to_file(
         except Exception as error:  # the tracer passes on any exception of the model's own code
             raise ExportError(f"the TorchScript exporter fails: {innermost(error)}") from error
         model = onnx_ir.load(draft)
-        clean_up(model, [f"module.{name}" for name, _ in module.named_parameters()])
+        clean_up(model, [f"module.{name}" for name in find_kept_weights(module)])
         onnx_ir.save(model, draft)
     return tuple(_find_frozen(caught))
 

@@ -17,6 +17,7 @@ import onnx_ir
 import torch
 from onnx_ir.passes import common
 from onnxscript import optimizer
+from torch import nn
 from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
@@ -57,7 +58,7 @@ def translate_program(
             raise ExportError(f"torch.onnx has no translation for this model: {innermost(error)}") from error
         assert translated is not None
         try:
-            clean_up(translated.model, _find_weights(program))
+            clean_up(translated.model, find_kept_weights(program))
         except Exception as error:  # so does the optimizer, for example where it folds constants
             raise ExportError(f"onnxscript cannot optimize the translated model: {innermost(error)}") from error
     return translated
@@ -85,9 +86,9 @@ def clean_up(model: onnx_ir.Model, parameters: Collection[str]) -> None:
     restore_weight_names(model)
 
 
-def _find_weights(program: ExportedProgram) -> list[str]:
-    """Parameters, and buffers that training moves (running statistics)."""
-    named = (*program.named_parameters(), *program.named_buffers())
+def find_kept_weights(source: ExportedProgram | nn.Module) -> list[str]:
+    """The names of parameters, and of buffers that training may change, such as running statistics."""
+    named = (*source.named_parameters(), *source.named_buffers())
     return [name for name, tensor in named if tensor.is_floating_point() or isinstance(tensor, torch.nn.Parameter)]
 
 

@@ -1,8 +1,8 @@
 """Find which dimensions of a call vary together, by running the model at other sizes.
 
 The batch is not always the first dimension: the state of an LSTM has it in the second one, and an attention mask may
-have none. So the model is run at other sizes, and what it accepts is counted. Exporters take sizes of one for fixed, so
-they get an example with larger ones where the model accepts those.
+have none. So the model is run at other sizes, and what it accepts is counted. Exporters treat sizes of one as fixed,
+so they get an example with larger ones where the model accepts those.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def _call_with_fixed_draws(reference: Reference, call: ModuleCall) -> Sequence[t
 
 
 class _FixedDraws(TorchDispatchMode):
-    """PyTorch's side; what is not known draws as ever."""
+    """PyTorch's side; operators that are not listed draw as usual."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         replacement = _REPLACEMENTS.get(func.overloadpacket)

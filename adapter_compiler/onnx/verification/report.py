@@ -55,6 +55,7 @@ class ExportReport:
         dynamic: which dimensions were asked to be open: ``"all"``, ``"larger"`` (those above one in the example, and
             the batch) or ``"first"`` (the batch); ``"none"`` if none is open.
         dynamic_axes: the dimensions that are open in the file, by input; all others have the example's size.
+        unverified_axes: those of them for which the model accepted no other size alone or with one more dimension.
         opset: the ONNX operator set.
         errors: one entry for each output on each input that the file was verified on.
         not_verified: inputs that the file could not be verified on, because the model itself refuses them.
@@ -72,6 +73,7 @@ class ExportReport:
     outputs: tuple[str, ...]
     dynamic: str
     dynamic_axes: Mapping[str, tuple[int, ...]]
+    unverified_axes: Mapping[str, tuple[int, ...]]
     opset: int
     errors: tuple[OutputError, ...]
     not_verified: tuple[str, ...]
@@ -110,10 +112,6 @@ class ExportReport:
         largest = {"max_abs_error": self.max_abs_error, "max_rel_error": self.max_rel_error}
         return {**data, "path": str(self.path), "fold": fold, **derived, **largest}
 
-    def _spell_open(self) -> str:
-        spelled = [f"{name} {', '.join(map(str, axes))}" for name, axes in self.dynamic_axes.items() if axes]
-        return "; ".join(spelled) or "none"
-
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=140, record=True)
         console.print(self)
@@ -134,7 +132,9 @@ class ExportReport:
     def _describe(self) -> Iterator[str]:
         """The lines below the table."""
         yield f"exported by {self.strategy}, opset {self.opset}"
-        yield f"open dimensions: {self._spell_open()}; all others have the example's size"
+        yield f"open dimensions: {_spell_axes(self.dynamic_axes) or 'none'}; all others have the example's size"
+        if unverified := _spell_axes(self.unverified_axes):
+            yield f"not verified at another size, because the model itself refuses it: {unverified}"
         yield from (f"tried before: {a.strategy}: {a.reason}" for a in self.attempts if a.reason is not None)
         yield from (f"not verified on {case}: the model itself refuses it" for case in self.not_verified)
         yield from (f"frozen: {what}" for what in self.frozen)
@@ -142,3 +142,7 @@ class ExportReport:
             yield f"run in float32, because onnxruntime has no other kernel: {', '.join(self.casts)}"
         if self.drawing:
             yield f"{self.drawing} nodes draw random numbers; for the comparison both sides were given the same ones"
+
+
+def _spell_axes(axes: Mapping[str, tuple[int, ...]]) -> str:
+    return "; ".join(f"{name} {', '.join(map(str, numbers))}" for name, numbers in axes.items() if numbers)

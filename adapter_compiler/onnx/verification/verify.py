@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,25 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
 
 #: Computes PyTorch's outputs for a call, with their names in the file.
 Reference = Callable[[ModuleCall], Sequence[tuple[str, torch.Tensor]]]
+
+
+#: The shape of each tensor of a call.
+Shapes = tuple[torch.Size, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What a file was verified on.
+
+    Attributes:
+        errors: one entry for each output on each input.
+        refused: the names of the inputs that the model itself refuses.
+        shapes: the shapes of the inputs that it accepts.
+    """
+
+    errors: list[OutputError]
+    refused: list[str]
+    shapes: set[Shapes]
 
 
 class MismatchError(VerificationError):
@@ -59,8 +79,8 @@ def verify_cases(
     inputs: Sequence[str],
     reference: Reference,
     run_options: onnxruntime.RunOptions | None = None,
-) -> tuple[list[OutputError], list[str]]:
-    """Errors of each output on each case, and the names of the cases that the model itself refuses.
+) -> Verification:
+    """Compare a file with PyTorch on inputs.
 
     Args:
         session: the file, opened.
@@ -74,7 +94,7 @@ def verify_cases(
     """
     errors: list[OutputError] = []
     refused: list[str] = []
-    seen: set[tuple[torch.Size, ...]] = set()
+    seen: set[Shapes] = set()
     for case in cases:
         usable = _find_usable_case(case, reference)
         if usable is None:
@@ -91,7 +111,7 @@ def verify_cases(
         except MismatchError as error:
             error.tensors = used.call.tensors
             raise
-    return errors, refused
+    return Verification(errors=errors, refused=refused, shapes=seen)
 
 
 def _find_usable_case(

@@ -107,6 +107,7 @@ def test_files_run_at_all_sizes_that_are_called_open(
     report = ac.export_onnx(model, tmp_path / "model.onnx", make(*example))
     assert report.dynamic_axes == axes
     assert report.not_verified == ()
+    assert not any(report.unverified_axes.values())
     session = onnxruntime.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
     declared = {
         value.name: tuple(i for i, size in enumerate(value.shape) if not isinstance(size, int))
@@ -146,3 +147,26 @@ def test_a_file_without_open_dimensions_is_not_called_open(tmp_path: Path) -> No
     assert (report.strategy, report.dynamic) == ("torch.export, fixed shapes", "none")
     assert report.dynamic_axes == {"x": ()}
     assert "open dimensions: none" in str(report)
+
+
+class ThreeLengths(nn.Module):
+    """Only one length of the first input is possible, which an exporter does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        torch._check(x.shape[1] + y.shape[1] == z.shape[1] + 4)
+        torch._check(x.shape[1] + z.shape[1] == y.shape[1] + 2)
+        inner: Tensor = self.inner(x)
+        return inner.sum(1) + y.sum(1) * z.sum(1)
+
+
+def test_open_dimensions_without_a_second_size_are_named(tmp_path: Path) -> None:
+    args = (torch.randn(2, 3, 4), torch.randn(2, 5, 4), torch.randn(2, 4, 4))
+    report = ac.export_onnx(ThreeLengths().eval(), tmp_path / "model.onnx", args)
+    assert report.dynamic_axes == {"x": (0, 1), "y": (0, 1), "z": (0, 1)}
+    assert report.unverified_axes == {"x": (1,), "y": (), "z": ()}
+    assert report.not_verified == ("dimension 1 of size 4 (y kept at 5, z kept at 4)",)
+    assert "not verified at another size, because the model itself refuses it: x 1" in str(report)
