@@ -94,7 +94,9 @@ def verify_onnx(
             raise VerificationError(f"{path.name}: {error}{culprit}") from error
         if kind == "runtime" and isinstance(model, AdaptedModel):
             verified.errors.extend(verify_runtime_adapters(session, model, cases, inputs))
-    return FileVerification(path=path, errors=tuple(verified.errors), not_verified=tuple(verified.refused))
+    return FileVerification(
+        path=path, errors=tuple(verified.errors), not_verified=tuple(case.name for case in verified.refused)
+    )
 
 
 def _read_record(path: Path) -> dict[str, Any]:

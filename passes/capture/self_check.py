@@ -226,10 +226,17 @@ def _measure(owner: str, name: str, found: Any, want: Any) -> float:
     rtol, atol = TOLERANCES.get(want.dtype, (0.0, 0.0))
     same_kind = found.shape == want.shape and found.dtype == want.dtype
     if same_kind and torch.allclose(found, want, rtol=rtol, atol=atol, equal_nan=True):
-        difference = (found - want).abs().nan_to_num() if want.dtype.is_floating_point else None
-        return float(difference.max()) if difference is not None and difference.numel() else 0.0
-    detail = f"by up to {float((found - want).abs().max()):.3g}" if same_kind and want.numel() else ""
+        return _largest_difference(found, want)
+    detail = f"by up to {_largest_difference(found, want):.3g}" if same_kind else ""
     raise CaptureError(
         f"{owner}: {name} of the captured graph ({found.dtype}, {tuple(found.shape)}) differs from eager "
         f"({want.dtype}, {tuple(want.shape)}) {detail} beyond rtol {rtol:g}, atol {atol:g} under the same random state"
     )
+
+
+def _largest_difference(found: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest absolute difference; where both are nan or the same infinity there is none."""
+    wide = torch.complex128 if want.is_complex() else torch.float64
+    difference = (found.to("cpu", wide) - want.to("cpu", wide)).abs()
+    both = ((found == want) | ((found != found) & (want != want))).cpu()
+    return float(difference.masked_fill(both, 0.0).max()) if want.numel() else 0.0

@@ -15,6 +15,7 @@ from adapter_compiler.adapters.parameters.factors import assert_additive
 from adapter_compiler.errors import ConfigError, ExportError, VerificationError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.onnx.exporting.casting import open_with_casts
+from adapter_compiler.onnx.exporting.closed_sizes import close_sizes
 from adapter_compiler.onnx.exporting.runtime_adapters import add_runtime_adapters, verify_runtime_adapters
 from adapter_compiler.onnx.exporting.unused_tensors import find_folded_tensors
 from adapter_compiler.onnx.exporting.weights import map_weights
@@ -34,7 +35,6 @@ from adapter_compiler.onnx.verification.cases import DRAWS, VerificationCase, ch
 from adapter_compiler.onnx.verification.fixed_draws import open_with_fixed_draws
 from adapter_compiler.onnx.verification.inputs import spell_names
 from adapter_compiler.onnx.verification.report import ExportAttempt, ExportReport, OutputError
-from adapter_compiler.onnx.verification.sizes import Place, find_places
 from adapter_compiler.onnx.verification.verify import MismatchError, Verification, assert_comparable, verify_cases
 from adapter_compiler.saving.onnx_files.metadata import describe_file, describe_tensor, write_metadata
 from adapter_compiler.saving.primitives.files import written_beside
@@ -183,6 +183,7 @@ def _attempt(task: _Task, strategy: Strategy, draft: Path) -> _Result:
     except MismatchError as error:
         culprit = describe_first_difference(draft, written.program, task.inputs, error.tensors)
         raise VerificationError(f"{error}{culprit}") from error
+    written = close_sizes(draft, written, task.call, task.inputs, verified.refused_places)
     kept = [
         f"buffer {name}, which a call of the model changes" for name in task.exporter.find_written_buffers(task.call)
     ]
@@ -214,17 +215,18 @@ def _finish_file(
 
 def _report(task: _Task, path: Path, attempts: list[ExportAttempt], result: _Result) -> ExportReport:
     model, bounds = task.model, result.written.bounds
-    open_places = [place for place in find_places(task.call) if bounds[place.tensor][place.dimension].symbol]
     return ExportReport(
         path=path,
         inputs=tuple(task.inputs),
         outputs=tuple(task.outputs),
         dynamic=result.strategy.dynamic,
-        dynamic_axes=_name_axes(task, open_places),
-        unverified_axes=_name_axes(task, [place for place in open_places if not _was_resized(place, result.verified)]),
+        dynamic_axes={
+            name: tuple(i for i, bound in enumerate(one) if bound.symbol is not None)
+            for name, one in zip(task.inputs, bounds, strict=True)
+        },
         opset=result.written.opset,
         errors=tuple(result.verified.errors),
-        not_verified=tuple(result.verified.refused),
+        not_verified=tuple(case.name for case in result.verified.refused if not case.places),
         fold=model.fold_report if isinstance(model, AdaptedModel) and task.adapters == "merged" else None,
         attempts=tuple(attempts),
         frozen=result.written.frozen,
@@ -232,12 +234,3 @@ def _report(task: _Task, path: Path, attempts: list[ExportAttempt], result: _Res
         drawing=result.drawing,
         adapters=task.adapters,
     )
-
-
-def _name_axes(task: _Task, places: Sequence[Place]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(place.dimension for place in places if place.tensor == i) for i, name in enumerate(task.inputs)}
-
-
-def _was_resized(place: Place, verified: Verification) -> bool:
-    """Whether the file was verified on more than one size of a dimension."""
-    return len({shapes[place.tensor][place.dimension] for shapes in verified.shapes}) > 1

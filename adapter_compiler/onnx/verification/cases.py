@@ -39,11 +39,13 @@ class VerificationCase:
         name: ``example``, ``batch 5``, ``dimension 1 of size 9``, ``random values 1``; where some inputs could not
             be resized with the others, ``batch 5 (image kept at 2)``.
         call: the arguments.
+        places: the dimensions that the case is there to resize; none for the example and for random values.
         alternatives: what to use instead, in order, if the model refuses ``call`` or gives no finite values for it.
     """
 
     name: str
     call: ModuleCall
+    places: frozenset[Place] = frozenset()
     alternatives: tuple[VerificationCase, ...] = ()
 
 
@@ -67,7 +69,7 @@ def find_cases(
     groups = find_size_groups(call, bounds)
     for group in groups:
         first, *others = (_resize_case(call, bounds, group, sizes) for sizes in choose_sizes(group, groups, call))
-        yield dataclasses.replace(first, alternatives=tuple(others))
+        yield dataclasses.replace(first, places=group.places, alternatives=tuple(others))
     if not call.tensors:
         return
     generator = torch.Generator().manual_seed(0)
@@ -129,7 +131,7 @@ def shuffle_call(call: ModuleCall, generator: torch.Generator) -> ModuleCall:
 
 def _resize_case(call: ModuleCall, bounds: Bounds, group: SizeGroup, sizes: Mapping[Place, int]) -> VerificationCase:
     resized = resize(call, sizes)
-    first = min(group.places)
+    first = min(place for place in sizes if place in group.places)
     kind = "batch" if group.dimension == 0 else f"dimension {group.dimension} of size"
     name = f"{kind} {sizes[first]}{_spell_other(call, group, sizes)}{_spell_kept(call, resized, bounds, group)}"
     return VerificationCase(name=name, call=resized)

@@ -55,7 +55,6 @@ class ExportReport:
         dynamic: which dimensions were asked to be open: ``"all"``, ``"larger"`` (those above one in the example, and
             the batch) or ``"first"`` (the batch); ``"none"`` if none is open.
         dynamic_axes: the dimensions that are open in the file, by input; all others have the example's size.
-        unverified_axes: those of them for which the model accepted no other size alone or with one more dimension.
         opset: the ONNX operator set.
         errors: one entry for each output on each input that the file was verified on.
         not_verified: inputs that the file could not be verified on, because the model itself refuses them.
@@ -73,7 +72,6 @@ class ExportReport:
     outputs: tuple[str, ...]
     dynamic: str
     dynamic_axes: Mapping[str, tuple[int, ...]]
-    unverified_axes: Mapping[str, tuple[int, ...]]
     opset: int
     errors: tuple[OutputError, ...]
     not_verified: tuple[str, ...]
@@ -133,8 +131,6 @@ class ExportReport:
         """The lines below the table."""
         yield f"exported by {self.strategy}, opset {self.opset}"
         yield f"open dimensions: {_spell_axes(self.dynamic_axes) or 'none'}; all others have the example's size"
-        if unverified := _spell_axes(self.unverified_axes):
-            yield f"not verified at another size, because the model itself refuses it: {unverified}"
         yield from (f"tried before: {a.strategy}: {a.reason}" for a in self.attempts if a.reason is not None)
         yield from (f"not verified on {case}: the model itself refuses it" for case in self.not_verified)
         yield from (f"frozen: {what}" for what in self.frozen)

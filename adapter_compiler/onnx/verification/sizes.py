@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,11 +30,13 @@ class SizeGroup:
         dimension: the number of the first one within its tensor.
         size: its size in the example.
         places: all of them.
+        parts: the same, those of one symbol together.
     """
 
     dimension: int
     size: int
     places: frozenset[Place]
+    parts: tuple[frozenset[Place], ...]
 
 
 def find_places(call: ModuleCall) -> list[Place]:
@@ -73,16 +75,32 @@ def find_size_groups(call: ModuleCall, bounds: Bounds) -> list[SizeGroup]:
         alike = [p for p in symbols if p.dimension == place.dimension and size_of(call, p) == size_of(call, place)]
         own = {symbols[p] for p in alike} - grouped
         grouped |= own
-        places = frozenset(p for p in symbols if symbols[p] in own)
-        groups.append(SizeGroup(dimension=place.dimension, size=size_of(call, place), places=places))
+        parts = tuple(frozenset(p for p in symbols if symbols[p] == one) for one in sorted(map(str, own)))
+        places = frozenset[Place]().union(*parts)
+        groups.append(SizeGroup(dimension=place.dimension, size=size_of(call, place), places=places, parts=parts))
     return groups
 
 
 def choose_sizes(group: SizeGroup, others: Sequence[SizeGroup], call: ModuleCall) -> Iterator[dict[Place, int]]:
-    """Other sizes for a group: alone, and with one more group that changes by the same amount.
+    """Other sizes for a group: alone, with one more group, and with all that change in the same way.
 
-    The second way is for lengths that depend on each other, such as a mask over a cache and the tokens after it.
+    Alone is enough for most models. Lengths may depend on each other, such as a mask over a cache and the tokens after
+    it, or be multiples of a number, or have their largest value in the example. Last, the dimensions of each symbol.
     """
     change = 1 if group.size > 1 else 2
-    for also in (frozenset[Place](), *(other.places for other in others if other is not group)):
-        yield {place: size_of(call, place) + change for place in sorted(group.places | also)}
+    partners = [frozenset[Place](), *(other.places for other in others if other is not group)]
+    ends = list(dict.fromkeys([partners[0], partners[0].union(*partners)]))
+    ways: list[tuple[Callable[[int], int], Sequence[frozenset[Place]]]] = [
+        (lambda size: size + change, partners),
+        (lambda size: 2 * size, partners),
+        (lambda size: size + change, ends[1:]),
+        (lambda size: size - 1, ends),
+        (lambda size: size // 2, ends),
+    ]
+    for resized, together in ways:
+        for also in together:
+            sizes = {place: resized(size_of(call, place)) for place in sorted(group.places | also)}
+            if min(sizes.values()) > 1:  # a size of one is broadcast, so it says nothing about others
+                yield sizes
+    for part in group.parts if len(group.parts) > 1 else ():
+        yield {place: group.size + change for place in sorted(part)}

@@ -13,6 +13,7 @@ import torch
 from adapter_compiler.errors import VerificationError
 from adapter_compiler.onnx.verification.cases import VerificationCase
 from adapter_compiler.onnx.verification.report import OutputError
+from adapter_compiler.onnx.verification.sizes import Place
 from adapter_compiler.onnx.verification.values import run_session
 from passes.capture.calls import ModuleCall
 
@@ -30,23 +31,22 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
 Reference = Callable[[ModuleCall], Sequence[tuple[str, torch.Tensor]]]
 
 
-#: The shape of each tensor of a call.
-Shapes = tuple[torch.Size, ...]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verification:
     """What a file was verified on.
 
     Attributes:
         errors: one entry for each output on each input.
-        refused: the names of the inputs that the model itself refuses.
-        shapes: the shapes of the inputs that it accepts.
+        refused: the inputs that the model itself refuses.
     """
 
     errors: list[OutputError]
-    refused: list[str]
-    shapes: set[Shapes]
+    refused: list[VerificationCase]
+
+    @property
+    def refused_places(self) -> frozenset[Place]:
+        """The dimensions of which the model takes the example's size only, as far as other sizes were tried."""
+        return frozenset[Place]().union(*(case.places for case in self.refused))
 
 
 class MismatchError(VerificationError):
@@ -93,12 +93,12 @@ def verify_cases(
         VerificationError: the file does not run, or an output differs by more than the tolerance of its dtype.
     """
     errors: list[OutputError] = []
-    refused: list[str] = []
-    seen: set[Shapes] = set()
+    refused: list[VerificationCase] = []
+    seen: set[tuple[torch.Size, ...]] = set()
     for case in cases:
         usable = _find_usable_case(case, reference)
         if usable is None:
-            refused.append(case.name)
+            refused.append(case)
             continue
         used, expected = usable
         shapes = tuple(tensor.shape for tensor in used.call.tensors)
@@ -111,7 +111,7 @@ def verify_cases(
         except MismatchError as error:
             error.tensors = used.call.tensors
             raise
-    return Verification(errors=errors, refused=refused, shapes=seen)
+    return Verification(errors=errors, refused=refused)
 
 
 def _find_usable_case(
@@ -128,7 +128,8 @@ def _find_usable_case(
         if not case.alternatives or not _has_empty_output(expected):
             return candidate, expected
         reasons.append("an output has no finite value")
-    logger.warning("not verified on %s, because the model itself refuses it: %s", case.name, reasons[0])
+    level = logging.INFO if case.places else logging.WARNING
+    logger.log(level, "not verified on %s, because the model itself refuses it: %s", case.name, reasons[0])
     return None
 
 

@@ -91,7 +91,8 @@ def test_the_tolerance_of_each_dtype(dtype: torch.dtype) -> None:
     want = torch.ones(4, dtype=dtype)
     near, far = want + 0.5 * (rtol + atol), want + 4 * (rtol + atol)
     largest = assert_same("M", {"output 0": near}, {"output 0": want})
-    assert dtype.is_complex or largest == pytest.approx(float((near - want).abs().max()))
+    assert largest == pytest.approx(float((near - want).abs().max()))
+    assert largest > 0
     with pytest.raises(CaptureError, match=r"M: output 0 of the captured graph .*eager"):
         assert_same("M", {"output 0": far}, {"output 0": want})
 
@@ -104,6 +105,21 @@ def test_the_tolerance_of_each_dtype(dtype: torch.dtype) -> None:
 def test_other_kinds_of_difference(found: Tensor) -> None:
     with pytest.raises(CaptureError, match="output 0"):
         assert_same("M", {"output 0": found}, {"output 0": torch.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    ("found", "want", "by"),
+    [
+        (torch.tensor([True, False]), torch.tensor([False, False]), "1"),
+        (torch.tensor([1, 255], dtype=torch.uint8), torch.tensor([1, 0], dtype=torch.uint8), "255"),
+        (torch.tensor([1j, 3.0]), torch.tensor([1j, 3 + 4j]), "4"),
+        (torch.tensor([torch.inf, 1.0]), torch.tensor([torch.inf, 3.0]), "2"),
+    ],
+    ids=["bool", "uint8", "complex", "infinite"],
+)
+def test_the_size_of_a_difference_is_in_the_message(found: Tensor, want: Tensor, by: str) -> None:
+    with pytest.raises(CaptureError, match=f"by up to {by} beyond"):
+        assert_same("M", {"output 0": found}, {"output 0": want})
 
 
 def test_integers_must_be_equal_and_plain_values_too() -> None:
