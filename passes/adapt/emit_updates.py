@@ -48,6 +48,8 @@ def fits_activations(kind: str, adapter: PlannedAdapter, *, reverse: bool) -> bo
     if adapter.rank == 0 and kind == "convolution":
         return False
     is_reverse = kind == "product" and reverse
+    if kind == "lookup" and reverse:
+        return False  # PEFT's DoRA of embeddings: its rows are the columns of the stored weight
     if adapter.form.rescales:
         # In the reverse direction c scales x, not y, so the computed output x W cannot be used.
         return not is_reverse and kind != "stack"

@@ -54,7 +54,7 @@ _STACKS = {"experts": ("up",), "transposed experts": ("up",), "two stacks": ("up
 
 
 class Net(nn.Module):
-    """Layers beside each other, and a head of its own."""
+    """Layers beside each other, a head, and modules in a module."""
 
     def __init__(self, layers: Sequence[str], n: int, m: int) -> None:
         super().__init__()
@@ -65,9 +65,11 @@ class Net(nn.Module):
             self.parts[f"part{number}"], x = LAYERS[name](n, m)
             self.inputs.append(x)
         self.head = nn.Linear(4, 5, bias=False)
+        self.block = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2))
 
     def forward(self, inputs: Sequence[Tensor] | None = None) -> list[Tensor]:
-        outputs = [self.head(torch.ones(1, 4))]
+        head = self.head(torch.ones(1, 4))
+        outputs = [head, self.block(head)]
         for part, x in zip(self.parts.values(), self.inputs if inputs is None else inputs, strict=True):
             is_attention = hasattr(part, "in_proj_weight")
             outputs.append(part(x, x, x, need_weights=False)[0] if is_attention else part(x))

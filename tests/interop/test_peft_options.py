@@ -8,22 +8,31 @@ of peft's. Where a folder is refused, the message must name the field or layer t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import typing
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
 from peft.tuners.lora import config as lora_config
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.config.peft_options import ELSEWHERE, WITHOUT_EFFECT
 from adapter_compiler.errors import AdapterCompilerError, CheckpointError, ConfigError
+from adapter_compiler.saving.convert import convert_adapters
 from adapter_compiler.saving.folders.peft_format.fields import APPLIED, HARMLESS, REFUSED
 from adapter_compiler.saving.folders.read_folder import read_saved_adapters
-from tests.interop.peft_cells import LAYERS, measure_difference, write_with_peft
+from adapter_compiler.saving.folding.fold_files import fold_files
+from tests.interop.peft_cells import LAYERS, measure_difference, randomize, write_with_peft
 
 SQUARE, WIDE = (8, 8), (8, 4)
 
@@ -43,6 +52,7 @@ READ: dict[str, dict[str, Any]] = {
     "lora_bias": {"lora_bias": True},
     "lora_bias and bias": {"lora_bias": True, "bias": "all"},
     "modules_to_save": {"modules_to_save": ["head"]},
+    "modules_to_save with biases": {"modules_to_save": ["block"], "bias": "all"},
     "lora_dropout": {"lora_dropout": 0.1},
     "exclude_modules": {"exclude_modules": ["part1"]},
     "trainable_token_indices": {
@@ -150,6 +160,48 @@ def test_each_layer_with_each_option(layer: str, size: tuple[int, int], tmp_path
 @pytest.mark.parametrize("layers", TOGETHER, ids=", ".join)
 def test_layers_together(layers: tuple[str, ...], size: tuple[int, int], tmp_path: Path) -> None:
     assert check_cells(layers, size, FEW, tmp_path) >= 4
+
+
+MIXED: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(8, 8),
+    "wide linear": lambda: nn.Linear(8, 5),
+    "no bias": lambda: nn.Linear(8, 8, bias=False),
+    "Conv1D": lambda: Conv1D(8, 8),
+    "wide Conv1D": lambda: Conv1D(5, 8),
+}
+
+
+@pytest.mark.parametrize("converts", [False, True], ids=["PEFT's folder", "converted"])
+def test_square_and_wide_layers_of_two_layouts(converts: bool, tmp_path: Path) -> None:
+    """A square matrix with a bias may be that of a Linear or of a Conv1D, whatever the others are."""
+    count = dict.fromkeys(("right", "refused"), 0)
+    for number, layers in enumerate(itertools.product(MIXED, MIXED)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        net = nn.ModuleList([MIXED[layer]() for layer in layers]).eval()
+        save_file({name: tensor.clone() for name, tensor in net.state_dict().items()}, folder / "base.safetensors")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped: Any = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["0", "1"]))
+        randomize(wrapped)
+        wrapped.save_pretrained(str(folder / "adapters"))
+        expected = wrapped.merge_and_unload().state_dict()
+        source = folder / "adapters"
+        if converts:
+            source = folder / "native"
+            convert_adapters(folder / "adapters", source, to="native")
+        try:
+            fold_files(folder / "base.safetensors", source, folder / "out.safetensors")
+        except CheckpointError as error:
+            assert "may be that of a Linear or of a Conv1D" in str(error)
+            assert "linear" in layers or "Conv1D" in layers
+            count["refused"] += 1
+            continue
+        found = load_file(folder / "out.safetensors")
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=f"{layers}: {name}")
+        count["right"] += 1
+    assert count == {"right": 12, "refused": 13}
 
 
 def test_every_field_of_peft_is_known() -> None:

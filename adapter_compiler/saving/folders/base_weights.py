@@ -7,7 +7,7 @@ many matrices a stack of experts has, or which weight of an attention an adapter
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 #: Model types of transformers that have ``Conv1D`` layers.
@@ -37,26 +37,23 @@ class BaseWeights:
 
     @property
     def lacks_conv1d(self) -> bool:
-        """Whether it is a model of transformers of a type without ``Conv1D`` layers."""
-        kind = (self.config or {}).get("model_type")
-        return isinstance(kind, str) and kind not in _CONV1D_MODELS
+        """Whether it is a model of transformers' own, of types without ``Conv1D`` layers."""
+        config = self.config or {}
+        is_own = isinstance(config.get("model_type"), str) and "auto_map" not in config
+        return is_own and not any(kind in _CONV1D_MODELS for kind in _find_model_types(config))
 
     def find_stack_layout(self, name: str) -> bool | None:
         """Whether the matrices of a stack of experts are stored [in, out]; ``None`` if that is not known."""
         kind = (self.config or {}).get("model_type")
         return self.transposed.get(name, kind in _TRANSPOSED_EXPERTS if isinstance(kind, str) else None)
 
-    def find_layouts(self) -> set[bool]:
-        """How the rectangular matrices with a bias are stored: [in, out] is True, [out, in] is False.
 
-        The bias has as many values as there are output features.
-        """
-        found = set()
-        for name, shape in self.shapes.items():
-            bias = self.shapes.get(f"{name.removesuffix('.weight')}.bias", ())
-            if name.endswith(".weight") and len(shape) == 2 and len(bias) == 1 and shape[0] != shape[1]:
-                found |= {False} if bias[0] == shape[0] else {True} if bias[0] == shape[1] else set()
-        return found
+def _find_model_types(config: Any) -> Iterator[Any]:
+    """The types of a model and of those that it consists of, such as an encoder and a decoder."""
+    if isinstance(config, dict):
+        yield config.get("model_type")
+        for part in config.values():
+            yield from _find_model_types(part)
 
 
 def find_layouts(
@@ -66,8 +63,8 @@ def find_layouts(
 
     PEFT's ``fan_in_fan_out`` is the layout of the last of these modules that it wrapped, as it changes the field for
     each. It holds for a folder with one module. Otherwise a module's layout is known if its weight is rectangular, if
-    it has no bias (``Conv1D`` always has one), if the model has no ``Conv1D``, or if all rectangular matrices of the
-    base are stored in the same way.
+    it has no bias (``Conv1D`` always has one), if the model has no ``Conv1D``, or if it is the only one that can be the
+    last.
 
     Args:
         features: output and input features by module; linear layers and Conv1D only.
@@ -80,9 +77,6 @@ def find_layouts(
     open_ones = [module for module, layout in known.items() if layout is None]
     if len(open_ones) == 1 and declared not in known.values():
         return {**known, open_ones[0]: declared}
-    layouts = base.find_layouts()
-    if len(layouts) == 1 and ({declared} == layouts or declared in known.values()):
-        return known | dict.fromkeys(open_ones, layouts.pop())
     return dict(known)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import adapter_compiler as ac
 from adapter_compiler.errors import CheckpointError
+from adapter_compiler.saving.convert import convert_adapters
+from passes.compat import pytree
 from tests.interop.peft_cells import LAYERS, Net, write_with_peft
 
 SQUARE, WIDE = (8, 8), (8, 4)
@@ -136,6 +138,24 @@ def test_a_model_made_from_a_folder(layers: tuple[str, ...], tmp_path: Path) -> 
     assert written is not None
     adapted = ac.load(Net(layers, *SQUARE).eval(), written.path)
     torch.testing.assert_close(adapted(), written.outputs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("converts", [False, True], ids=["PEFT's folder", "converted"])
+@pytest.mark.parametrize("size", [SQUARE, WIDE], ids=["square", "wide"])
+def test_dora_of_an_embedding(size: tuple[int, int], converts: bool, tmp_path: Path) -> None:
+    """Its magnitude has a value for each column of the weight, where ours has one for each row."""
+    written = write_with_peft(("embedding",), size, {"use_dora": True}, tmp_path)
+    assert written is not None
+    folder = written.path
+    if converts:
+        folder = tmp_path / "native"
+        convert_adapters(written.path, folder, to="native")
+    net = Net(("embedding",), *size).eval()
+    adapted = ac.load(net, folder, example_args=(net.inputs,))
+    torch.testing.assert_close(adapted(), written.outputs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapted.fold()(), written.outputs, rtol=1e-5, atol=1e-5)
+    outputs = pytree.tree_leaves(adapted.capture(net.inputs)(*net.inputs))
+    torch.testing.assert_close(outputs, written.outputs, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_is_not_made_from_rows(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ class _Sorter:
         self.tokens: dict[str, str] = {}
         self.plain: dict[str, str] = {}
         self.wrapped: dict[str, str] = {}
+        self.saved: dict[tuple[str, str], str] = {}
 
     def add(self, key: str) -> None:
         """Note what one tensor is."""
@@ -116,8 +117,22 @@ class _Sorter:
         elif f"{_WRAPPED}." in name:
             self.wrapped[name.replace(_WRAPPED, "")] = key
         elif ".original_module." not in name or self.config.values.get("bias") != "all":
-            # Older versions of PEFT and bias='all' spell the wrapper of modules_to_save in the name.
-            self.plain.setdefault(name.replace(".modules_to_save.", "."), key)
+            self._add_plain(key, name)
+
+    def _add_plain(self, key: str, name: str) -> None:
+        """Older versions of PEFT and bias='all' spell the wrapper of modules_to_save in the name."""
+        owner, wrapper, inner = name.partition(".modules_to_save.")
+        if wrapper:
+            self.saved[owner, inner] = key
+        else:
+            self.plain[name] = key
+
+    def _unwrap_saved(self) -> None:
+        """With bias='all', biases of saved modules stand in the file again, under the name of the adapter."""
+        for (owner, inner), key in self.saved.items():
+            _, _, rest = inner.partition(".")
+            if f"{owner}.{rest}" not in self.plain or self.config.values.get("bias") != "all":
+                self.plain.setdefault(f"{owner}.{inner}", key)
 
     def _add_part(self, key: str, name: str, matched: re.Match[str]) -> None:
         module, is_output, depth = _unwrap(matched["path"])
@@ -139,6 +154,7 @@ class _Sorter:
 
     def finish(self) -> PeftTensors:
         """All of them."""
+        self._unwrap_saved()
         updates = [self._make_update(*place, parts) for place, parts in self.parts.items()]
         adapted = {update.module for update in updates}
         starts = {name: key for name, key in self.wrapped.items() if self._is_start(name, adapted)}
