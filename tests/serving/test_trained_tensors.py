@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import adapter_compiler as ac
-from adapter_compiler.errors import CheckpointError, ExportError
+from adapter_compiler.errors import CheckpointError, ConfigError, ExportError
 from adapter_compiler.onnx.exporting.unused_tensors import find_unused_tensors
 from adapter_compiler.onnx.translation.exportable import prepare_call
 from tests.serving.models import Array, Served, adapt, call, draw_inputs, expect
@@ -96,6 +96,50 @@ def test_tensors_that_no_output_depends_on() -> None:
     unread = {"other.weight", "other.bias", "unread", "unread_counter"}
     assert find_unused_tensors(exporter, call, tensors) == unread
     assert find_unused_tensors(exporter, call, unread) == unread
+
+
+class Scaled(nn.Module):
+    """With a scalar buffer, as quantizers have, and a scalar parameter, as CLIP has."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.logit_scale = nn.Linear(4, 4), nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x) * self.scale * self.logit_scale.exp()
+        return y
+
+
+def adapt_scaled(*trainable: str) -> ac.AdaptedModel:
+    torch.manual_seed(0)
+    config = ac.AdapterConfig(rank=2, sites=("inner",), trainable=trainable)
+    return ac.compile_with_adapters(Scaled().eval(), (torch.ones(3, 4),), config=config)
+
+
+def test_scalars_belong_to_the_base(tmp_path: Path) -> None:
+    report = ac.export_onnx(adapt_scaled(), tmp_path / "base.onnx", (torch.ones(3, 4),), adapters="runtime")
+    session, trained = ac.OnnxAdapters(report.path), adapt_scaled()
+    with torch.no_grad():
+        for parameter in trained.trainable_parameters():
+            parameter.normal_(0, 0.3)
+    session.load("a", ac.save_onnx_adapter(trained, tmp_path / "a.onnx_adapter"))
+    x = draw_inputs()[:, :4]
+    assert_same(session.run({"x": x.numpy()}, adapter="a")["output"], trained(x).detach())
+    trained.module.get_buffer("scale").fill_(7)
+    with pytest.raises(CheckpointError, match=r"another base model than base\.onnx: scale has other values"):
+        session.load("a", ac.save_onnx_adapter(trained, tmp_path / "a.onnx_adapter"))
+
+
+def test_a_scalar_that_trains_is_refused_by_name(tmp_path: Path) -> None:
+    adapted = adapt_scaled("logit_scale")
+    with pytest.raises(ConfigError, match="logit_scale is a scalar that trains fully"):
+        ac.export_onnx(adapted, tmp_path / "base.onnx", (torch.ones(3, 4),), adapters="runtime")
+    with pytest.raises(ConfigError, match="logit_scale is a scalar that trains fully"):
+        ac.save_onnx_adapter(adapted, tmp_path / "a.onnx_adapter")
+    assert list(tmp_path.iterdir()) == []
 
 
 class Homonym(nn.Module):

@@ -56,8 +56,8 @@ def save_onnx_adapter(adapted: AdaptedModel, path: str | Path, *, name: str | No
         name: which adapter of the model; by default the active one.
 
     Raises:
-        ConfigError: ``adapted`` is no adapted model, has no adapter of this name, or one that is no low-rank addition
-            (DoRA).
+        ConfigError: ``adapted`` is no adapted model, has no adapter of this name, one that is no low-rank addition
+            (DoRA), or a scalar that trains fully.
     """
     if not isinstance(adapted, AdaptedModel):
         raise ConfigError(f"save_onnx_adapter got a {type(adapted).__name__}, expected an AdaptedModel")
