@@ -58,6 +58,6 @@ def test_what_no_exporter_writes_is_refused_at_once(opset: Any, tmp_path: Path) 
 
 def test_another_opset_than_the_one_asked_for_is_no_success(tmp_path: Path) -> None:
     """Erf has no form in opset 7; torch's exporter would leave the file at 18."""
-    with pytest.raises(ExportError, match=r"the exporter wrote opset 18, asked was 7: .*; ask for a newer one"):
+    with pytest.raises(ExportError, match=r"the exporter wrote opset 18, requested was 7: .*; ask for a newer one"):
         ac.export_onnx(build(), tmp_path / "model.onnx", (torch.randn(3, 4),), opset=7)
     assert list(tmp_path.iterdir()) == []
