@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from typer.testing import CliRunner
 
 import adapter_compiler as ac
 from adapter_compiler.cli.main import app
+from adapter_compiler.saving.primitives.adapter_file import FILE_NAME
+from tests.adapter_compiler.saving.rewriting import rewrite
 
 MODEL = """
 import torch
@@ -78,6 +81,21 @@ def test_fold(folder: Path) -> None:
     out = folder / "out.safetensors"
     result = run_json("fold", folder / "base.safetensors", folder / "adapters", "-o", out)
     assert result == {"out": str(out), "changed": ["0.weight", "2.weight"]}
+    found, expected = load_file(out), load_file(folder / "expected.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_fold_into_the_given_weights_of_a_quantized_base(folder: Path, tmp_path: Path) -> None:
+    """A format that this machine cannot make again matters only where it is to be made again."""
+    out = tmp_path / "out.safetensors"
+    shutil.copytree(folder / "adapters", tmp_path / "packed")
+    formats = {"0.weight": {"format": "fp1", "dtype": "float32"}}
+    rewrite(tmp_path / "packed" / FILE_NAME, lambda header, _: header.update(quantized=formats))
+    arguments = ("fold", folder / "base.safetensors", tmp_path / "packed", "-o", out)
+    assert "weights cannot be quantized to 'fp1' again" in run(*arguments, code=1)
+    assert "base_weights='full'" in run(*arguments, "--base-weights", "full", code=1)
+    assert not out.exists()
+    run(*arguments, "--base-weights", "given")
     found, expected = load_file(out), load_file(folder / "expected.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
