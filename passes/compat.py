@@ -276,6 +276,60 @@ def higher_order_name(target: object) -> str | None:
     return getattr(target, "_name", None)
 
 
+# --- FSDP2 ----------------------------------------------------------------------------------------------------------
+
+
+def prepare_fsdp(module: nn.Module, context: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+    """Let ``fully_shard`` look at the parameters of a module now, and always inside a context.
+
+    FSDP2 reads parameters by their attributes: at the first call, after ``load_state_dict``, and after ``.to()``.
+
+    Args:
+        module: the root, to which ``fully_shard`` was applied.
+        context: in which attributes read as the parameters that are registered.
+
+    Raises:
+        TorchVersionError: this version of torch does it in another way.
+    """
+    try:
+        with context():
+            module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
+        states = [part._get_fsdp_state() for part in module.modules() if hasattr(part, "_get_fsdp_state")]  # type: ignore[operator]
+        for one in [one for state in states for group in _find_groups(state) for one in group.fsdp_params]:
+            one.reset_sharded_param = _inside(context, one.reset_sharded_param)
+    except AttributeError as error:
+        raise TorchVersionError(
+            f"torch {torch.__version__} prepares fully_shard in another way ({error}), which adapter-compiler needs "
+            "for shard(adapted); install a version of torch that it was tested with (see pyproject.toml) and report "
+            "this one"
+        ) from error
+
+
+def has_unreduced_gradients(module: nn.Module) -> bool:
+    """Whether FSDP2 keeps accumulated gradients in a module that it has not reduced over the ranks yet."""
+    states = [part._get_fsdp_state() for part in module.modules() if hasattr(part, "_get_fsdp_state")]  # type: ignore[operator]
+    parameters = (one for state in states for group in _find_groups(state) for one in group.fsdp_params)
+    return any(one.unsharded_accumulated_grad is not None for one in parameters)
+
+
+def _find_groups(state: Any) -> Sequence[Any]:
+    """The parameter groups of a module that FSDP2 shards; earlier versions of torch have one at most."""
+    if hasattr(state, "_fsdp_param_groups"):
+        found: Sequence[Any] = state._fsdp_param_groups
+        return found
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _inside(
+    context: Callable[[], contextlib.AbstractContextManager[None]], act: Callable[[], None]
+) -> Callable[[], None]:
+    def run() -> None:
+        with context():
+            act()
+
+    return run
+
+
 __all__ = [
     "EXPORT_LOGGERS",
     "FAKE_TENSOR_LOGGER",
@@ -303,6 +357,7 @@ __all__ = [
     "foreach_sub_",
     "foreach_zero_",
     "has_saved_tensor_hooks",
+    "has_unreduced_gradients",
     "higher_order_name",
     "is_batched",
     "is_of_class",
@@ -312,6 +367,7 @@ __all__ = [
     "make_wrapper",
     "no_torch_function",
     "parse_to",
+    "prepare_fsdp",
     "pytree",
     "read_saved",
     "renew_flat_weights",

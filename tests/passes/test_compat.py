@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import meta_utils
+from torch.distributed.fsdp import fully_shard
 from torch.fx import symbolic_trace
 
 from passes import compat
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -22,7 +26,7 @@ ROOT = Path(__file__).parent.parent.parent
 PRIVATE = re.compile(
     r"torch\.(\w+\.)*_[a-zA-Z]|from torch[\w.]*\._|import torch\._|(node|grad_fn)\._(raw_)?saved_"
     r"|\._version\b|\._schema\b|forward_ad\._|torch\.fx\.experimental|_init_flat_weights|_flat_weights_names|_guards_fn|_safe_copy"
-    r"|_make_wrapper_subclass"
+    r"|_make_wrapper_subclass|_get_fsdp_state|_lazy_init|_fsdp_param_group"
 )
 
 #: Exceptions: operators of ATen whose names begin with an underscore, and text that only mentions a private name.
@@ -286,3 +290,29 @@ def test_norms_of_weights_are_recognized() -> None:
     present: Any = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 3))
     assert compat.is_of_class(present.parametrizations.weight[0], compat.SPECTRAL_NORM)
     assert not compat.is_of_class(present, compat.SPECTRAL_NORM)
+
+
+def test_fsdp_reads_parameters_inside_the_context() -> None:
+    """When it is prepared, and after a state dict was loaded."""
+    run_ranks(1, prepare_for_one_rank)
+
+
+def prepare_for_one_rank() -> None:
+    entered: list[bool] = []
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        entered.append(True)
+        yield
+
+    model = nn.Linear(4, 4)
+    fully_shard(model)
+    compat.prepare_fsdp(model, context)
+    before = len(entered)
+    assert before >= 1
+    model.load_state_dict(model.state_dict())
+    assert len(entered) > before
+    assert not compat.has_unreduced_gradients(model)
+    model.set_requires_gradient_sync(False)
+    model(torch.ones(2, 4)).sum().backward()
+    assert compat.has_unreduced_gradients(model)
