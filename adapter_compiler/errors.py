@@ -28,6 +28,10 @@ class CheckpointError(AdapterCompilerError, ValueError):
     """Saved adapters are missing, damaged, or belong to another model."""
 
 
+class DistributedError(AdapterCompilerError, RuntimeError):
+    """Another rank has failed, or the ranks do not hold the same."""
+
+
 class ExportError(AdapterCompilerError):
     """The model could not be exported to ONNX."""
 
@@ -46,6 +50,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "DistributedError",
     "ExportError",
     "MissingDependencyError",
     "NonFiniteGradientError",

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from adapter_compiler.adapters.adapter_state import AdapterState
 from adapter_compiler.adapters.compact import compact_adapters
 from adapter_compiler.adapters.named_adapters import find_module_tensors
+from adapter_compiler.adapters.parameters.sharded import is_sharded
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.saving.fit_tensors import Kind, fit_tensors
 from adapter_compiler.saving.layer_kinds import find_layer_kind
@@ -38,23 +39,36 @@ from passes.planning.json_schema import show
 from passes.planning.plan import AdapterPlan
 
 
-def save_adapters(adapted: AdapterState, directory: str | Path, *, name: str | None = None) -> Path:
+def save_adapters(
+    adapted: AdapterState,
+    directory: str | Path,
+    *,
+    name: str | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
     """Write ``directory/adapters.safetensors``, replacing an earlier one only when complete.
 
     Args:
         adapted: the model.
         directory: a folder; it is made if need be.
         name: which adapter of it; by default the active one.
+        tensors: what :func:`find_saved_tensors` gives, gathered, if it is sharded.
 
     Returns:
         The file's path.
 
     Raises:
-        CheckpointError: a tensor is on the meta device, or of a dtype that files cannot hold.
+        CheckpointError: a tensor is sharded, on the meta device, or of a dtype that files cannot hold.
         OSError: the folder cannot be made or written.
     """
     path = Path(directory) / FILE_NAME
-    tensors = {key: tensor.detach().contiguous().clone() for key, tensor in find_saved_tensors(adapted, name).items()}
+    found = find_saved_tensors(adapted, name) if tensors is None else tensors
+    if sharded := [key for key, tensor in found.items() if is_sharded(tensor)]:
+        raise CheckpointError(
+            f"{path}: {sharded[0].removeprefix('module.')} is trained fully and is a DTensor, expected a tensor that "
+            "is whole; call save of what shard(adapted) returned, on every rank"
+        )
+    tensors = {key: tensor.detach().contiguous().clone() for key, tensor in found.items()}
     with written_beside(path) as draft:
         save_file(tensors, draft, metadata=ADAPTERS.make_metadata(_describe(adapted, name), tensors))
     return path

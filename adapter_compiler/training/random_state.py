@@ -23,6 +23,24 @@ def read_random_state() -> dict[str, Any]:
     return state
 
 
+def make_random_state(seed: int) -> dict[str, Any]:
+    """The states that all generators of :func:`read_random_state` have when they are seeded with a number."""
+    state: dict[str, Any] = {
+        "torch": torch.Generator().manual_seed(seed).get_state(),
+        "python": random.Random(seed).getstate(),
+    }
+    if torch.cuda.is_available():
+        devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+        state["cuda"] = [torch.Generator(device).manual_seed(seed).get_state() for device in devices]
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.Generator("mps").manual_seed(seed).get_state()
+    if "numpy" in sys.modules:
+        generator = sys.modules["numpy"].random.RandomState(seed % (1 << 32))
+        name, keys, position, has_gauss, gauss = generator.get_state()
+        state["numpy"] = (name, torch.from_numpy(keys.astype("int64")), position, has_gauss, gauss)
+    return state
+
+
 def write_random_state(state: Mapping[str, Any]) -> None:
     """Restore a state of :func:`read_random_state`; states of devices that this machine does not have are skipped."""
     torch.set_rng_state(state["torch"])

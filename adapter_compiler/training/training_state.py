@@ -7,12 +7,16 @@ written to a temporary file, which is then renamed, so a killed process leaves t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from adapter_compiler.adapters.compact import compact_adapters
+from adapter_compiler.adapters.parameters.sharded import is_sharded
+from adapter_compiler.errors import CheckpointError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.saving.adapters import (
     adopt_starts,
@@ -62,6 +66,32 @@ def save_training_state(
         CheckpointError: a state has a value that is neither plain data nor a tensor.
     """
     path = Path(directory) / TRAINING_FILE
+    _assert_nothing_is_sharded(path, adapted)
+    header, tensors = collect_state(adapted, optimizer, budget, others, describe_base(adapted))
+    with written_beside(path) as draft:
+        save_file(tensors, draft, metadata=FORMAT.make_metadata(header, tensors))
+    return path
+
+
+def collect_state(
+    adapted: AdaptedModel,
+    optimizer: torch.optim.Optimizer,
+    budget: RankBudget | None,
+    others: Mapping[str, Stateful],
+    base: Mapping[str, str],
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The header of a training state, and copies of its tensors by name.
+
+    Args:
+        adapted: the model in training.
+        optimizer: its optimizer.
+        budget: its rank budget, if it has one.
+        others: the other objects with a state.
+        base: its frozen weights, as :func:`~adapter_compiler.training.resuming.base_weights.describe_base` gives them.
+
+    Raises:
+        CheckpointError: a state has a value that is neither plain data nor a tensor.
+    """
     values = find_saved_tensors(adapted)
     tensors = {f"{VALUES}{name}": tensor.detach().contiguous().clone() for name, tensor in values.items()}
     state = {
@@ -74,13 +104,11 @@ def save_training_state(
     header = {
         "torch": torch.__version__,
         "sites": describe_sites(adapted),
-        "base": describe_base(adapted),
+        "base": dict(base),
         "optimizer": describe_optimizer(adapted, optimizer),
         "state": {name: encode(part, name, tensors) for name, part in state.items()},
     }
-    with written_beside(path) as draft:
-        save_file(tensors, draft, metadata=FORMAT.make_metadata(header, tensors))
-    return path
+    return header, tensors
 
 
 def load_training_state(
@@ -112,20 +140,46 @@ def load_training_state(
     """
     assert_is_adapted(adapted, "load_training_state")
     path = Path(directory) / TRAINING_FILE
+    _assert_nothing_is_sharded(path, adapted)
     saved = read_fitting(path, adapted, optimizer, budget, others)
     with all_or_nothing(path, adapted, optimizer, budget, others):
-        with explained(path, "the adapters"):
-            _put_model(adapted, optimizer, budget, saved)
-        with explained(path, f"the state of the optimizer ({type(optimizer).__name__})"):
-            load_optimizer(optimizer, saved.state["optimizer"])
-        if budget is not None:
-            with explained(path, "the state of the budget"):
-                budget.load_state_dict(saved.state["budget"])
-        for name, other in others.items():
-            with explained(path, f"the state of {name!r} ({type(other).__name__})"):
-                load_other(other, saved.state["others"][name])
-        with explained(path, "the states of the random generators"):
-            write_random_state(saved.state["random"])
+        put_state(path, saved, adapted, optimizer, budget, others)
+
+
+def _assert_nothing_is_sharded(path: Path, adapted: AdaptedModel) -> None:
+    """Raise :class:`CheckpointError` if something that trains is sharded; one rank does not have it."""
+    if found := [name for name, tensor in find_saved_tensors(adapted).items() if is_sharded(tensor)]:
+        raise CheckpointError(
+            f"{path}: {found[0].removeprefix('module.')} is trained fully and is a DTensor, expected a tensor that is "
+            "whole; call save_training_state and load_training_state of what shard(adapted) returned, on every rank"
+        )
+
+
+def put_state(
+    path: Path,
+    saved: SavedState,
+    adapted: AdaptedModel,
+    optimizer: torch.optim.Optimizer,
+    budget: RankBudget | None,
+    others: Mapping[str, Stateful],
+) -> None:
+    """Give the objects the states of a file that fits them.
+
+    Raises:
+        CheckpointError: an object refuses its state; those before it have theirs.
+    """
+    with explained(path, "the adapters"):
+        _put_model(adapted, optimizer, budget, saved)
+    with explained(path, f"the state of the optimizer ({type(optimizer).__name__})"):
+        load_optimizer(optimizer, saved.state["optimizer"])
+    if budget is not None:
+        with explained(path, "the state of the budget"):
+            budget.load_state_dict(saved.state["budget"])
+    for name, other in others.items():
+        with explained(path, f"the state of {name!r} ({type(other).__name__})"):
+            load_other(other, saved.state["others"][name])
+    with explained(path, "the states of the random generators"):
+        write_random_state(saved.state["random"])
 
 
 def _put_model(

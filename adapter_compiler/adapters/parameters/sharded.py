@@ -1,8 +1,11 @@
-"""Operations on sharded parameters (DTensor) that plain parameters do not need."""
+"""Operations on sharded parameters (DTensor) that plain parameters do not need, and errors where whole ones are needed."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
+
+from adapter_compiler.errors import ConfigError
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -23,3 +26,19 @@ def replicate_like(tensor: torch.Tensor, sharded: torch.Tensor) -> torch.Tensor:
 
     mesh = sharded.device_mesh  # type: ignore[attr-defined]
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def assert_whole(module: nn.Module, what: str, advice: str) -> None:
+    """Raise :class:`ConfigError` if a parameter of a module is a DTensor.
+
+    Args:
+        module: the module.
+        what: what needs whole parameters, for the message.
+        advice: what to do, for the message.
+    """
+    for name, parameter in module.named_parameters():
+        if is_sharded(parameter):
+            ranks = parameter.device_mesh.size()  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"{what}: {name} is a DTensor over {ranks} ranks, expected a parameter that is whole here; {advice}"
+            )

@@ -22,9 +22,36 @@ _WORD_BYTES = 8
 _MODULUS = 1 << 64
 
 
-@torch.no_grad()
 def compute_checksum(tensor: torch.Tensor) -> str:
     """The checksum of a tensor's bytes, row by row, as 32 hexadecimal digits."""
+    return format_checksum(*sum_words(tensor))
+
+
+def format_checksum(first: int, second: int) -> str:
+    """The two sums as 32 hexadecimal digits."""
+    return f"{first % _MODULUS:016x}{second % _MODULUS:016x}"
+
+
+def sum_part(tensor: torch.Tensor, offset: int) -> tuple[int, int]:
+    """The two sums of a part of a larger tensor; added over all parts, they are those of the whole.
+
+    Args:
+        tensor: consecutive elements of the larger tensor.
+        offset: the number of bytes before them.
+    """
+    words, begun = divmod(offset, _WORD_BYTES)
+    flat = tensor.detach().reshape(-1)
+    if begun and len(flat):  # a word that another part begins
+        flat = torch.cat(
+            [torch.zeros(begun, dtype=torch.uint8, device=flat.device), flat.contiguous().view(torch.uint8)]
+        )
+    first, second = sum_words(flat)
+    return first, second + first * words
+
+
+@torch.no_grad()
+def sum_words(tensor: torch.Tensor) -> tuple[int, int]:
+    """The two sums over the words of a tensor, not yet modulo 2⁶⁴."""
     flat = tensor.detach().reshape(-1)
     values_at_once = _WORDS * _WORD_BYTES // flat.element_size()
     indices = torch.arange(1, min(_WORDS, _count_words(flat)) + 1, device=flat.device)
@@ -34,7 +61,7 @@ def compute_checksum(tensor: torch.Tensor) -> str:
         total = int(words.sum())
         first += total
         second += int((words * indices[: len(words)]).sum()) + total * number * _WORDS
-    return f"{first % _MODULUS:016x}{second % _MODULUS:016x}"
+    return first, second
 
 
 def _count_words(flat: torch.Tensor) -> int:

@@ -24,14 +24,23 @@ def describe_base(adapted: AdaptedModel) -> dict[str, str]:
     Parameters on the meta device, sharded ones (DTensor) and tensor subclasses without memory of their own are left
     out.
     """
+    return {name: describe_tensor(p) for name, p in find_frozen(adapted).items() if _has_bytes(p)}
+
+
+def find_frozen(adapted: AdaptedModel) -> dict[str, torch.nn.Parameter]:
+    """The frozen parameters by name."""
     trained = find_module_tensors(adapted)
-    frozen = {name: p for name, p in adapted.module.named_parameters() if name not in trained}
-    return {name: _describe(p) for name, p in frozen.items() if _has_bytes(p)}
+    return {name: p for name, p in adapted.module.named_parameters() if name not in trained}
 
 
-def assert_same_base(path: Path, saved: Mapping[str, str], adapted: AdaptedModel) -> None:
-    """Raise :class:`CheckpointError` if frozen weights differ from those of the saved run."""
-    mine = describe_base(adapted)
+def assert_same_base(path: Path, saved: Mapping[str, str], mine: Mapping[str, str]) -> None:
+    """Raise :class:`CheckpointError` if frozen weights differ from those of the saved run.
+
+    Args:
+        path: the file, for messages.
+        saved: what :func:`describe_base` gave in the saved run.
+        mine: what it gives now.
+    """
     odd = [name for name in mine if name in saved and mine[name] != saved[name]]
     if odd:
         raise CheckpointError(
@@ -46,6 +55,7 @@ def _has_bytes(tensor: torch.Tensor) -> bool:
     return not tensor.is_meta and not is_wrapper and tensor.layout == torch.strided
 
 
-def _describe(tensor: torch.Tensor) -> str:
+def describe_tensor(tensor: torch.Tensor) -> str:
+    """The dtype, shape and checksum of a tensor."""
     plain = tensor.detach().as_subclass(torch.Tensor)
     return f"{plain.dtype} {list(plain.shape)} {compute_checksum(plain)}".removeprefix("torch.")

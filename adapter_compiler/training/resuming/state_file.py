@@ -19,7 +19,7 @@ from adapter_compiler.saving.primitives.adapter_file import SITES, read_sites
 from adapter_compiler.saving.primitives.file_format import FileFormat, read_file
 from adapter_compiler.saving.primitives.plain_data import decode
 from adapter_compiler.training.budget import RankBudget
-from adapter_compiler.training.resuming.base_weights import assert_same_base
+from adapter_compiler.training.resuming.base_weights import assert_same_base, describe_base
 from adapter_compiler.training.resuming.optimizer_state import ADVICE, assert_optimizer_fits
 from passes.planning.compact_plan import compact_plan
 from passes.planning.json_schema import Field, Source, check_object, is_object_of, is_text, show
@@ -97,11 +97,42 @@ def read_fitting(
         CheckpointError: the file is missing or damaged, or does not fit one of the objects.
     """
     header, tensors = read_file(path, FORMAT)
+    assert_fits_model(path, header, adapted, describe_base(adapted))
+    return check_state(path, header, tensors, adapted, optimizer, budget, others)
+
+
+def assert_fits_model(path: Path, header: Mapping[str, Any], adapted: AdaptedModel, base: Mapping[str, str]) -> None:
+    """Raise :class:`CheckpointError` unless a header belongs to the sites and to the frozen weights of a model.
+
+    Args:
+        path: the file, for messages.
+        header: its header.
+        adapted: the model.
+        base: its frozen weights, as :func:`~adapter_compiler.training.resuming.base_weights.describe_base` gives them.
+    """
+    sites = read_sites(path, header)
+    find_kept(path, sites, match_starts(adapted.plan, sites))
+    assert_same_base(path, header.get("base", {}), base)
+
+
+def check_state(
+    path: Path,
+    header: Mapping[str, Any],
+    tensors: dict[str, torch.Tensor],
+    adapted: AdaptedModel,
+    optimizer: torch.optim.Optimizer,
+    budget: RankBudget | None,
+    others: Mapping[str, Stateful],
+) -> SavedState:
+    """Check a header and its tensors, which are taken out of ``tensors``, against the objects.
+
+    Raises:
+        CheckpointError: they do not fit one of the objects.
+    """
     sites = read_sites(path, header)
     plan = match_starts(adapted.plan, sites)
     kept = find_kept(path, sites, plan)
     targets = find_targets(adapted, compact_plan(plan, kept))
-    assert_same_base(path, header.get("base", {}), adapted)
     values = {name.removeprefix(VALUES): tensors.pop(name) for name in list(tensors) if name.startswith(VALUES)}
     state = _decode_states(path, header["state"], tensors)
     _assert_values_fit(path, values, state["gradients"], targets)

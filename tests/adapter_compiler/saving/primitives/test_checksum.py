@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adapter_compiler.saving.primitives import checksum
-from adapter_compiler.saving.primitives.checksum import compute_checksum
+from adapter_compiler.saving.primitives.checksum import compute_checksum, format_checksum, sum_part
 
 
 def sum_by_hand(data: bytes) -> str:
@@ -54,3 +54,16 @@ def test_every_flipped_bit_and_exchanged_rows_are_seen() -> None:
         order = torch.randperm(40)
         same = torch.equal(order, torch.arange(40))
         assert (compute_checksum(tensor[order]) == expected) == same
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("parts", [1, 2, 3, 19, 23])
+def test_sums_of_parts_add_up_to_those_of_the_whole(dtype: torch.dtype, parts: int) -> None:
+    """Also where a word is cut, as shards of rows of 5 elements cut it, and where parts are empty."""
+    tensor = torch.randn(19, 5).mul(50).abs().to(dtype)
+    rows, sums = -(-19 // parts), [0, 0]
+    for number in range(parts):
+        part = tensor[number * rows : (number + 1) * rows]
+        found = sum_part(part, min(number * rows, 19) * 5 * tensor.element_size())
+        sums = [total + one for total, one in zip(sums, found, strict=True)]
+    assert format_checksum(*sums) == compute_checksum(tensor)
