@@ -221,7 +221,8 @@ class RankBudget:
         weights (``apply_mask(ema)``), or an optimizer that switches weights (schedule-free's ``optimizer.eval()``).
 
         Args:
-            module: a copy, such as ``AveragedModel(adapted)``; if the model was compacted, the copy is compacted first.
+            module: a copy, such as ``AveragedModel(adapted)``, or of the adapters alone, if the model is sharded:
+                ``AveragedModel(adapted.adapters)``. If the model was compacted, the copy is compacted first.
 
         Raises:
             BudgetError: there is no adapted model in ``module``, or one with other sites or ranks.

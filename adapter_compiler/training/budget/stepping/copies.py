@@ -8,8 +8,12 @@ import torch
 from torch import nn
 
 from adapter_compiler.adapters.compact import compact_adapters
+from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
 from adapter_compiler.errors import BudgetError
 from adapter_compiler.model.adapted_model import AdaptedModel
+
+#: The dimension of a triplet's parameters that counts triplets.
+_RANK_DIMENSIONS = {"lam": -1, "P": -1, "Q": -2}
 
 #: Names of a second set of weights in the state of optimizers: z of schedule-free, the slow weights of lookahead.
 _WEIGHTS = ("z", "slow_buffer", "slow_param", "slow_weights")
@@ -21,6 +25,8 @@ def mask_copies(
 ) -> None:
     """Set λ of pruned triplets to zero in every adapted model inside a module, after compacting it to the same ranks.
 
+    If there is no adapted model in it, this is done in copies of the adapters alone (``adapted.adapters``).
+
     Args:
         module: an average of the model (``AveragedModel``), a deep copy of it, or a module that contains one.
         name: the adapter's name.
@@ -31,26 +37,51 @@ def mask_copies(
         BudgetError: there is no adapted model in it, or one with other sites or ranks.
     """
     found = [part for part in module.modules() if isinstance(part, AdaptedModel)]
-    if not found:
+    adapters = [] if found else [part for part in module.modules() if isinstance(part, AdapterParameters)]
+    if not found and not adapters:
         raise BudgetError(
             f"apply_mask(module=...) got a {type(module).__name__} without an adapted model in it, expected a copy of "
-            "the model that the budget prunes, as in AveragedModel(adapted)"
+            "the model that the budget prunes, as in AveragedModel(adapted), or of its adapters, as in "
+            "AveragedModel(adapted.adapters)"
         )
     for copy in found:
-        _shrink(copy, name, pruned, origin)
-        for site, where in pruned.items():
-            lam = copy.parameters_of_adapter(name).get_submodule(site).get_parameter("lam")
-            lam.masked_fill_(where.to(lam.device).view(lam.shape), 0.0)
+        _shrink(copy, name, origin)
+        _mask(copy.parameters_of_adapter(name), pruned)
+    for own in adapters:
+        _shrink_adapters(own, origin)
+        _mask(own, pruned)
 
 
-def _shrink(
-    copy: AdaptedModel, name: str, pruned: Mapping[str, torch.Tensor], origin: Mapping[str, torch.Tensor]
-) -> None:
+def _mask(adapters: AdapterParameters, pruned: Mapping[str, torch.Tensor]) -> None:
+    for site, where in pruned.items():
+        lam = adapters.get_submodule(site).get_parameter("lam")
+        lam.masked_fill_(where.to(lam.device).view(lam.shape), 0.0)
+
+
+def _shrink(copy: AdaptedModel, name: str, origin: Mapping[str, torch.Tensor]) -> None:
     if name not in copy.adapter_names or copy.active_adapter != name:
         raise BudgetError(
             f"the copy has the adapter {copy.active_adapter!r} active, expected {name!r}; call use({name!r}) on it"
         )
-    ranks = {adapter.site.name: adapter.rank for adapter in copy.plan}
+    kept = _find_kept({adapter.site.name: adapter.rank for adapter in copy.plan}, origin)
+    if kept:
+        compact_adapters(copy, kept)
+
+
+def _shrink_adapters(own: AdapterParameters, origin: Mapping[str, torch.Tensor]) -> None:
+    parameters = own.keyed_parameters
+    kept = _find_kept({site: parameters[site, "lam"].shape[-1] for site in own.prunable_sites}, origin)
+    own.resize(
+        {
+            (site, name): parameters[site, name].index_select(dimension, index.to(parameters[site, name].device))
+            for site, index in kept.items()
+            for name, dimension in _RANK_DIMENSIONS.items()
+        }
+    )
+
+
+def _find_kept(ranks: Mapping[str, int], origin: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The triplets to keep in a copy of these ranks, by site; only sites whose rank is another."""
     kept = {}
     for site, indices in origin.items():
         rank = ranks.get(site)
@@ -62,8 +93,7 @@ def _shrink(
                 f"{len(indices)} as in the model, or that of the start; make the copy from the model again"
             )
         kept[site] = indices.cpu()
-    if kept:
-        compact_adapters(copy, kept)
+    return kept
 
 
 @torch.no_grad()
