@@ -19,6 +19,7 @@ from adapter_compiler.adapters.copies import (
 )
 from adapter_compiler.adapters.initializers import prepare_start, start_adapter
 from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
+from adapter_compiler.adapters.parameters.sharded import assert_whole
 from adapter_compiler.adapters.planning import match_plan, plan_adapters
 from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.config.attach_options import AttachOptions
@@ -221,6 +222,12 @@ def _check_arguments(
             f"model is a {type(model).__name__}, expected a torch.nn.Module without adapters; give the model itself "
             "(for an AdaptedModel, the result of fold())"
         )
+    assert_whole(
+        model,
+        "compile_with_adapters",
+        "compile the model before it is sharded: with FSDP2 by shard(adapted). Weights that are tensor parallel "
+        "(parallelize_module) cannot have adapters",
+    )
     if plan is not None and not isinstance(plan, AdapterPlan):
         raise ConfigError(f"plan is a {type(plan).__name__}, expected an AdapterPlan, as AdapterPlan.from_json gives")
     if not isinstance(config, AdapterConfig):

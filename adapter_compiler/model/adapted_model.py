@@ -19,9 +19,11 @@ from adapter_compiler.adapters.combine import combine_adapters
 from adapter_compiler.adapters.copies import detach_computed_attributes, share_unpacked
 from adapter_compiler.adapters.named_adapters import add_adapter, remove_adapter, use_adapter
 from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
+from adapter_compiler.adapters.parameters.sharded import assert_whole
 from adapter_compiler.adapters.reports import FoldReport, QuantizationReport
 from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.config.attach_options import AttachOptions
+from adapter_compiler.errors import ConfigError
 from adapter_compiler.model.capture.captured_call import capture_adapted
 from adapter_compiler.model.dispatch.attach import (
     attach_adapters,
@@ -52,6 +54,10 @@ from passes.quantize.packed_weights import find_packed_weights, moved_weights, r
 logger = logging.getLogger(__name__)
 
 Self = TypeVar("Self", bound="AdaptedModel")
+
+
+#: What to do where a model cannot be sharded.
+_UNSHARDED = "do it before shard(adapted), or with what fold(gather='rank0') of its result gives"
 
 
 class AdaptedModel(PeftNames, UserAttributes):
@@ -137,6 +143,7 @@ class AdaptedModel(PeftNames, UserAttributes):
         Raises:
             CaptureError: the call cannot be captured as one graph that computes the same.
         """
+        assert_whole(self.module, "capture", _UNSHARDED)
         options = self._attaching
         return capture_adapted(
             self.module, self.plan, self.adapters, args, kwargs, fused=options.fused, recompute=options.recompute
@@ -148,6 +155,7 @@ class AdaptedModel(PeftNames, UserAttributes):
         Raises:
             CaptureError: the call cannot be captured as one graph that computes the same.
         """
+        assert_whole(self.module, "capture_folded", _UNSHARDED)
         return capture_adapted(
             self.module, self.plan, self.adapters, args, kwargs, fused=False, recompute=False, folded=True
         )
@@ -169,6 +177,7 @@ class AdaptedModel(PeftNames, UserAttributes):
             ConfigError: the kind is unknown, the weights are quantized already, or no weight can be quantized.
             MissingDependencyError: bitsandbytes is not installed.
         """
+        assert_whole(self.module, "quantize_base", "quantize before the weights are sharded")
         self.quantization_report = quantize_base(self, kind)
         return self.quantization_report
 
@@ -209,9 +218,10 @@ class AdaptedModel(PeftNames, UserAttributes):
             plan: an existing plan, in place of ``config``.
 
         Raises:
-            ConfigError: the name is not valid or taken.
+            ConfigError: the name is not valid or taken, or the weights are sharded.
             SiteError: no weight would get an adapter, or the plan does not fit the model.
         """
+        assert_whole(self.module, "add_adapter", "add adapters before shard(adapted), which gives all ranks the same")
         add_adapter(self, name, config=config, plan=plan)
 
     def load_adapter(self, name: str, directory: str | Path) -> None:
@@ -284,8 +294,10 @@ class AdaptedModel(PeftNames, UserAttributes):
             training mode, which shares no memory with this object.
 
         Raises:
-            ConfigError: ``parametrized`` is neither, or a parametrization does not give a merged weight.
+            ConfigError: ``parametrized`` is neither, a parametrization does not give a merged weight, or the weights
+                are sharded.
         """
+        assert_whole(self.module, "fold", "call fold(gather='rank0') of what shard(adapted) returned")
         assert_known(parametrized)
         self._warn_of_replaced()
         folded, errors = fold_module(self.module, self._gradient_flags)
@@ -302,6 +314,7 @@ class AdaptedModel(PeftNames, UserAttributes):
 
     def copy_base(self) -> nn.Module:
         """The user's own model without adapters: a frozen copy that shares the weights; quantized ones are unpacked."""
+        assert_whole(self.module, "copy_base", _UNSHARDED)
         return copy_without_adapters(self.module, lambda _, parameter: share_unpacked(parameter))
 
     def report(self) -> AdapterReport:
@@ -345,6 +358,17 @@ class AdaptedModel(PeftNames, UserAttributes):
         self._attach()
         return self
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse ``nn.DataParallel``, whose replicas would run without the adapters' gradients.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "nn.DataParallel copies a model without its adapters, expected one process for each device; use "
+            "DistributedDataParallel, or shard(adapted)"
+        )
+
     def __repr__(self) -> str:
         return describe_briefly(self)
 
@@ -352,7 +376,12 @@ class AdaptedModel(PeftNames, UserAttributes):
         return render_html(self.report())
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
-        """An independent model with copies of the adapters."""
+        """An independent model with copies of the adapters.
+
+        Raises:
+            ConfigError: the weights are sharded.
+        """
+        assert_whole(self.module, "a copy of the model", "copy the adapters, as in AveragedModel(adapted.adapters)")
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         detach_computed_attributes(self.module, memo)

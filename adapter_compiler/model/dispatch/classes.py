@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from adapter_compiler.errors import SiteError
+from adapter_compiler.errors import ConfigError, SiteError
 from adapter_compiler.model.dispatch.memory import find_recomputation
 from adapter_compiler.model.dispatch.scope import reuse_read, same_scope
-from adapter_compiler.model.dispatch.slots import SLOTS, Slot, read_registered
+from adapter_compiler.model.dispatch.slots import SLOTS, Slot, assert_gathered, read_registered
 from adapter_compiler.model.dispatch.weights.adapted_weight import AdaptedWeight, make_adapted_weight
 from adapter_compiler.model.dispatch.weights.products import multiply
 from adapter_compiler.model.dispatch.weights.writes import view_values
@@ -66,6 +66,17 @@ class AdaptedModule:
         self.__dict__[SLOTS] = slots
         made = make_adapted_class(self.users_class, frozenset(slots), is_checkpointed=is_checkpointed, forward=forward)
         set_class(self, made)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse ``nn.DataParallel``, whose replicas would run without the adapters' gradients.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"nn.DataParallel copies {type(self).__name__} without its adapters, expected one process for each device; "
+            "use DistributedDataParallel, or shard(adapted)"
+        )
 
     def __delattr__(self, name: str) -> None:
         weight = self.__dict__.get("_parameters", {}).get(name)
@@ -191,6 +202,7 @@ def read_weight(module: nn.Module, leaf: str, weight: torch.Tensor | None) -> to
     if adapters is None:
         return weight
     if is_transformed() or (slot.is_summed_without_grad and not torch.is_grad_enabled()):
+        assert_gathered(weight, slot.weight)
         return adapted_sum(weight, adapters)
     made = reuse_read(slot.token, slot.weight, weight, adapters, lambda: _make(slot, weight, adapters))
     return made if slot.fused or is_packed(weight) else view_values(made)
@@ -213,6 +225,7 @@ def _call_linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     is_plain = type(input) in (torch.Tensor, nn.Parameter) and F.linear is _LINEAR and not input.is_nested
     if adapters is None or slot is None or weight is None or not is_plain:
         return F.linear(input, module.weight, module.bias)
+    assert_gathered(weight, slot.weight)
     recomputation = find_recomputation(input) if slot.recompute else None
     found = multiply(
         input, weight, module.bias, adapters, stored_in_out=False, fused=slot.fused, recomputation=recomputation
@@ -231,7 +244,10 @@ def _sum_at(module: nn.RNNBase, name: str) -> torch.Tensor | None:
     weight = read_registered(module, name)
     slot: Slot | None = module.__dict__.get(SLOTS, {}).get(name)
     adapters = None if slot is None or weight is None else slot.bind(module, name, weight)
-    return weight if adapters is None or weight is None else adapted_sum(weight, adapters)
+    if adapters is None or slot is None or weight is None:
+        return weight
+    assert_gathered(weight, slot.weight)
+    return adapted_sum(weight, adapters)
 
 
 def _ignore_flat_weights(module: nn.RNNBase, weights: list[Any]) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
+from adapter_compiler.adapters.parameters.sharded import is_sharded
 from adapter_compiler.errors import SiteError
 from adapter_compiler.model.dispatch.scope import Token, is_replaced_in_call, is_visible
 from passes.adapt.apply_adapters import BoundAdapter
@@ -78,13 +79,29 @@ class Slot:
         if not isinstance(weight, nn.Parameter) and is_replaced_in_call(self.token, module, leaf):
             return None
         if weight.shape != self.shape:
+            advice = "compile the changed model again"
+            if weight.dim() == 1:  # what FullyShardedDataParallel makes of every parameter
+                advice += ", or use shard(adapted) in place of FullyShardedDataParallel, which flattens weights"
             raise SiteError(
                 f"{self.weight} now has the shape {tuple(weight.shape)}, expected {self.shape}, for which its adapter "
-                "was made; compile the changed model again"
+                f"was made; {advice}"
             )
         if self.token.used is not None:
             self.token.used.add(self.weight)
         return tuple([adapter.bind() for adapter in self.adapters])
+
+
+def assert_gathered(weight: torch.Tensor, name: str) -> None:
+    """Raise :class:`SiteError` if W is a DTensor where something computes with W + ΔW.
+
+    FSDP2 puts a plain parameter in its place while the module that it shards runs.
+    """
+    if type(weight) is not nn.Parameter and is_sharded(weight):
+        raise SiteError(
+            f"{name} is a DTensor where it is used, expected a parameter that is whole. Under shard(adapted), call the "
+            "adapted model or a submodule that is sharded as one block; an adapted weight cannot be tensor parallel "
+            "(parallelize_module): leave it out of that plan, or exclude it from the sites"
+        )
 
 
 def read_registered(module: nn.Module, leaf: str) -> torch.Tensor | None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from adapter_compiler.model.dispatch.slots import assert_gathered
 from adapter_compiler.model.dispatch.weights.attention import run_attention
 from adapter_compiler.model.dispatch.weights.products import (
     make_convolution,
@@ -48,6 +49,8 @@ class AdaptedWeight(WeightSum):
             with WithoutTorchFunction():
                 return func(*args, **kwargs)
         if (handler := _HANDLERS.get(func)) is not None and kwargs.keys() <= _KEYWORDS[func]:
+            if func in _PRODUCTS:
+                _assert_gathered(*args, *kwargs.values())
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -103,6 +106,12 @@ class _Transposed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return (gradient.to_dense() if gradient.is_sparse else gradient).t()
+
+
+def _assert_gathered(*args: Any) -> None:
+    for one in args:
+        if isinstance(one, WeightSum):
+            assert_gathered(one.base, one.site)
 
 
 def _has_watched(args: Sequence[Any]) -> bool:
@@ -222,6 +231,15 @@ _HANDLERS: Mapping[Any, Callable[..., Any]] = {
 _SHARED_KEYWORDS = frozenset(
     {"input", "weight", "bias", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"}
 ) | {"stride", "padding", "dilation", "groups", "requires_grad"}
+
+
+#: The operators that compute with the factors.
+_PRODUCTS = frozenset(
+    func
+    for func, handler in _HANDLERS.items()
+    if handler in (run_linear, run_embedding, run_attention, run_matmul, run_bmm, run_addmm, run_reflected_matmul)
+    or func in (torch.conv1d, torch.conv2d, torch.conv3d)
+)
 
 
 def _find_keywords(handler: Callable[..., Any]) -> frozenset[str]:

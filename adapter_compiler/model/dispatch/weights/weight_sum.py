@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from adapter_compiler.model.dispatch.slots import assert_gathered
 from passes.adapt.apply_adapters import BoundAdapter, adapted_sum
 from passes.compat import make_wrapper, pytree, version_of
 from passes.quantize.packed_weights import PackedWeight
@@ -80,7 +81,11 @@ class WeightSum(torch.Tensor):
         """The values as a plain tensor, whose autograd history leads to the adapters' parameters.
 
         They are recomputed only if W, a parameter or the gradient mode has changed.
+
+        Raises:
+            SiteError: W is a DTensor.
         """
+        assert_gathered(self.base, self.site)
         key = (torch.is_grad_enabled(), *(_find_version(t) for t in self._find_operands()))
         if self.total is None or self._total_key != key:
             total = adapted_sum(self.base, self.adapters)
