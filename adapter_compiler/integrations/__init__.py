@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adapter_compiler.onnx.lazy_imports import import_on_demand
 
 if TYPE_CHECKING:
-    from adapter_compiler.integrations.fsdp import ShardedAdapters, shard
+    from adapter_compiler.integrations.fsdp import ShardedAdapters, load_sharded_state, shard
     from adapter_compiler.integrations.lightning import LightningBudget
     from adapter_compiler.integrations.trainer import TrainerBudget
 else:
@@ -19,9 +19,10 @@ else:
         {
             "LightningBudget": "adapter_compiler.integrations.lightning",
             "ShardedAdapters": "adapter_compiler.integrations.fsdp",
+            "load_sharded_state": "adapter_compiler.integrations.fsdp",
             "TrainerBudget": "adapter_compiler.integrations.trainer",
             "shard": "adapter_compiler.integrations.fsdp",
         },
     )
 
-__all__ = ["LightningBudget", "ShardedAdapters", "TrainerBudget", "shard"]
+__all__ = ["LightningBudget", "ShardedAdapters", "TrainerBudget", "load_sharded_state", "shard"]
