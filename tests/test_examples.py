@@ -51,6 +51,7 @@ def run_example(name: str, *arguments: str | Path, cwd: Path) -> subprocess.Comp
         ("03_tabular.py", "worst values, onnxruntime"),
         ("06_qlora.py", "times less memory than float32, for both tasks together"),
         ("07_resume.py", "triplets: 15 at the stop, 9 at the end"),
+        ("08_fsdp2.py", "the same 27 triplets as in one process"),
     ],
 )
 def test_a_quick_example_holds_its_claims(name: str, line: str, tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ def prepare_for_one_rank() -> None:
         entered.append(True)
         yield
 
-    model = nn.Linear(4, 4)
+    model: Any = nn.Linear(4, 4)
     fully_shard(model)
     compat.prepare_fsdp(model, context)
     before = len(entered)

@@ -1,4 +1,4 @@
-"""Operations on sharded parameters (DTensor) that plain parameters do not need, and errors where whole ones are needed."""
+"""Operations on sharded parameters (DTensor) that plain ones do not need, and errors where whole ones are needed."""
 
 from __future__ import annotations
 

@@ -7,12 +7,12 @@ import copy
 import torch
 from torch import nn
 
-from adapter_compiler.adapters.copies import copy_module, replace_parameter
-from adapter_compiler.adapters.parameters.sharded import is_sharded
+from adapter_compiler.adapters.copies import replace_parameter
+from adapter_compiler.adapters.parameters.sharded import gather_full, is_sharded
 from adapter_compiler.adapters.reports import FoldReport
 from adapter_compiler.integrations.fsdp.agreement import Group, run_on_every_rank
 from adapter_compiler.model.adapted_model import AdaptedModel
-from adapter_compiler.model.dispatch.attach import detach_adapters, share_slots
+from adapter_compiler.model.fold import copy_without_adapters
 from passes.adapt.fold_adapters import merge_weight
 
 
@@ -23,23 +23,13 @@ def copy_without_memory(adapted: AdaptedModel) -> nn.Module:
     def empty(name: str, parameter: nn.Parameter) -> nn.Parameter:
         return replace_parameter(parameter, parameter.detach().to("meta"), requires_grad=flags.get(name, True))
 
-    memo: dict[int, object] = {}
-    share_slots(adapted.module, memo)
-    copied = copy_module(adapted.module, empty, memo)
-    detach_adapters(copied)
-    return copied
+    return copy_without_adapters(adapted.module, empty)
 
 
 def count_local_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters that this rank holds."""
     tensors = (p.to_local() if is_sharded(p) else p for p in module.parameters())  # type: ignore[attr-defined]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor on every rank; every rank must call it."""
-    whole: torch.Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return whole.detach()
 
 
 @torch.no_grad()
@@ -55,7 +45,7 @@ def gather_folded(adapted: AdaptedModel, skeleton: nn.Module, group: Group, *, i
     merger = _Merger(adapted, skeleton) if is_mine else None
     failure: Exception | None = None
     for name, parameter in adapted.module.named_parameters():
-        weight = gather_tensor(parameter)  # also after a failure, as other ranks wait for this one
+        weight = gather_full(parameter.detach())  # also after a failure, as other ranks wait for this one
         if merger is None or failure is not None:
             continue
         try:

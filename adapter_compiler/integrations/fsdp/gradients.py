@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from adapter_compiler.adapters.parameters.sharded import is_sharded
+from adapter_compiler.adapters.parameters.sharded import gather_full, is_sharded
 from adapter_compiler.integrations.fsdp.agreement import Group
 
 
@@ -99,8 +99,7 @@ def measure_norm(gradients: Sequence[torch.Tensor], norm_type: float) -> torch.T
     """The norm of all elements of gradients together, of which some may be sharded; the same on every rank."""
     norms = []
     for gradient in gradients:
-        norm = torch.linalg.vector_norm(gradient, norm_type)
-        norms.append(norm.full_tensor() if is_sharded(norm) else norm)
+        norms.append(gather_full(torch.linalg.vector_norm(gradient, norm_type)))
     if not norms:
         return torch.tensor(0.0)
     total: torch.Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from adapter_compiler.adapters.parameters.sharded import gather_full
 from adapter_compiler.errors import ConfigError, DistributedError
 from adapter_compiler.integrations.fsdp.agreement import (
     gather_on_all,
@@ -18,7 +19,7 @@ from adapter_compiler.integrations.fsdp.agreement import (
     run_on_every_rank,
     run_on_first_rank,
 )
-from adapter_compiler.integrations.fsdp.gathering import count_local_bytes, gather_folded, gather_tensor
+from adapter_compiler.integrations.fsdp.gathering import count_local_bytes, gather_folded
 from adapter_compiler.integrations.fsdp.gradients import (
     GradientAverage,
     average_losses,
@@ -121,7 +122,7 @@ class ShardedAdapters:
             OSError: the folder cannot be written.
         """
         self.assert_same_adapters()
-        tensors = {name: gather_tensor(tensor) for name, tensor in find_saved_tensors(self.adapted).items()}
+        tensors = {name: gather_full(tensor.detach()) for name, tensor in find_saved_tensors(self.adapted).items()}
         return run_on_first_rank(self._group, lambda: save_adapters(self.adapted, directory, tensors=tensors))
 
     def save_training_state(
