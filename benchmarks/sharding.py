@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import adapter_compiler as ac
 from adapter_compiler.integrations import shard
 
-WIDTH, BLOCKS, ROWS, STEPS = 512, 6, 8, 8
+WIDTH, BLOCKS, ROWS, STEPS = 512, 4, 8, 6
 MEGABYTE = 1e6
 
 
@@ -95,7 +95,7 @@ def read_memory() -> int:
 def train(adapted: ac.AdaptedModel, parts: list[int], of: int) -> ac.RankBudget:
     """Train with a budget on these parts of each batch."""
     optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=1e-3)
-    schedule = ac.BudgetSchedule(target_rank=4, total_steps=STEPS, warmup_steps=1, final_steps=3, compact=True)
+    schedule = ac.BudgetSchedule(target_rank=4, total_steps=STEPS, warmup_steps=1, final_steps=2, compact=True)
     budget = ac.RankBudget(adapted, optimizer, schedule)
     for step in range(STEPS):
         x = torch.cat([draw(step, part, of) for part in parts])

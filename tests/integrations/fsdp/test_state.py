@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import adapter_compiler as ac
 from adapter_compiler.errors import CheckpointError, DistributedError
 from adapter_compiler.integrations import load_sharded_state
 from adapter_compiler.integrations.fsdp.state.base_checksums import describe_sharded_base
+from adapter_compiler.integrations.fsdp.state.reader import METADATA, TensorReader
 from adapter_compiler.training.resuming.base_weights import describe_base
 from tests.integrations.fsdp.runs import (
     STEPS,
@@ -314,3 +317,26 @@ def save_locally(folder: str) -> str:
 
 def test_one_rank_alone_does_not_save_what_it_has_a_part_of(tmp_path: Path) -> None:
     assert "2.bias is trained fully and is a DTensor" in run_ranks(2, save_locally, str(tmp_path))[0]
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("was_run"),)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (RunsCode(), "which is no part of the metadata of tensors"),
+        (Metadata(state_dict_metadata={"a": BytesStorageMetadata()}), "expected|which is no part"),
+        (torch.float32, "is a NoneType, expected tensors only"),
+        (None, "cannot be read"),
+    ],
+    ids=["code", "a pickled object", "something else", "damaged"],
+)
+def test_metadata_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / METADATA).write_bytes(pickle.dumps(value)[: 3 if value is None else None])
+    with pytest.raises(CheckpointError, match=message):
+        TensorReader(tmp_path).read_metadata()
+    assert list_folder(tmp_path) == [METADATA]

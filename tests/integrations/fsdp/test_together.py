@@ -160,6 +160,8 @@ def refuse_to_shard() -> None:
     check("has 2 dimensions", lambda: shard(make(), init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))))
     check("names 'odd'", lambda: shard(make(), blocks=("1.0", "odd")))
     check("ignored_params", lambda: shard(make(), ignored_params=set()))
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    check("is computed by a parametrization", lambda: shard(ac.compile_with_adapters(normed, (draw(0, 0),))))
     with torch.device("meta"):
         base = make_base()
     check("on the meta device", lambda: shard(ac.compile_with_adapters(base)))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -30,6 +29,7 @@ from adapter_compiler.integrations.fsdp.state.layout import (
     find_mesh,
     name_of_rank,
 )
+from adapter_compiler.integrations.fsdp.state.reader import TensorReader
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.saving.adapters import assert_is_adapted
 from adapter_compiler.saving.primitives.checksum import compute_checksum
@@ -58,7 +58,7 @@ def load_sharded_state(
     with random generators that are seeded anew from the saved ones.
 
     The header is checked before anything changes. If one rank cannot load its part, all restore what they had. The
-    metadata of ``torch.distributed.checkpoint`` is a pickle: load only what you trust.
+    files are data: the pickle in which ``torch.distributed.checkpoint`` keeps its metadata runs no code.
 
     Args:
         directory: the folder.
@@ -136,7 +136,7 @@ def _read_tensors(data: Path, tensors: dict[str, torch.Tensor], group: Group) ->
             with warnings.catch_warnings():
                 # It warns of one process even if it is told that there is no group.
                 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-                reader = FileSystemReader(data)
+                reader = TensorReader(data)
                 load(drop_empty(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
         except CheckpointException as error:  # which is no Exception
             failures = ", ".join(f"rank {rank}: {one[0]}" for rank, one in sorted(error.failures.items()))
