@@ -139,7 +139,8 @@ def run_rank() -> None:
 
 def measure(ranks: list[int]) -> None:
     """Start the ranks and print a table."""
-    print("| ranks | base, MB | on a rank | freed by shard | gathered a step | reduced a step | difference | masks |")
+    print("All columns in MB but the last two.\n")
+    print("| ranks | base | on a rank | freed by shard | gathered | reduced | difference | masks |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for size in ranks:
