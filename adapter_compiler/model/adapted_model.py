@@ -312,6 +312,10 @@ class AdaptedModel(PeftNames, UserAttributes):
         """Which parameters required grad in the model that was compiled, by name."""
         return dict(self._gradient_flags)
 
+    def find_computed_weights(self) -> tuple[str, ...]:
+        """The names of the weights that a parametrization computed in the model that was compiled."""
+        return tuple(weight.name for weight in self._parametrized)
+
     def copy_base(self) -> nn.Module:
         """The user's own model without adapters: a frozen copy that shares the weights; quantized ones are unpacked."""
         assert_whole(self.module, "copy_base", _UNSHARDED)

@@ -114,9 +114,7 @@ def _check(adapted: AdaptedModel, names: Sequence[str], options: dict[str, Any])
             f"shard(adapted=...): {packed[0]} is quantized, which fully_shard cannot shard, expected floating-point "
             "weights; compile without quantize=, or train with DistributedDataParallel"
         )
-    parameters = {name for name, _ in adapted.module.named_parameters()}
-    sites = [adapter.site.weight for plan in adapted.adapter_set.plans.values() for adapter in plan]
-    if computed := [weight for weight in sites if weight not in parameters]:
+    if computed := adapted.find_computed_weights():
         raise ConfigError(
             f"shard(adapted=...): {computed[0]} is computed by a parametrization, expected sites that are parameters; "
             "exclude it from the sites, remove the parametrization first, or train with DistributedDataParallel"
