@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from adapter_compiler.errors import ExportError
 from tests.hostile.readers import READERS
 from tests.hostile.run import HostileFiles
 
@@ -30,6 +31,16 @@ def files(request: pytest.FixtureRequest) -> Iterator[HostileFiles]:
 @given(dice=st.randoms(use_true_random=False))
 def test_a_drawn_file_is_read_right_or_refused(files: HostileFiles, dice: Random) -> None:
     files.try_case(dice)
+
+
+def test_a_weight_under_another_name_in_the_description_is_not_left_as_it_was() -> None:
+    made = HostileFiles(READERS["fold an ONNX file"]())
+    damaged = made.whole["base.onnx"].replace(b'"3.weight": {"aliases"', b'"3.weifht": {"aliases"')
+    assert damaged != made.whole["base.onnx"]
+    (made.folder / "base.onnx").write_bytes(damaged)
+    with pytest.raises(ExportError, match=r"weight 3\.weifht: initializer"):
+        made.reader.read(made.folder)
+    made.close()
 
 
 def test_damaged_files_are_read_right_or_refused_within_a_limit_of_memory() -> None:

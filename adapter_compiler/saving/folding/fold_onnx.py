@@ -115,6 +115,9 @@ def _read_description(file: InitializerFile, base: Path) -> dict[str, Any]:
     check_object(source, "its description", description, _DESCRIPTION, allow_unknown=True)
     for name, entry in description["weights"].items():
         check_object(source, f"its description: weight {name}", entry, _WEIGHT, allow_unknown=True)
+        names, found = [name, *entry["aliases"]], entry["initializer"]
+        if found.rstrip("_") not in [one.rstrip("_") for one in names]:  # exporters add underscores
+            source.refuse(f"its description: weight {name}: initializer", found, f"one of {', '.join(names)}")
     return description
 
 
