@@ -18,6 +18,7 @@ from passes.analysis.weight_uses import find_parameter_aliases
 from passes.planning.find_sites import SiteSearch
 from passes.planning.plan import AdapterPlan
 from passes.planning.site import AdapterSite
+from passes.quantize.packed_state import gather_packed, spread_packed
 from passes.quantize.packed_weights import read_parameter, set_parameter
 
 
@@ -137,7 +138,10 @@ class AdapterState(nn.Module):
             self.adapter_set.added._modules[self.active_adapter] = adapter_parameters
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The state dict, with copies under the further names of tied parameters, so that every saver can write it."""
+        """The state dict, in a form that every saver can write.
+
+        Further names of tied parameters have copies, and packed weights are the tensors of their code.
+        """
         found: dict[str, Any] = super().state_dict(*args, **kwargs)
         keep_vars = args[2] if len(args) > 2 else kwargs.get("keep_vars", False)
         prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
@@ -145,10 +149,14 @@ class AdapterState(nn.Module):
             key = f"{prefix}module.{name}"
             if name != first and type(found.get(key)) is torch.Tensor:
                 found[key] = found[key].clone()
+        if not keep_vars:
+            spread_packed(self.module, found, f"{prefix}module.")
         return found
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Give each adapter the ranks of the state dict before its values are loaded."""
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Give each adapter the ranks of the state dict before its values are loaded, and pack what was packed."""
+        error_messages: list[str] = args[-1]
+        error_messages += gather_packed(self.module, state_dict, f"{prefix}module.")
         for name in self.adapter_names:
             path = "adapters." if name == FIRST_NAME else f"adapter_set.added.{name}."
             initial = self.adapter_set.initial_plan(name)
