@@ -107,14 +107,7 @@ def compile_with_adapters(
     planned = plan_adapters(search, config) if plan is None else match_plan(plan, viewed)
     planned = prepare_start(planned, config.start)
     computed = tuple(weight for weight in computed if weight.name in planned.by_weight)
-    replace_by_values(own, computed)
-    for weight in computed:
-        if not weight.is_of_torch:
-            logger.warning(
-                "%s is adapted as %s computes it now; what changes the parametrization later has no effect",
-                weight.name,
-                weight.kinds,
-            )
+    replace_by_values(own, computed, has_warnings=True)
     adapted = _assemble(own, search, planned, config, {**flags, **find_flags(computed, flags)}, attaching, computed)
     if config.quantize is not None and not is_without_memory(own):
         adapted.quantize_base(config.quantize)

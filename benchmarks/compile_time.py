@@ -118,8 +118,9 @@ def measure_passes(nodes: int) -> dict[str, float]:
     from passes.analysis.weight_uses import find_parameter_aliases, find_weight_uses
     from passes.forms import SvdForm
     from passes.fuse.fuse_adapters import FuseAdaptersPass
-    from passes.planning.find_sites import SiteSelection, find_sites
+    from passes.planning.find_sites import find_sites
     from passes.planning.plan import AdapterPlan, PlannedAdapter
+    from passes.planning.selection import SiteSelection
 
     graph_module, base = make_long_graph(nodes)
     aliases = find_parameter_aliases(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 from torch import nn
 
@@ -13,15 +14,33 @@ from passes.forms import FORMS
 from passes.planning.find_sites import SiteSearch
 from passes.planning.plan import AdapterPlan, PlannedAdapter
 from passes.planning.rules import AdapterRule
-from passes.planning.site import AdapterSite
+from passes.planning.selection import ALL_LINEAR
+from passes.planning.site import AdapterSite, abbreviate
+
+logger = logging.getLogger(__name__)
 
 
 def plan_adapters(search: SiteSearch, config: AdapterConfig) -> AdapterPlan:
     """An adapter for every site, with the kind, rank and alpha of its rule or of the configuration.
 
-    A site whose smaller dimension is below the rank gets this dimension as its rank.
+    A site whose smaller dimension is below the rank gets this dimension as its rank. If ``sites="all-linear"`` adapts
+    less than half of the weights that could have an adapter, a warning says so.
     """
+    _warn_of_few(search, config)
     return AdapterPlan(adapters=tuple(_plan_one(site, search.rules.get(site.name), config) for site in search.sites))
+
+
+def _warn_of_few(search: SiteSearch, config: AdapterConfig) -> None:
+    adapted = {site.weight for site in search.sites}
+    count = len(adapted) + len(search.unselected)
+    if config.sites == ALL_LINEAR and adapted and 2 * len(adapted) < count:
+        logger.warning(
+            "sites='all-linear' adapts %d of the %d weights that can have an adapter (not: %s); with an example of a "
+            "call, AdapterConfig(sites='auto') adapts convolutions, recurrent layers and small tables as well",
+            len(adapted),
+            count,
+            abbreviate(search.unselected, most=3),
+        )
 
 
 def _plan_one(site: AdapterSite, rule: AdapterRule | None, config: AdapterConfig) -> PlannedAdapter:

@@ -22,8 +22,8 @@ from adapter_compiler.config.validation import (
 from adapter_compiler.errors import ConfigError
 from passes.capture.submodules import find_named_modules, find_repeated_modules
 from passes.forms import FORMS
-from passes.planning.find_sites import ALL_LINEAR, SiteSelection
 from passes.planning.rules import AdapterRule
+from passes.planning.selection import ALL_LINEAR, SiteSelection
 from passes.planning.site import AdapterSite
 
 #: The values of ``AdapterConfig(capture=...)``: whether an example call may be recorded as a graph.
@@ -64,8 +64,9 @@ class AdapterConfig:
         gamma: weight γ of the orthogonality regularizer ‖PᵀP − I‖² + ‖QQᵀ − I‖² (AdaLoRA, eq. 4), which
             :class:`~adapter_compiler.RankBudget` adds. By default 0.1 if all λ are zero at the budget's first step,
             and otherwise 0, because the regularizer would pull P = 0 to columns of length one.
-        sites: ``"all-linear"``, or one or more globs over weight names. A glob also selects weights that are used by
-            other operators than matrix products (an embedding, a convolution).
+        sites: ``"all-linear"`` for weights that are used by matrix products only; ``"auto"`` for these, convolutions,
+            recurrent layers, and tables of 8 to 10,000 rows; or one or more globs over weight names. A glob also
+            selects weights that are used by other operators.
         exclude: one or more globs of weights that get no adapter.
         trainable: one or more globs of other parameters that are trained fully, such as a new head.
         untie: one or more globs of further names of tied parameters (``lm_head.weight``). Each gets a parameter of its
@@ -143,7 +144,7 @@ class AdapterConfig:
             object.__setattr__(self, "sites", _as_globs(self, "sites"))
         if not self.sites:
             raise ConfigError(
-                f"AdapterConfig(sites={self.sites!r}) selects nothing; expected 'all-linear' or globs, "
+                f"AdapterConfig(sites={self.sites!r}) selects nothing; expected 'all-linear', 'auto' or globs, "
                 "as in sites='*.query'"
             )
 

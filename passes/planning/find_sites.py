@@ -14,14 +14,14 @@ from torch import nn
 from passes.analysis.blocks import find_layer_numbers
 from passes.analysis.roles import find_roles
 from passes.analysis.weight_uses import GraphUse, WeightUse, find_parameter_aliases
-from passes.base import SiteError
 from passes.planning.rules import AdapterRule
-from passes.planning.site import AdapterSite, abbreviate, find_matching_glob
-
-#: Selects every weight that is used by matrix products only.
-ALL_LINEAR = "all-linear"
+from passes.planning.selection import SiteSelection
+from passes.planning.site import AdapterSite
 
 _REGISTRIES = {"_parameters", "_buffers", "_modules"}
+
+#: Why a weight has no adapter where there is no graph.
+_UNKNOWN = "not the weight of a linear layer; pass an example so that the graph can be searched"
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
 
@@ -35,67 +35,14 @@ class SiteSearch:
         rejected: by name, the reason why each other weight of two or more dimensions is not selected.
         rules: by the site's name, the rule that applies to it, if there is one.
         others: weights that can have an adapter and are not selected, in model order.
+        unselected: names of the weights that only ``sites`` leaves out, or that cannot be judged without an example.
     """
 
     sites: tuple[AdapterSite, ...]
     rejected: Mapping[str, str]
     rules: Mapping[str, AdapterRule] = dataclasses.field(default_factory=dict)
     others: tuple[AdapterSite, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SiteSelection:
-    """Which weights the user wants to adapt.
-
-    Attributes:
-        sites: ``"all-linear"`` or globs over qualified weight names (``*.query.weight``); a glob
-            may also match the name without its last part (``*.query``).
-        exclude: globs of weights that get no adapter.
-        trainable: globs of parameters that are trained fully and therefore get no adapter.
-        rules: the first rule that matches a weight applies to it; rules come before ``sites``.
-    """
-
-    sites: str | tuple[str, ...] = ALL_LINEAR
-    exclude: tuple[str, ...] = ()
-    trainable: tuple[str, ...] = ()
-    rules: tuple[AdapterRule, ...] = ()
-
-    def find_reason_against(self, names: Sequence[str]) -> str | None:
-        """Why no rule can select the weight with these names (several if it is tied), or ``None``."""
-        if pattern := find_matching_glob(names, self.trainable):
-            return f"trained fully (trainable={pattern!r})"
-        if pattern := find_matching_glob(names, self.exclude):
-            return f"excluded (exclude={pattern!r})"
-        return None
-
-    def find_reason_against_site(self, site: AdapterSite, rule: AdapterRule | None) -> str | None:
-        """Why a weight that can have an adapter is not selected, or ``None``; ``rule`` is the one that matches it."""
-        if rule is not None and rule.exclude:
-            return f"excluded by {rule}"
-        if rule is not None and rule.names_weights:
-            return None
-        if self.sites != ALL_LINEAR:
-            chosen = find_matching_glob((site.name, *site.aliases), self._globs()) is not None
-            return None if chosen else f"not selected (sites={self.sites!r})"
-        if site.op != "linear":
-            return f"used by {site.op}, not only by matrix products (name it in sites to adapt it)"
-        return None
-
-    def assert_globs_match(self, names: Iterable[str]) -> None:
-        """Raise :class:`SiteError` for a glob that no weight's name matches."""
-        names = list(names)
-        for option, globs in (("sites", self._globs()), ("exclude", self.exclude)):
-            for pattern in globs:
-                if find_matching_glob(names, (pattern,)) is None:
-                    raise SiteError(
-                        f"{option}={pattern!r} matches no weight, expected a glob that does; correct it or leave it "
-                        f"out; there are: {abbreviate(names)}"
-                    )
-
-    def _globs(self) -> tuple[str, ...]:
-        if self.sites == ALL_LINEAR:
-            return ()
-        return (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
+    unselected: tuple[str, ...] = ()
 
 
 def find_sites(
@@ -137,7 +84,7 @@ def find_module_sites(module: nn.Module, selection: SiteSelection) -> SiteSearch
 
     def judge(name: str, weight: nn.Parameter) -> AdapterSite | str:
         if id(weight) not in known:
-            return "not the weight of a linear layer; pass an example so that the graph can be searched"
+            return _UNKNOWN
         if not weight.is_floating_point():
             return f"dtype {weight.dtype} is not a floating-point one"
         return AdapterSite(name=name, shape=tuple(weight.shape), dtype=weight.dtype, transposed=known[id(weight)])
@@ -198,6 +145,10 @@ def _search(
         candidates[site] = reason or selection.find_reason_against_site(site, rule)
         if rule is not None:
             rules[name] = rule
+    unselected = [name for name, reason in rejected.items() if reason == _UNKNOWN]
+    unselected += [
+        s.name for s, reason in candidates.items() if reason is not None and reason == selection.sites_reason(s)
+    ]
     for rule in selection.rules:
         rule.assert_decided([name for name, chosen in rules.items() if chosen is rule], list(candidates))
     reasons = {site.name: reason for site, reason in candidates.items() if reason is not None}
@@ -211,6 +162,7 @@ def _search(
         rejected={name: against[name] for name in weights if name in against},
         rules={site.name: rule for site, rule in chosen.items() if rule is not None},
         others=tuple(site for site in candidates if site.name in reasons),
+        unselected=tuple(unselected),
     )
 
 

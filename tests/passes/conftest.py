@@ -19,8 +19,9 @@ from passes.base import find_graph_modules
 from passes.capture.calls import split_call
 from passes.capture.capture import CapturedGraph, capture_call
 from passes.forms import find_form
-from passes.planning.find_sites import SiteSearch, SiteSelection, find_sites
+from passes.planning.find_sites import SiteSearch, find_sites
 from passes.planning.plan import AdapterPlan, PlannedAdapter
+from passes.planning.selection import SiteSelection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ if there are any: always for weight_norm; not for spectral_norm and orthogonal, 
 from __future__ import annotations
 
 import copy
+import logging
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from adapter_compiler.errors import ConfigError
 from adapter_compiler.model.parametrized.find import ParametrizedWeight, compute_weight
 from passes.compat import WEIGHT_NORM_HOOKS
 
+logger = logging.getLogger(__name__)
+
 #: How far a weight that was written through ``right_inverse`` may be from what was written, in units in the last place
 #: of its largest value.
 _ULPS = 16
@@ -31,9 +34,21 @@ def assert_known(choice: str) -> None:
         raise ConfigError(f"fold(parametrized={choice!r}): expected 'right_inverse' or 'remove'")
 
 
-def replace_by_values(model: nn.Module, weights: Iterable[ParametrizedWeight]) -> None:
-    """Give the modules plain frozen weights with the present values; what computed them is removed, in place."""
+def replace_by_values(model: nn.Module, weights: Iterable[ParametrizedWeight], *, has_warnings: bool = False) -> None:
+    """Give the modules plain frozen weights with the present values; what computed them is removed, in place.
+
+    Args:
+        model: the model.
+        weights: what to replace.
+        has_warnings: whether to warn of parametrizations that the user may mean to change later.
+    """
     for weight in weights:
+        if has_warnings and not weight.is_of_torch:
+            logger.warning(
+                "%s is adapted as %s computes it now; what changes the parametrization later has no effect",
+                weight.name,
+                weight.kinds,
+            )
         module = model.get_submodule(weight.path)
         value = compute_weight(module, weight)
         if not weight.is_hook:

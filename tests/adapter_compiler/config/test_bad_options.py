@@ -62,7 +62,7 @@ NAMES_AND_PHASES: Mistakes = {
     "nothing selected": (
         lambda _: config(sites=()),
         ConfigError,
-        "AdapterConfig(sites= | ()) selects nothing | expected 'all-linear' or globs | as in sites='*.query'",
+        "AdapterConfig(sites= | ()) selects nothing | expected 'all-linear', 'auto' or globs | as in sites='*.query'",
     ),
     "option misspelt": (
         lambda _: config(rnak=3),

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from passes.adapt.fold_adapters import FoldAdaptersPass, merge_weight
 from passes.base import PostconditionError, SiteError
 from passes.forms import SvdForm
-from passes.planning.find_sites import SiteSelection
 from passes.planning.plan import AdapterPlan, PlannedAdapter
+from passes.planning.selection import SiteSelection
 from passes.planning.site import AdapterSite
 
 Prepare = Callable[..., Any]

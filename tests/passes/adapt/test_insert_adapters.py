@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from passes.base import PreconditionError, find_graph_modules
-from passes.planning.find_sites import SiteSelection
 from passes.planning.plan import AdapterPlan
+from passes.planning.selection import SiteSelection
 
 Prepare = Callable[..., Any]
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from passes.base import SiteError
-from passes.planning.find_sites import SiteSelection, find_module_sites
+from passes.planning.find_sites import find_module_sites
+from passes.planning.selection import SiteSelection
 from passes.planning.site import find_matching_glob
 
 Prepare = Callable[..., Any]

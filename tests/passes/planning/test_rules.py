@@ -10,8 +10,9 @@ from torch import nn
 
 from passes.analysis.weight_uses import find_parameter_aliases, find_weight_uses
 from passes.base import SiteError
-from passes.planning.find_sites import SiteSelection, find_sites
+from passes.planning.find_sites import find_sites
 from passes.planning.rules import AdapterRule
+from passes.planning.selection import SiteSelection
 from passes.planning.site import AdapterSite
 
 SITE = AdapterSite(
