@@ -18,7 +18,7 @@ from torch import nn
 
 import adapter_compiler as ac
 from adapter_compiler.errors import AdapterCompilerError, CheckpointError, ExportError, SiteError
-from adapter_compiler.saving.convert import convert_adapters
+from adapter_compiler.saving.exchange.convert import convert_adapters
 from adapter_compiler.saving.folding.fold_files import fold_files
 from tests.adapter_compiler.saving.same_bits import assert_same_bits
 from tests.hostile.mutations import damage_bytes, damage_json, damage_safetensors

@@ -16,9 +16,8 @@ from torch import nn
 
 import adapter_compiler as ac
 from adapter_compiler.errors import CheckpointError
-from adapter_compiler.onnx.serving.adapter_file import read_adapter_file
-from adapter_compiler.onnx.serving.manifest import append_manifest
-from adapter_compiler.onnx.verification.values import to_ort_value
+from adapter_compiler.saving.onnx_files.adapter_manifest import append_manifest
+from adapter_compiler.saving.onnx_files.adapter_tensors import read_adapter_file, to_ort_value
 from adapter_compiler.saving.onnx_files.metadata import METADATA_KEY
 from tests.serving.models import Classifier, Served, adapt, call, draw_inputs, expect
 

@@ -54,19 +54,47 @@ def inspect(
 @adapters_app.command()
 def convert(
     folder: Annotated[Path, typer.Argument(help="A folder of AdaptedModel.save or of PEFT.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="native, peft-lora (of the live ranks) or peft-adalora.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; for gguf and ort the file.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="native, peft (= peft-lora, of the live ranks), peft-adalora, lora (one rank, no patterns), vllm, "
+            "gguf (llama.cpp), mlx (mlx-lm), diffusers or ort (onnxruntime)."
+        ),
+    ],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="For gguf and mlx: the base model's folder with its config.json. For ort: the base model's file, "
+            "which was exported with --runtime (adapters='runtime')."
+        ),
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="For diffusers: the part of the pipeline, such as unet or transformer.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write adapters in another format: this tool's, or PEFT's LoRA or AdaLoRA.
+    """Write adapters in the format of another run time, by its own rule of scales and ranks, or say what it lacks.
 
-    Example: adapter-compiler adapters convert adapters/ -o peft/ --to peft-lora
+    Example: adapter-compiler adapters convert adapters/ -o adapter.gguf --to gguf --base base_model/
     """
-    from adapter_compiler.saving.convert import convert_adapters
+    from adapter_compiler.saving.exchange.convert import convert_adapters
 
     with command_output(as_json=as_json) as output:
-        written = convert_adapters(folder, out, to=to)
-        output.write(_summarize(written) if as_json else None, f"wrote {written}")
+        written = convert_adapters(folder, out, to=to, base=base, component=component)
+        output.write(_describe_written(written, to) if as_json else None, f"wrote {written}")
+
+
+def _describe_written(written: Path, to: str) -> dict[str, Any]:
+    """What was written, read back where this tool reads the format."""
+    if to.startswith(("native", "peft", "lora", "vllm")):
+        return _summarize(written)
+    from adapter_compiler.saving.exchange.manifest import find_manifest, read_manifest
+
+    weights = read_manifest(find_manifest(written))["weights"]
+    rank = sum(weight["rank"] for weight in weights.values()) / len(weights)
+    key = "file" if written.is_file() else "folder"
+    return {key: str(written), "kind": to, "sites": len(weights), "average_rank": round(rank, 2)}
 
 
 def _find_folders(folder: Path) -> list[Path]:

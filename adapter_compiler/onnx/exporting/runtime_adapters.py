@@ -16,12 +16,13 @@ from adapter_compiler.adapters.copies import share_unpacked
 from adapter_compiler.errors import ExportError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.onnx.exporting.unused_tensors import change_tensor
-from adapter_compiler.onnx.serving.adapter_file import input_names, write_adapter_file
+from adapter_compiler.onnx.serving.adapter_file import write_adapter_file
 from adapter_compiler.onnx.serving.base_tensors import describe_base, find_trained_tensors
 from adapter_compiler.onnx.translation.exportable import NamedOutputs, prepare_base, prepare_merged
 from adapter_compiler.onnx.verification.cases import VerificationCase
 from adapter_compiler.onnx.verification.report import OutputError
 from adapter_compiler.onnx.verification.verify import compare_outputs, verify_cases
+from adapter_compiler.saving.onnx_files.adapter_tensors import input_names
 from passes.export.insert_onnx_adapters import OnnxSite, insert_onnx_adapter
 from passes.planning.plan import PlannedAdapter
 

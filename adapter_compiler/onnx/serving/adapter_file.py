@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import errno
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
-import onnxruntime
 import torch
 
 from adapter_compiler.adapters.parameters.factors import assert_additive, factor_weight
-from adapter_compiler.errors import CheckpointError, ConfigError
+from adapter_compiler.errors import ConfigError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.onnx.serving.base_tensors import describe_base, find_trained_tensors
-from adapter_compiler.onnx.serving.manifest import append_manifest, read_with_manifest
-from adapter_compiler.onnx.verification.values import from_ort_value, to_ort_value
+from adapter_compiler.saving.onnx_files.adapter_tensors import input_names, write_adapter_tensors
 from adapter_compiler.saving.primitives.files import written_beside
-
-_ADAPTER_VERSION = 1
-_MODEL_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterFile:
-    """The content of an adapter file.
-
-    Attributes:
-        tensors: by name of the input.
-        base: checksums of the base model's tensors, by name.
-    """
-
-    tensors: Mapping[str, torch.Tensor]
-    base: Mapping[str, str]
-
-
-def input_names(weight: str) -> tuple[str, str]:
-    """Names of the inputs A [in, r] and B [r, out] of a weight, with ΔWᵀ = A B."""
-    return f"{weight}.adapter_A", f"{weight}.adapter_B"
 
 
 def save_onnx_adapter(adapted: AdaptedModel, path: str | Path, *, name: str | None = None) -> Path:
@@ -73,15 +46,7 @@ def write_adapter_file(adapted: AdaptedModel, path: Path, name: str | None = Non
         OSError: its place cannot be written.
     """
     tensors = find_adapter_tensors(adapted, name)
-    adapter = onnxruntime.AdapterFormat()
-    adapter.set_adapter_version(_ADAPTER_VERSION)
-    adapter.set_model_version(_MODEL_VERSION)
-    adapter.set_parameters({key: to_ort_value(tensor) for key, tensor in tensors.items()})
-    try:
-        adapter.export_adapter(str(path))
-    except RuntimeError as error:  # onnxruntime does not say why
-        raise OSError(errno.EIO, f"onnxruntime fails to write {path.name}: {error}") from error
-    append_manifest(path, describe_base(adapted, name))
+    write_adapter_tensors(path, tensors, describe_base(adapted, name))
     return path
 
 
@@ -102,25 +67,3 @@ def find_adapter_tensors(adapted: AdaptedModel, name: str | None = None) -> dict
         tensors.setdefault(first, torch.zeros(site.in_features, 0, dtype=site.dtype))
         tensors.setdefault(second, torch.zeros(0, site.weight_rows, dtype=site.dtype))
     return {**tensors, **find_trained_tensors(adapted, name)}
-
-
-def read_adapter_file(path: str | Path) -> AdapterFile:
-    """The content of an adapter file.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or of another format.
-    """
-    data, manifest = read_with_manifest(Path(path))
-    with tempfile.TemporaryDirectory() as folder:
-        # onnxruntime reads files only. It gets the bytes that were checked, whatever happens to the file meanwhile.
-        checked = Path(folder) / "checked.onnx_adapter"
-        checked.write_bytes(data)
-        try:
-            values = onnxruntime.AdapterFormat.read_adapter(str(checked)).get_parameters()
-            tensors = {name: from_ort_value(value) for name, value in values.items()}
-        except Exception as error:  # onnxruntime raises plain RuntimeErrors
-            raise CheckpointError(
-                f"{path}: onnxruntime cannot read its tensors ({' '.join(str(error).split())}), expected a file that "
-                "save_onnx_adapter wrote; save it again"
-            ) from error
-    return AdapterFile(tensors=tensors, base=manifest["base"])

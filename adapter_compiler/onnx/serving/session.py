@@ -14,10 +14,9 @@ import onnxruntime
 import torch
 
 from adapter_compiler.errors import AdapterCompilerError, CheckpointError, ConfigError
-from adapter_compiler.onnx.serving.adapter_file import AdapterFile, read_adapter_file
 from adapter_compiler.onnx.serving.base_tensors import find_other_tensor
-from adapter_compiler.onnx.verification.values import to_ort_value
 from adapter_compiler.onnx.verification.verify import open_session
+from adapter_compiler.saving.onnx_files.adapter_tensors import AdapterFile, read_adapter_file, to_ort_value
 from adapter_compiler.saving.onnx_files.metadata import METADATA_KEY
 from passes.planning.json_schema import Field, Source, check_object, is_object_of, is_text, parse_json
 

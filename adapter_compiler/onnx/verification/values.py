@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy
-import onnx
 import onnxruntime
 import torch
-import torch.utils.dlpack
 
-_BFLOAT16 = "tensor(bfloat16)"
+from adapter_compiler.saving.onnx_files.adapter_tensors import BFLOAT16, from_ort_value, to_ort_value
 
 
 def run_session(
@@ -38,22 +36,6 @@ def run_session(
     return [torch.from_numpy(numpy.array(array)) for array in arrays]
 
 
-def to_ort_value(tensor: torch.Tensor) -> onnxruntime.OrtValue:
-    """The tensor for onnxruntime; numpy has no bfloat16, so that one goes by its bits."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype is torch.bfloat16:
-        bits = tensor.view(torch.int16).numpy()
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
-    return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
-
-
-def from_ort_value(value: onnxruntime.OrtValue) -> torch.Tensor:
-    """A copy of onnxruntime's value as a tensor."""
-    if value.data_type() == _BFLOAT16:
-        return torch.utils.dlpack.from_dlpack(value._ortvalue).clone()
-    return torch.from_numpy(numpy.array(value.numpy()))
-
-
 def _uses_bfloat16(session: onnxruntime.InferenceSession) -> bool:
     values = (*session.get_inputs(), *session.get_outputs(), *session.get_overridable_initializers())
-    return any(value.type == _BFLOAT16 for value in values)
+    return any(value.type == BFLOAT16 for value in values)

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -27,6 +27,9 @@ from passes.planning.plan import AdapterPlan, PlannedAdapter
 
 #: What a folder may be written as.
 PEFT_KINDS = ("lora", "adalora")
+
+#: Whether each module has a rank of its own, or all have the largest, for readers that know no patterns.
+Ranks = Literal["own", "one"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +83,14 @@ def save_peft_adapters(adapted: AdapterState, folder: str | Path, *, kind: str =
     return _write(contents, Path(folder), kind)
 
 
-def convert_to_peft(saved: SavedAdapters, folder: str | Path, *, kind: str = "lora") -> Path:
+def convert_to_peft(saved: SavedAdapters, folder: str | Path, *, kind: str = "lora", ranks: Ranks = "own") -> Path:
     """Write the adapters of another folder in the same way, without the model's code.
+
+    Args:
+        saved: the adapters.
+        folder: where to write.
+        kind: as for :func:`save_peft_adapters`.
+        ranks: ``"one"`` writes LoRA without patterns: all modules have the largest rank, padded with zeros.
 
     Raises:
         CheckpointError: the folder holds what is no adapter, such as single rows of an embedding.
@@ -103,10 +112,10 @@ def convert_to_peft(saved: SavedAdapters, folder: str | Path, *, kind: str = "lo
         trained=group_trained(trained, {weight.rpartition(".")[0] for weight in layers}),
         quantized=saved.quantized,
     )
-    return _write(contents, Path(folder), kind)
+    return _write(contents, Path(folder), kind, ranks)
 
 
-def _write(contents: _Contents, folder: Path, kind: str) -> Path:
+def _write(contents: _Contents, folder: Path, kind: str, ranks: Ranks = "own") -> Path:
     """Write the two files of a PEFT folder, both or none."""
     weights = contents.plan.by_weight
     made = [make_site(group, contents.parameters_of, contents.layers[name], kind) for name, group in weights.items()]
@@ -115,10 +124,11 @@ def _write(contents: _Contents, folder: Path, kind: str) -> Path:
     if not sites:
         raise ConfigError("no triplet is alive at any site, so there is nothing to write")
     rank = max(site.rank for site in sites)
-    if kind == "lora":
-        config = _lora_config(sites, rank)
-    else:
+    if kind == "adalora" or ranks == "one":
         sites = [site.pad(rank) for site in sites]
+    if kind == "lora":
+        config = _lora_config(sites, rank, ranks)
+    else:
         config = _adalora_config(sites, rank, _find_common_scale(contents.plan))
     notes = _find_notes(contents)
     config |= {
@@ -187,9 +197,10 @@ def _is_transposed(contents: _Contents) -> bool:
     return (layouts[LINEAR_OR_CONV1D] or layouts[LINEAR]) == {True}
 
 
-def _lora_config(sites: Sequence[PeftSite], rank: int) -> dict[str, Any]:
-    ranks = {f"^{re.escape(site.module)}": site.rank for site in sites}
-    common = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "rank_pattern": ranks, "alpha_pattern": ranks}
+def _lora_config(sites: Sequence[PeftSite], rank: int, ranks: Ranks) -> dict[str, Any]:
+    own = {f"^{re.escape(site.module)}": site.rank for site in sites} if ranks == "own" else {}
+    common: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+    common |= {"rank_pattern": own, "alpha_pattern": own}
     common["use_dora"] = any(site.magnitude is not None for site in sites)
     return {**_common_config(sites), **common}
 

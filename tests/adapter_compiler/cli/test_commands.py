@@ -195,6 +195,18 @@ def test_converted_to_peft_and_back(kind: str, folder: Path) -> None:
     torch.testing.assert_close(loaded.merge_and_unload()(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("to", "place"), [("vllm", "folder"), ("ort", "file")])
+def test_converted_for_other_run_times(to: str, place: str, folder: Path) -> None:
+    base = folder / "base.onnx"
+    if to == "ort":
+        target = f"{folder / 'my_model.py'}:build_adapted"
+        run("export", target, "-o", base, "--runtime")
+    found = run_json("adapters", "convert", folder / "adapters", "-o", folder / f"for_{to}", "--to", to, "--base", base)
+    assert found[place] == str(folder / f"for_{to}") and found["sites"] == 2
+    problem = run("adapters", "convert", folder / "adapters", "-o", folder / "x", "--to", "diffusers", code=1)
+    assert "give it with --component" in problem
+
+
 def test_sites_shows_every_weight_and_writes_a_plan_and_a_picture(folder: Path) -> None:
     plan, picture = folder / "plan.json", folder / "sites.svg"
     target = f"{folder / 'my_model.py'}:build"

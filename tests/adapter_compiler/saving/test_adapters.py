@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import adapter_compiler as ac
 from adapter_compiler.errors import CheckpointError, ConfigError
-from adapter_compiler.saving.convert import convert_adapters
+from adapter_compiler.saving.exchange.convert import convert_adapters
 from adapter_compiler.saving.folding.fold_files import fold_files
 from adapter_compiler.saving.primitives.adapter_file import FILE_NAME
 from tests.adapter_compiler.saving.rewriting import change_tensor, read_header, rewrite

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from safetensors.torch import save_file
 import adapter_compiler as ac
-from adapter_compiler.saving.convert import convert_adapters
+from adapter_compiler.saving.exchange.convert import convert_adapters
 from adapter_compiler.saving.folding.fold_files import fold_files
 from adapter_compiler.onnx.quantize import quantize_onnx
 

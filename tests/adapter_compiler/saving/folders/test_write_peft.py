@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import adapter_compiler as ac
 from adapter_compiler.errors import CheckpointError, ConfigError
-from adapter_compiler.saving.convert import convert_adapters
+from adapter_compiler.saving.exchange.convert import convert_adapters
 from adapter_compiler.saving.folders.read_folder import read_saved_adapters
 from adapter_compiler.saving.folders.write_peft import convert_to_peft, save_peft_adapters
 

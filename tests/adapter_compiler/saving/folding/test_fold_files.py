@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import adapter_compiler as ac
 from adapter_compiler.errors import CheckpointError, ConfigError, ExportError
-from adapter_compiler.saving.convert import convert_adapters
+from adapter_compiler.saving.exchange.convert import convert_adapters
 from adapter_compiler.saving.folding.fold_files import fold_files
 
 
