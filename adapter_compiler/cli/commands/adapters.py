@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from adapter_compiler.cli.commands.exchanged import add_reference
 from adapter_compiler.cli.commands.output import AsJson, command_output
 
 adapters_app = typer.Typer(no_args_is_help=True, help="List, inspect and convert folders of trained adapters.")
@@ -72,6 +73,10 @@ def convert(
     component: Annotated[
         str | None, typer.Option(help="For diffusers: the part of the pipeline, such as unet or transformer.")
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="The base model as FILE.py:FUNCTION; inputs and outputs of one call are written as well."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write adapters in the format of another run time, by its own rule of scales and ranks, or say what it lacks.
@@ -82,6 +87,8 @@ def convert(
 
     with command_output(as_json=as_json) as output:
         written = convert_adapters(folder, out, to=to, base=base, component=component)
+        if reference is not None:
+            add_reference(written, folder, reference)
         output.write(_describe_written(written, to) if as_json else None, f"wrote {written}")
 
 

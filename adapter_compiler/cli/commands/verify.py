@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from adapter_compiler.cli.commands.exchanged import describe_adapter, is_exchanged
 from adapter_compiler.cli.commands.output import AsJson, WithTraceback, command_output
 from adapter_compiler.cli.commands.target import TARGET_HELP, load_target, with_adapters
 
@@ -20,18 +21,29 @@ if TYPE_CHECKING:
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(help="An ONNX file that this tool exported.")],
+    file: Annotated[Path, typer.Argument(help="An ONNX file, or an adapter of `adapters convert`.")],
     against: Annotated[Path | None, typer.Option(help="Another ONNX file to compare with.")] = None,
     model: Annotated[
         str | None,
         typer.Option(help=f"The PyTorch model to compare with. {TARGET_HELP}"),
     ] = None,
     adapters: Annotated[Path | None, typer.Option(help="With --model: folder of trained adapters to load.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="For an exchanged adapter: the base model as FILE.py:FUNCTION, as its folder with config.json, or as "
+            "the ONNX file that takes the adapter."
+        ),
+    ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Number of random inputs.")] = 8,
     as_json: AsJson = False,
     with_traceback: WithTraceback = False,
 ) -> None:
-    """Check an ONNX file alone, against another file, or against the PyTorch model that it was exported from.
+    """Check an ONNX file or an exchanged adapter.
+
+    An ONNX file is checked alone, against another file, or against the PyTorch model that it was exported from. An
+    adapter that `adapters convert` wrote is read by its reader's rule and compared with the manifest beside it; its
+    reference call is replayed in PyTorch, peft, diffusers, onnxruntime and mlx-lm, where they and the base are at hand.
 
     Alone, it must pass onnx.checker, load and run on onnxruntime, and give finite values. Against a model, it is run
     on the example, on other sizes of every dynamic dimension and on random inputs, as in an export. The exit code is 1
@@ -42,6 +54,9 @@ def verify(
     sys.path.insert(0, "")
     with command_output(as_json=as_json, with_traceback=with_traceback) as output:
         _assert_fit(against, model, adapters)
+        if is_exchanged(file):
+            output.write(*describe_adapter(file, base))
+            return
         if model is None:
             from adapter_compiler.onnx.verification.compare_files import verify_file
 

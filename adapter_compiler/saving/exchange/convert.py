@@ -13,7 +13,7 @@ from adapter_compiler.errors import ConfigError
 from adapter_compiler.saving.exchange.base_config import read_base_config
 from adapter_compiler.saving.exchange.manifest import find_manifest, write_manifest
 from adapter_compiler.saving.exchange.targets import diffusers, gguf, lora_folder, mlx, ort
-from adapter_compiler.saving.exchange.updates import Abilities, WeightUpdate, find_updates
+from adapter_compiler.saving.exchange.updates import EVERYTHING, WeightUpdate, find_updates
 from adapter_compiler.saving.folders.peft_format.notes import PEFT_WEIGHTS
 from adapter_compiler.saving.folders.read_folder import read_saved_adapters
 from adapter_compiler.saving.folders.saved_adapters import SavedAdapters
@@ -33,8 +33,6 @@ _ABILITIES = {
     "diffusers": diffusers.ABILITIES,
     "ort": ort.ABILITIES,
 }
-#: What a manifest can describe.
-_EVERYTHING = Abilities(name="a manifest", layers=None, taken="all", rescales=True, ties=True, trains=True)
 #: Formats that are one file, and the main file of those that are folders.
 _FILES = ("gguf", "ort")
 _MAIN_FILES = {
@@ -88,8 +86,9 @@ def convert_adapters(
     _assert_elsewhere(Path(folder), out)
     updates = find_updates(saved, _ABILITIES[to])
     with _written(out, to) as draft:
-        _write(updates, draft, saved, to, base, component)
-        write_manifest(find_manifest(draft), updates, to, component)
+        dtype = _write(updates, draft, saved, to, base, component)
+        found = {"component": component, "adds_only": not saved.replacements, "dtype": dtype}
+        write_manifest(find_manifest(draft), updates, target=to, **found)
     return out
 
 
@@ -114,7 +113,8 @@ def _write(
     to: str,
     base: str | Path | None,
     component: str | None,
-) -> None:
+) -> torch.dtype:
+    """Write the adapter, and return the dtype of its tensors."""
     if to == "gguf":
         gguf.write_gguf(updates, draft, read_base_config(base, "llama.cpp"))
     elif to == "mlx":
@@ -122,15 +122,16 @@ def _write(
     elif to == "diffusers":
         diffusers.write_diffusers(updates, draft, component)
     elif to == "ort":
-        ort.write_ort(updates, draft, saved, base)
+        return ort.write_ort(updates, draft, saved, base)
     else:
         lora_folder.write_lora(saved, draft)
+    return torch.float32
 
 
 def _write_peft(saved: SavedAdapters, out: Path, to: str) -> Path:
     convert_to_peft(saved, out, kind=to.removeprefix("peft").removeprefix("-") or "lora")
     with written_beside(find_manifest(out)) as draft:
-        write_manifest(draft, find_updates(saved, _EVERYTHING), to, None)
+        write_manifest(draft, find_updates(saved, EVERYTHING), target=to, adds_only=not saved.replacements)
     return out
 
 

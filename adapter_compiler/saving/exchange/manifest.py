@@ -7,7 +7,7 @@ whole model stand in a safetensors file beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from passes.planning.json_schema import (
     dump_json,
     is_count,
     is_finite,
+    is_flag,
     is_list_of,
     is_or_null,
     is_string,
@@ -38,6 +39,8 @@ _SCHEMA: Mapping[str, Field] = {
     "format": Field(expected="1", fits=lambda value: value == _FORMAT),
     "target": Field(expected="the name of a format", fits=is_text),
     "component": Field(expected="the name of a part of a pipeline", fits=is_or_null(is_text)),
+    "adds_only": Field(expected="true or false", fits=is_flag),
+    "tolerance": Field(expected="a number", fits=is_finite),
     "weights": Field(expected="an object of weights", fits=lambda value: isinstance(value, dict)),
 }
 
@@ -60,10 +63,33 @@ def find_reference(adapter: Path) -> Path:
     return adapter / _REFERENCE if adapter.is_dir() else adapter.with_name(f"{adapter.name}.{_REFERENCE}")
 
 
-def write_manifest(path: Path, updates: Iterable[WeightUpdate], target: str, component: str | None) -> None:
-    """Write the manifest of an adapter."""
-    weights = {update.weight: _describe(update) for update in updates}
-    values = {"format": _FORMAT, "target": target, "component": component, "weights": weights}
+def write_manifest(
+    path: Path,
+    updates: Sequence[WeightUpdate],
+    *,
+    target: str,
+    component: str | None = None,
+    adds_only: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the manifest of an adapter.
+
+    Args:
+        path: the file.
+        updates: the adapters.
+        target: the format.
+        component: the part of a pipeline, for diffusers.
+        adds_only: whether the adapters are all that changes, and only add to weights.
+        dtype: that of the adapter's tensors, which sets how close ΔW must be.
+    """
+    values = {
+        "format": _FORMAT,
+        "target": target,
+        "component": component,
+        "adds_only": adds_only and all(update.magnitude is None for update in updates),
+        "tolerance": max(1e-5, 8 * torch.finfo(dtype).eps),
+        "weights": {update.weight: _describe(update) for update in updates},
+    }
     source = Source(name=str(path), error=CheckpointError, advice="convert fewer adapters at once")
     path.write_text(dump_json(source, values, indent=2) + "\n", encoding="utf-8")
 

@@ -82,6 +82,10 @@ class Abilities:
     trains: bool = False
 
 
+#: Those of a manifest, which can describe every adapter.
+EVERYTHING = Abilities(name="a manifest", layers=None, taken="all", rescales=True, ties=True, trains=True)
+
+
 def find_updates(saved: SavedAdapters, abilities: Abilities) -> list[WeightUpdate]:
     """The updates of all adapted weights, without those of rank 0.
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy
 import torch
 
-from adapter_compiler.errors import ConfigError
+from adapter_compiler.errors import MissingDependencyError
 from adapter_compiler.saving.exchange.base_config import BaseConfig
 from adapter_compiler.saving.exchange.targets.gguf_names import GgufNames
 from adapter_compiler.saving.exchange.updates import Abilities, WeightUpdate
@@ -42,7 +42,8 @@ def write_gguf(updates: Sequence[WeightUpdate], path: Path, base: BaseConfig) ->
     """Write the file.
 
     Raises:
-        ConfigError: the package ``gguf`` is missing, or llama.cpp has no place for a weight.
+        MissingDependencyError: the package ``gguf`` is missing.
+        ConfigError: llama.cpp has no place for a weight.
     """
     gguf = import_gguf()
     names = GgufNames.find(gguf, base)
@@ -88,12 +89,12 @@ def import_gguf() -> Any:
     """The package ``gguf``, which llama.cpp publishes.
 
     Raises:
-        ConfigError: it is not installed.
+        MissingDependencyError: it is not installed.
     """
     try:
         return importlib.import_module("gguf")
     except ImportError as error:
-        raise ConfigError(
+        raise MissingDependencyError(
             f"GGUF files need the package gguf, which cannot be imported ({error}); install adapter-compiler[gguf]"
         ) from error
 

@@ -23,7 +23,9 @@ from adapter_compiler.saving.onnx_files.metadata import read_metadata
 ABILITIES = Abilities(name="onnxruntime", layers=None, taken="all weights", ties=True, trains=True)
 
 
-def write_ort(updates: Sequence[WeightUpdate], path: Path, saved: SavedAdapters, base: str | Path | None) -> None:
+def write_ort(
+    updates: Sequence[WeightUpdate], path: Path, saved: SavedAdapters, base: str | Path | None
+) -> torch.dtype:
     """Write the file.
 
     Args:
@@ -31,6 +33,9 @@ def write_ort(updates: Sequence[WeightUpdate], path: Path, saved: SavedAdapters,
         path: the file to write.
         saved: the folder that they come from, for what was trained besides.
         base: the file that ``export_onnx(..., adapters="runtime")`` wrote of the base model.
+
+    Returns:
+        The dtype of the adapters in the file.
 
     Raises:
         ConfigError: the base is missing or was exported in another way, or has no input for something that changed.
@@ -51,6 +56,7 @@ def write_ort(updates: Sequence[WeightUpdate], path: Path, saved: SavedAdapters,
             slots.assert_has(name, value)
             tensors[name] = value.to(tensors[name].dtype)
     write_adapter_tensors(path, tensors, slots.checksums)
+    return tensors[input_names(updates[0].weight)[0]].dtype
 
 
 def read_ort(path: Path) -> dict[str, torch.Tensor]:
