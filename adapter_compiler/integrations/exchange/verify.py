@@ -98,7 +98,7 @@ def _find_config(target: str, base: Path | None, model: nn.Module | None) -> Bas
     """The configuration that GGUF needs: that of the folder, or of a model of transformers."""
     if target != "gguf":
         return None
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if base is None and hasattr(config, "to_json_string"):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "config.json"

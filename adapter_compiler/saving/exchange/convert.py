@@ -87,8 +87,9 @@ def convert_adapters(
     updates = find_updates(saved, _ABILITIES[to])
     with _written(out, to) as draft:
         dtype = _write(updates, draft, saved, to, base, component)
-        found = {"component": component, "adds_only": not saved.replacements, "dtype": dtype}
-        write_manifest(find_manifest(draft), updates, target=to, **found)
+        adds_only = not saved.replacements
+        path = find_manifest(draft)
+        write_manifest(path, updates, target=to, component=component, adds_only=adds_only, dtype=dtype)
     return out
 
 
