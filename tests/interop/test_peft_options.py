@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.config.peft_options import ELSEWHERE, WITHOUT_EFFECT
 from adapter_compiler.errors import AdapterCompilerError, CheckpointError, ConfigError
-from adapter_compiler.saving.convert import convert_adapters
+from adapter_compiler.saving.exchange.convert import convert_adapters
 from adapter_compiler.saving.folders.peft_format.fields import APPLIED, HARMLESS, REFUSED
 from adapter_compiler.saving.folders.read_folder import read_saved_adapters
 from adapter_compiler.saving.folding.fold_files import fold_files

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adapter_compiler as ac
 from adapter_compiler.errors import CheckpointError
-from adapter_compiler.saving.convert import convert_adapters
+from adapter_compiler.saving.exchange.convert import convert_adapters
 from passes.compat import pytree
 from tests.interop.peft_cells import LAYERS, Net, write_with_peft
 
