@@ -113,14 +113,25 @@ def version_of(tensor: torch.Tensor) -> int:
 
 # --- autograd nodes -------------------------------------------------------------------------------------------------
 
+#: Whether torch shows the hooks of saved tensors. Without that, activations are kept instead of computed again.
+SHOWS_SAVED_HOOKS = hasattr(
+    find("_C._autograd.SavedTensor", "activations that are recomputed in backward"), "unpack_hook"
+)
+
 
 def is_saved_plainly(node: Any, *names: str) -> bool:
-    """Whether a backward node saved its tensors with these names without a hook.
+    """Whether a backward node is known to have saved its tensors with these names without a hook.
+
+    Old versions of torch do not tell hooks, see :data:`SHOWS_SAVED_HOOKS`; for them the answer is no.
 
     Raises:
         TorchVersionError: the node saves nothing with such a name.
     """
-    return all(one is None or one.unpack_hook is None for one in _read(node, "_raw_saved_", names))
+    return all(one is None or _has_no_hook(one) for one in _read(node, "_raw_saved_", names))
+
+
+def _has_no_hook(saved: Any) -> bool:
+    return getattr(saved, "unpack_hook", saved) is None
 
 
 def read_saved(node: Any, *names: str) -> tuple[Any, ...]:
@@ -338,6 +349,7 @@ __all__ = [
     "ONNX_LOGGER",
     "SET_GRAD_ENABLED",
     "SHAPE_LOGGER",
+    "SHOWS_SAVED_HOOKS",
     "SPECTRAL_NORM",
     "SUBCLASS_LOGGER",
     "UPDATE_FLAT_WEIGHTS",
