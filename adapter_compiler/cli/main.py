@@ -14,6 +14,7 @@ from adapter_compiler.cli.commands.demo import demo
 from adapter_compiler.cli.commands.export import export
 from adapter_compiler.cli.commands.fold import fold
 from adapter_compiler.cli.commands.output import dump_json
+from adapter_compiler.cli.commands.report import report
 from adapter_compiler.cli.commands.sites import sites
 from adapter_compiler.cli.commands.tune import tune
 from adapter_compiler.cli.commands.verify import verify
@@ -57,4 +58,5 @@ app.command()(fold)
 app.command()(export)
 app.command()(verify)
 app.command()(tune)
+app.command()(report)
 app.add_typer(adapters_app, name="adapters")

@@ -11,7 +11,7 @@ from rich.console import Console
 from adapter_compiler.cli.commands.output import command_output
 from adapter_compiler.cli.demo.options import GREATEST_TARGET_RANK, LEAST_STEPS, LEAST_TARGET_RANK, DemoOptions
 
-_Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for model.onnx and report.png.")]
+_Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for model.onnx, report.html and report.png.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Random seed of the split, the weights and the batches.")]
 _Steps = Annotated[int, typer.Option(min=LEAST_STEPS, help="Training steps of the adapters.")]
 _PretrainingSteps = Annotated[
@@ -32,7 +32,7 @@ def demo(
 ) -> None:
     """Adapt a small vision transformer to rotated and inverted digits, and export it to verified ONNX.
 
-    Takes about a minute and needs no network. Writes model.onnx and report.png.
+    Takes about a minute and needs no network. Writes model.onnx, report.html and report.png.
 
     Example: adapter-compiler demo --out results --seed 1 --target-rank 4
     """

@@ -19,7 +19,7 @@ class DemoOptions:
     """The options of one run. Equal options give equal results on the same machine, except for times.
 
     Attributes:
-        out: the folder for ``model.onnx`` and ``report.png``; it is created if it does not exist.
+        out: the folder for ``model.onnx``, ``report.html`` and ``report.png``; it is created if it does not exist.
         seed: random seed of the split, the initial weights and the batches.
         steps: optimizer steps of the adaptation.
         pretraining_steps: optimizer steps of the pre-training on the first task.

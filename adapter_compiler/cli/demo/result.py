@@ -25,6 +25,7 @@ class DemoResult:
         base_seconds: median latency of the pre-trained model's ONNX file for one batch, in seconds.
         merged_seconds: the same for the exported file.
         picture: the picture of the ranks.
+        page: the report of the run.
     """
 
     upright: Outcome
@@ -37,3 +38,4 @@ class DemoResult:
     base_seconds: float
     merged_seconds: float
     picture: Path
+    page: Path

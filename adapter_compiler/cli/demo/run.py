@@ -83,6 +83,7 @@ def _finish(
         base_seconds=base_seconds,
         merged_seconds=merged_seconds,
         picture=_draw(adaptation, options),
+        page=_write_page(adaptation, export, options),
     )
 
 
@@ -96,13 +97,22 @@ def _draw(adaptation: Adaptation, options: DemoOptions) -> Path:
     )
 
 
+def _write_page(adaptation: Adaptation, export: ac.ExportReport, options: DemoOptions) -> Path:
+    return adaptation.budget.report(
+        options.out / "report.html",
+        losses=adaptation.losses,
+        export=export,
+        title=f"AdaLoRA on rotated and inverted digits: rank {options.rank} to {options.target_rank:g} on average",
+    )
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"out={str(folder)!r} cannot be created ({error.strerror}), expected a folder for model.onnx and "
-            "report.png; give one that can be written"
+            f"out={str(folder)!r} cannot be created ({error.strerror}), expected a folder for model.onnx, "
+            "report.html and report.png; give one that can be written"
         ) from error
 
 

@@ -59,6 +59,7 @@ def show_files(console: Console, result: DemoResult, seconds: float) -> None:
     """Print the paths of the files, how the model was verified, and the total time."""
     checked = ", ".join(result.export.cases)
     console.print(f"wrote {result.export.path} (compared with PyTorch on: {checked})", soft_wrap=True, highlight=False)
+    console.print(f"wrote {result.page}", soft_wrap=True, highlight=False)
     console.print(f"wrote {result.picture}", soft_wrap=True, highlight=False)
     console.print(f"done in {seconds:.0f} s", highlight=False)
 

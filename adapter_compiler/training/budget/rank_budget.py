@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from adapter_compiler.training.budget.checks import (
     warn_of_shifted_starts,
 )
 from adapter_compiler.training.budget.masking_record import MaskingRecord
+from adapter_compiler.training.budget.report_data import collect_run, split_scores
 from adapter_compiler.training.budget.schedule import BudgetSchedule
 from adapter_compiler.training.budget.state import assert_same_run, dump_state, restore_state
 from adapter_compiler.training.budget.stepping.copies import mask_copies, mask_second_weights
@@ -42,6 +44,8 @@ from adapter_compiler.training.budget.stepping.wrappers import (
     find_optimizers,
     unwrap_model,
 )
+from adapter_compiler.training.run_report.page import write_page
+from adapter_compiler.training.run_report.run_data import Exported, Extras, SizeCurve
 from adapter_compiler.training.scoring.allocator import Request, allocate_best, allocate_by_site, choose_grown
 from adapter_compiler.training.scoring.importance import SiteImportance
 from adapter_compiler.training.scoring.metrics import GrowthTracker, Metric, make_metric, take_triplets
@@ -117,6 +121,7 @@ class RankBudget:
         self._has_followed = False
         self._watch = GradientWatch(adapted)
         self._loss: float | torch.Tensor | None = None
+        self._last_scores: torch.Tensor | None = None
         self._rounds = StepRounds(self._chains, begin=self._begin_step, take=self._take_gradients, end=self._end_step)
         adapted.add_follower(self)
 
@@ -177,6 +182,36 @@ class RankBudget:
         logger.info("compacted to %d triplets at step %d", self.live_triplets, self.step)
         return self.ranks()
 
+    def report(
+        self,
+        path: str | Path,
+        *,
+        losses: Sequence[float] = (),
+        search: SizeCurve | None = None,
+        export: Exported | None = None,
+        title: str = "Rank budget",
+    ) -> Path:
+        """Write one HTML file with the run in words and pictures; it loads nothing and runs no script.
+
+        It shows ranks by block and role over time, budget and loss, the singular values of ΔW, what was pruned and by
+        which score, and the rounding errors of the last ``adapted.fold()``.
+
+        Args:
+            path: the file.
+            losses: the loss of each optimizer step; by default those given to :meth:`note_loss`, one a masking.
+            search: the result of ``find_smallest``, whose curve is shown.
+            export: the result of ``export_onnx``, whose errors are shown.
+            title: the heading.
+
+        Returns:
+            The path.
+        """
+        self._refresh()
+        names, sizes = self._triplets.sites, self._triplets.sizes
+        scores = split_scores(names, sizes, self._last_scores, self._mask)
+        run = collect_run(self, self._adapted, self._adapter, scores, losses=losses, title=title)
+        return write_page(path, run, Extras(curve=search, fold=self._adapted.fold_report, export=export))
+
     def shrink(self, kept: Mapping[str, torch.Tensor]) -> None:
         """Keep only these triplets of each site (ascending indices), even if others are live."""
         assert_active(self._adapted, self._adapter)
@@ -209,6 +244,7 @@ class RankBudget:
         """
         self._refresh()
         restore_state(self, state)
+        self._last_scores = None
 
     @property
     def _last_step_number(self) -> int:
@@ -295,8 +331,9 @@ class RankBudget:
             # The number of triplets that this share of the budget pays for at the average cost.
             count = int(self.schedule.allocation.grow * budget * len(self._mask) / max(1, self._spendable()))
             preferred = choose_grown(self._growth.growth, self._mask, count)
+        self._last_scores = self._metric.scores(self._triplets)
         request = Request(
-            scores=self._metric.scores(self._triplets),
+            scores=self._last_scores,
             sizes=self._triplets.sizes,
             budget=budget,
             costs=self._costs,

@@ -53,7 +53,7 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShortRun]:
 
 
 def test_it_writes_a_model_with_the_accuracy_that_it_prints(short_run: ShortRun) -> None:
-    assert sorted(file.name for file in short_run.folder.iterdir()) == ["model.onnx", "report.png"]
+    assert sorted(file.name for file in short_run.folder.iterdir()) == ["model.onnx", "report.html", "report.png"]
     path = short_run.folder / "model.onnx"
     onnx.checker.check_model(str(path), full_check=True)
     test = rotate_and_invert(load_digits(3)[1])
@@ -84,6 +84,12 @@ def test_it_prints_what_was_trained_and_pruned(short_run: ShortRun) -> None:
 def test_the_picture_is_one(short_run: ShortRun) -> None:
     height, width, _ = matplotlib.image.imread(short_run.folder / "report.png").shape
     assert width > height > 400
+
+
+def test_the_report_is_about_this_run(short_run: ShortRun) -> None:
+    text = (short_run.folder / "report.html").read_text()
+    assert "The budget pruned 26 of 78 triplets (33%), to an average rank of 2.00" in text
+    assert "The exported file on onnxruntime against PyTorch" in text
 
 
 def test_it_fails_if_the_exported_model_is_worse(
