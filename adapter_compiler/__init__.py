@@ -30,6 +30,7 @@ from adapter_compiler.training.make_optimizer import make_optimizer
 from adapter_compiler.training.training_state import load_training_state, save_training_state
 from adapter_compiler.training.tuning.find_rate import RateSearch, find_rate
 from adapter_compiler.training.tuning.find_smallest import find_smallest
+from adapter_compiler.training.tuning.intrinsic_dimension import IntrinsicDimension, measure_intrinsic_dimension
 from adapter_compiler.training.tuning.size_search import SizePoint, SizeSearch
 from passes.planning.plan import AdapterPlan
 from passes.planning.rules import AdapterRule
@@ -55,6 +56,7 @@ __all__ = [
     "DataStart",
     "ExportReport",
     "InitializationReport",
+    "IntrinsicDimension",
     "OnnxAdapters",
     "RankBudget",
     "RateSearch",
@@ -72,6 +74,7 @@ __all__ = [
     "load_adapters",
     "load_training_state",
     "make_optimizer",
+    "measure_intrinsic_dimension",
     "plot_ranks",
     "rediagonalize",
     "save_onnx_adapter",
