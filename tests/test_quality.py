@@ -1,4 +1,4 @@
-"""The quality benchmark: every method trains, at equal size; what has been run is not run again; the table is right."""
+"""The quality benchmark: every method trains; runs trained together are those trained alone; the table is right."""
 
 from __future__ import annotations
 
@@ -12,73 +12,169 @@ import pytest
 import torch
 
 from adapter_compiler.cli.demo.model import DigitTransformer
-from benchmarks.quality_methods import METHODS, get_rates, run_method
-from benchmarks.quality_tasks import Task
+
+base: Any = importlib.import_module("benchmarks.quality.tasks.base")
+building: Any = importlib.import_module("benchmarks.quality.building")
+methods: Any = importlib.import_module("benchmarks.quality.methods")
+results: Any = importlib.import_module("benchmarks.quality.results")
+table: Any = importlib.import_module("benchmarks.quality.table")
+tasks: Any = importlib.import_module("benchmarks.quality.tasks")
+training: Any = importlib.import_module("benchmarks.quality.training")
+
+TARGETS = r"blocks\..*\.(query|key|value|output|up|down)"
 
 
-def make_task() -> Task:
+def make_task(seed: int = 0) -> Any:
     """A small model without pre-training, and random images."""
-    torch.manual_seed(0)
-    images, labels = torch.rand(40, 8, 8), torch.randint(10, (40,))
-    examples = ({"images": images}, labels)
+    torch.manual_seed(seed)
+    examples = ({"images": torch.rand(40, 8, 8)}, torch.randint(10, (40,)))
     model = DigitTransformer(width=16, depth=1, heads=2, hidden=24)
-    targets = r"blocks\..*\.(query|key|value|output|up|down)"
-    return Task(
-        name="random",
-        model=model,
-        train=examples,
-        validation=examples,
-        test=examples,
-        sites=("blocks.*",),
-        targets=targets,
-    )
+    parts = {"train": examples, "validation": examples, "test": examples}
+    return base.Task(name="random", model=model, sites=("blocks.*",), targets=TARGETS, batch_size=8, **parts)
+
+
+def build(name: str, count: int, steps: int) -> tuple[list[Any], list[Any], list[Any]]:
+    made = [make_task(seed) for seed in range(count)]
+    batches = [base.draw_batches(task.train, steps, 8, seed) for seed, task in enumerate(made)]
+    method = methods.METHODS[name]
+    runs = [
+        building.build_run(method, task, own, rank=2, rate=3e-3, seed=seed)
+        for seed, (task, own) in enumerate(zip(made, batches, strict=True))
+    ]
+    return made, batches, runs
+
+
+@pytest.mark.parametrize(
+    "name", ["full", "lora", "dora", "pissa", "adalora", "muon_budget", "triplet", "peft_lora", "peft_adalora"]
+)
+def test_runs_together_are_runs_alone(name: str) -> None:
+    """Ten steps with a budget that prunes, within rounding."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made, batches, together = build(name, 2, 10)
+        training.train(made[0], together, batches)
+        _, _, alone = build(name, 2, 10)
+        for task, run, own in zip(made, alone, batches, strict=True):
+            training.train(task, [run], [own])
+    for one, other in zip(together, alone, strict=True):
+        assert one.count() == other.count()
+        pairs = zip(one.model.named_parameters(), other.model.named_parameters(), strict=True)
+        for (key, mine), (_, its) in pairs:
+            torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-4, msg=key)
+            if not mine.requires_grad:
+                assert torch.equal(mine, its)
 
 
 @pytest.mark.slow
-def test_every_method_trains_and_ends_with_the_same_rank() -> None:
-    task, counts = make_task(), {}
-    before = [p.clone() for p in task.model.parameters()]
-    for name, method in METHODS.items():
+def test_every_method_trains_and_ends_with_the_same_size() -> None:
+    counts = {}
+    for name in methods.METHODS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            outcome = run_method(method, task, rank=2, rate=get_rates("digits", method)[0], steps=20, seed=0)
-        assert 0 <= outcome.test <= 1
-        counts[name] = outcome.parameters
-    assert all(torch.equal(p, q) for p, q in zip(task.model.parameters(), before, strict=True))
+            made, batches, runs = build(name, 1, 20)
+            before = [p.clone() for p in made[0].model.parameters()]
+            training.train(made[0], runs, batches)
+        assert all(torch.equal(p, q) for p, q in zip(made[0].model.parameters(), before, strict=True))
+        assert 0 <= base.measure(made[0], runs[0].model, made[0].test) <= 100
+        counts[name] = runs[0].count()
     size = 2 * (4 * (16 + 16) + 2 * (16 + 24))
-    assert {counts[n] for n in ("lora", "rslora", "pissa", "lora_ga", "peft_lora")} == {size}
+    assert {counts[n] for n in ("lora", "rslora", "pissa", "lora_ga", "peft_lora", "muon", "triplet")} == {size}
     assert counts["dora"] == size + 4 * 16 + 24 + 16
-    for name in ("adalora", "adalora_grow", "adalora_gradient", "adalora_gradient_grow", "peft_adalora"):
-        # 12 triplets, each of 33 or 41 values, wherever they are.
-        assert 12 * 33 <= counts[name] <= 12 * 41
+    for name in ("adalora", "muon_budget", "muon_sensitivity", "triplet_budget", "peft_adalora"):
+        # At most 12 triplets, each of 33 or 41 values, wherever they are.
+        assert 11 * 33 <= counts[name] <= 12 * 41
 
 
-def test_results_are_summarized_at_the_best_rate_and_paired_by_seed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    quality: Any = importlib.import_module("benchmarks.quality")
-    key = {"task": "digits", "rank": 2, "steps": 150, "parameters": 7, "seconds": 1.0}
-    runs = [
-        ("lora", 0.1, 0, 0.5, 0.50), ("lora", 0.1, 1, 0.5, 0.60),
-        ("lora", 0.2, 0, 0.4, 0.99), ("lora", 0.2, 1, 0.4, 0.99),
-        ("dora", 0.1, 0, 0.5, 0.52), ("dora", 0.1, 1, 0.5, 0.64),
-    ]  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["characters", "series", "convolution", "digits_coarse"])
+def test_the_small_tasks_are_tasks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("characters", "series", "digits"):
+        monkeypatch.setattr(importlib.import_module(f"benchmarks.quality.tasks.{module}"), "_STEPS", 3)
+    task = tasks.make_task(name, 0, 1)
+    batches = base.draw_batches(task.train, 5, 4, 0)
+    run = building.build_run(methods.METHODS["lora"], task, batches, rank=2, rate=1e-3, seed=0)
+    before = base.measure(task, run.model, task.validation)
+    training.train(task, [run], [batches])
+    assert base.measure(task, run.model, task.validation) != before
+    other = tasks.make_task(name, 0, 0)
+    key = next(iter(task.train[0]))
+    assert not torch.equal(task.train[0][key], other.train[0][key])
+
+
+def test_the_schedule_is_torchs_one_cycle() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=150, pct_start=0.1)
+    for step in range(150):
+        assert training.find_share(step, 150) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-5)
+        optimizer.step()
+        scheduler.step()
+
+
+def result(method: str, rate: float, seed: int, draw: int, test: float, measure: str = base.ACCURACY) -> dict[str, Any]:
+    keys = {"task": "digits", "rank": 2, "steps": 150, "parameters": 7, "seconds": 1.0, "measure": measure}
+    return {**keys, "method": method, "rate": rate, "seed": seed, "draw": draw, "validation": test, "test": test}
+
+
+def tune(method: str, scores: dict[float, float], measure: str = base.ACCURACY) -> list[dict[str, Any]]:
+    return [result(method, rate, 1000, 0, score, measure) for rate, score in scores.items()]
+
+
+def find(found: list[dict[str, Any]], method: str = "lora", seeds: int = 2, draws: int = 1) -> list[Any]:
+    missing: list[Any] = results.find_missing(found, method, tuning=1, seeds=seeds, draws=draws)
+    return missing
+
+
+def test_rates_are_tried_until_the_best_is_inside_and_then_fresh_seeds_run() -> None:
+    guess = methods.METHODS["lora"].guess
+    first = find([])
+    assert [one.rate for one in first] == pytest.approx([guess / 1.6, guess, guess * 1.6])
+    assert {one.seed for one in first} == {1000}
+    rates = [one.rate for one in first]
+    rising = tune("lora", dict(zip(rates, (60.0, 70.0, 80.0), strict=True)))
+    (further,) = find(rising)
+    assert further.rate == pytest.approx(guess * 1.6**2)
+    inside = [*rising, *tune("lora", {further.rate: 75.0})]
+    report = find(inside)
+    assert [(one.seed, one.rate) for one in report] == [(0, rates[2]), (1, rates[2])]
+    done = [*inside, *(result("lora", one.rate, one.seed, 0, 70.0) for one in report)]
+    assert find(done) == []
+    # The repeat runs at the rate of what it repeats, and tunes nothing.
+    assert [(one.seed, one.rate) for one in find(done, "lora_again")] == [(0, rates[2]), (1, rates[2])]
+    assert find([], "lora_again") == []
+
+
+def test_losses_are_better_if_they_are_smaller() -> None:
+    found = tune("lora", {0.1: 2.0, 0.16: 1.5, 0.256: 1.8}, base.BITS)
+    assert results.find_best_rate(found) == 0.16
+    runs = [result("lora", 0.16, seed, 0, 2.0, base.BITS) for seed in (0, 1)]
+    runs += [result("muon", 0.16, seed, 0, 1.9, base.BITS) for seed in (0, 1)]
+    best, reference = table.summarize([*found, *runs])
+    assert (best.method, reference.method) == ("muon", "lora")
+    assert best.gain == pytest.approx(5)
+
+
+def test_differences_are_paired_and_errors_clustered_by_pretraining(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    names = ("method", "rate", "seed", "validation", "test")
-    lines = [json.dumps({**key, **dict(zip(names, run, strict=True))}) for run in runs]
-    path.write_text("\n".join([*lines, lines[0][:20]]))
-    results = quality.read_results(path)
-    assert len(results) == 6
-    lora, dora = quality.summarize(results)
-    # The rate that looks better on a seed that the others have not seen is not chosen.
-    results.append({**results[0], "rate": 0.3, "seed": 0, "validation": 0.45})
-    results.append({**results[0], "rate": 0.3, "seed": 2, "validation": 0.99})
-    assert quality.summarize(results)[0].rate == 0.1
-    assert (lora.rate, lora.mean, lora.difference) == (0.1, pytest.approx(55), None)
-    assert (dora.mean, dora.difference) == (pytest.approx(58), pytest.approx(3))
-    assert dora.difference_error == pytest.approx(1)
-    quality.show(quality.summarize([result for result in results if result["seed"] == 0]), markdown=True)
-    assert capsys.readouterr().out.splitlines()[2:] == [
-        "| dora | 0.1 | 7 | 52.0 | +2.0 | 1 |",
-        "| lora | 0.1 | 7 | 50.0 |  | 1 |",
+    scores = {"lora": [[50.0, 52.0], [60.0, 62.0]], "dora": [[52.0, 56.0], [61.0, 63.0]]}
+    runs = [
+        result(name, 0.1, seed, draw, score)
+        for name, seeds in scores.items()
+        for seed, draws in enumerate(seeds)
+        for draw, score in enumerate(draws)
+    ]
+    results.append_results(path, [*runs, *tune("lora", {0.05: 1.0, 0.1: 2.0, 0.2: 1.0}), *tune("dora", {0.1: 99.0})])
+    with path.open("a") as file:
+        file.write(json.dumps(runs[0])[:20])
+    found = results.read_results(path)
+    assert len(found) == 12
+    dora, lora = table.summarize(found)
+    assert (lora.mean, lora.gain, lora.is_inside) == (56, None, True)
+    assert (dora.mean, dora.gain) == (58, 2)
+    # The mean differences of the two pretrainings are 3 and 1.
+    assert dora.gain_error == pytest.approx(1)
+    assert lora.error == pytest.approx(5)
+    assert not dora.is_inside
+    assert table.write_table(found)[2:] == [
+        "| dora | 0.1 (edge) | 7 | 58.0 ± 4.0 | +2.0 ± 1.0 | 52.0 | 4 of 2 |",
+        "| lora | 0.1 | 7 | 56.0 ± 5.0 |  | 50.0 | 4 of 2 |",
     ]

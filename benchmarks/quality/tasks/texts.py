@@ -1,13 +1,11 @@
-"""What the quality benchmark learns: the digits of the demo turned and inverted, or the classes of short texts.
+"""Short texts: a sentence encoder and a new head, which is fitted on the frozen encoder first.
 
-Each task has a pretrained model, few examples to train on, others to choose the learning rate by, and others again to
-be measured on. Text models have a new head, fitted on the frozen encoder first; every method starts from it and
-trains it at the same rate, so that the methods differ in what they do to the encoder only.
+Every method starts from that head and trains it at the same rate, so methods differ in what they do to the encoder
+only.
 """
 
 from __future__ import annotations
 
-import copy
 import csv
 import dataclasses
 import json
@@ -20,12 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapter_compiler.cli.demo.data import load_digits, rotate_and_invert
-from adapter_compiler.cli.demo.options import DemoOptions
-from adapter_compiler.cli.demo.training import pretrain
+from benchmarks.quality.tasks.base import Examples, Task, split_by_length, take
 
-#: Inputs by name, and labels.
-Examples = tuple[dict[str, Tensor], Tensor]
 #: One text or two, and the name of their class.
 LabeledText = tuple[tuple[str, ...], str]
 _TOKENS = 32
@@ -33,98 +27,6 @@ _TOKENS = 32
 _HEAD_DECAY = 1e-2
 #: At most so many texts of a class to choose the learning rate by.
 _VALIDATION = 200
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-    """One seed of a task.
-
-    Attributes:
-        name: as results call it.
-        model: the pretrained model; copies of it are trained.
-        train: examples to learn from.
-        validation: examples to choose the learning rate by.
-        test: examples to report.
-        sites: globs of the weights that carry adapters.
-        targets: the same as a regular expression over modules, for peft.
-        batch_size: examples a step.
-        head: the module that is new and trains fully, if there is one.
-    """
-
-    name: str
-    model: nn.Module
-    train: Examples
-    validation: Examples
-    test: Examples
-    sites: tuple[str, ...]
-    targets: str
-    batch_size: int = 32
-    head: str | None = None
-
-    def copy_model(self) -> nn.Module:
-        """A model to train, in training mode."""
-        return copy.deepcopy(self.model).train()
-
-
-def loss(model: nn.Module, batch: Examples) -> Tensor:
-    """Cross-entropy of a batch."""
-    inputs, labels = batch
-    return F.cross_entropy(model(**inputs), labels)
-
-
-def draw_batches(examples: Examples, count: int, size: int, seed: int) -> list[Examples]:
-    """Batches in an order that is the same for every method."""
-    generator = torch.Generator().manual_seed(seed)
-    return [take(examples, torch.randint(len(examples[1]), (size,), generator=generator)) for _ in range(count)]
-
-
-def take(examples: Examples, rows: Tensor) -> Examples:
-    """Some of the examples; texts as long as the longest of them."""
-    inputs, labels = examples
-    taken = {name: value[rows] for name, value in inputs.items()}
-    if "attention_mask" in taken:
-        length = int(taken["attention_mask"].sum(1).max())
-        taken = {name: value[:, :length].contiguous() for name, value in taken.items()}
-    return taken, labels[rows]
-
-
-@torch.no_grad()
-def measure_accuracy(model: nn.Module, examples: Examples) -> float:
-    """The share of right answers, in eval mode."""
-    was_training = model.training
-    model.eval()
-    right = 0
-    for rows in _split_by_length(examples):
-        inputs, labels = take(examples, rows)
-        right += int((model(**inputs).argmax(-1) == labels).sum())
-    model.train(was_training)
-    return right / len(examples[1])
-
-
-def _split_by_length(examples: Examples) -> tuple[Tensor, ...]:
-    """Rows in batches for evaluation, texts of like length together."""
-    inputs, labels = examples
-    mask = inputs.get("attention_mask")
-    order = torch.arange(len(labels)) if mask is None else mask.sum(1).argsort()
-    parts: tuple[Tensor, ...] = order.split(128 if mask is None else 32)
-    return parts
-
-
-def make_digits(seed: int, *, shots: int = 200) -> Task:
-    """The demo's vision transformer after pre-training, and digits rotated and inverted."""
-    upright, held_out = load_digits(seed)
-    model = pretrain(upright, DemoOptions(seed=seed), lambda loss, live: None)
-    changed, test = rotate_and_invert(upright), rotate_and_invert(held_out)
-    examples: Examples = ({"images": changed.images}, changed.labels)
-    return Task(
-        name="digits",
-        model=model,
-        train=take(examples, torch.arange(shots)),
-        validation=take(examples, torch.arange(shots, 2 * shots)),
-        test=({"images": test.images}, test.labels),
-        sites=("blocks.*",),
-        targets=r"blocks\..*\.(query|key|value|output|up|down)",
-    )
 
 
 class TextClassifier(nn.Module):
@@ -195,6 +97,7 @@ def make_text(name: str, data: Path, encoder: Path, seed: int, *, tests: int = 5
         targets=r"encoder\.encoder\.layer\..*\.(query|key|value|dense)",
         batch_size=source.batch_size,
         head="head",
+        at_once=1,
     )
 
 
@@ -207,7 +110,7 @@ def _fit_head(model: TextClassifier, examples: Examples) -> None:
     features: list[Tensor] = []
     seen = model.head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     with torch.no_grad():
-        order = _split_by_length(examples)
+        order = split_by_length(examples)
         for rows in order:
             model(**take(examples, rows)[0])
     seen.remove()
@@ -259,11 +162,6 @@ def _split(rows: list[LabeledText]) -> tuple[list[LabeledText], list[LabeledText
     held_out = [zlib.crc32("\t".join(texts).encode()) % 5 == 0 for texts, _ in rows]
     train, test = ([r for r, out in zip(rows, held_out, strict=True) if out is wanted] for wanted in (False, True))
     return train, test
-
-
-def get_steps(name: str) -> int:
-    """How many optimizer steps a task takes, by default."""
-    return TEXT_TASKS[name].steps if name in TEXT_TASKS else 150
 
 
 #: Tasks that need a data folder and an encoder.
