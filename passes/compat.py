@@ -187,6 +187,48 @@ def flat_weight_names(module: nn.RNNBase) -> Sequence[str]:
     return module._flat_weights_names
 
 
+# --- torch.compile --------------------------------------------------------------------------------------------------
+
+#: The attribute in which a module that is compiled in place keeps the function that its calls run.
+_COMPILED_CALL, _CALL = "_compiled_call_impl", "_call_impl"
+
+
+def set_compiled_call(module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Let calls of a module run another function, as ``nn.Module.compile`` does; copies and pickles lose it.
+
+    Args:
+        module: the module.
+        make: makes the function from the one that runs the hooks and ``forward``.
+
+    Raises:
+        TorchVersionError: calls of modules do not use such a function.
+    """
+    if not hasattr(nn.Module, _COMPILED_CALL) or not hasattr(nn.Module, _CALL):
+        raise TorchVersionError(
+            f"torch {torch.__version__} has no torch.nn.Module.{_COMPILED_CALL}, which adapter-compiler needs for "
+            "compiled blocks; use torch.compile(adapted)"
+        )
+    setattr(module, _COMPILED_CALL, make(getattr(module, _CALL)))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` was applied to a module or to one of its submodules."""
+    return any(
+        getattr(child, _COMPILED_CALL, None) is not None or "_orig_mod" in child._modules for child in module.modules()
+    )
+
+
+def find_compiler_problem() -> str | None:
+    """Why ``torch.compile`` cannot generate code for CPUs, or ``None`` if it finds a C++ compiler."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        return " ".join(str(error).split())
+    return None
+
+
 # --- export and tracing ---------------------------------------------------------------------------------------------
 
 #: The operator that enables and disables gradients, as recorded in graphs.
@@ -360,6 +402,7 @@ __all__ = [
     "WithoutTorchFunction",
     "clone_lazily",
     "find",
+    "find_compiler_problem",
     "flat_weight_names",
     "foreach_abs_",
     "foreach_copy_",
@@ -372,6 +415,7 @@ __all__ = [
     "has_unreduced_gradients",
     "higher_order_name",
     "is_batched",
+    "is_compiled",
     "is_of_class",
     "is_saved_plainly",
     "is_transformed",
@@ -384,6 +428,7 @@ __all__ = [
     "read_saved",
     "renew_flat_weights",
     "schema_of",
+    "set_compiled_call",
     "take_guards",
     "values_in_fake_tensors",
     "version_of",

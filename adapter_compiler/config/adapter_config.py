@@ -83,8 +83,8 @@ class AdapterConfig:
         capture: ``"auto"`` records an example call as a graph, and finds sites, roles and blocks in it. ``"off"``
             records no graph: sites are found by watching the example call, or without an example by the classes of
             the modules. Calls run the model's own Python in both cases.
-        regions: the submodules that ``checkpoint`` applies to, as classes or globs over names; by default the repeated
-            blocks of the model, or the whole model if it has none.
+        regions: the submodules that ``checkpoint`` and ``AdaptedModel.compile`` apply to, as classes or globs over
+            names; by default the repeated blocks of the model, or the whole model if it has none.
         checkpoint: recompute the activations inside each region in backward instead of keeping them.
         quantize: keep the frozen weight under each adapter in ``"nf4"`` (about 4 bits a value, double quantization)
             or ``"int8"``, with bitsandbytes. The given model keeps its own weights: delete it to free their memory, or
@@ -180,11 +180,12 @@ class AdapterConfig:
         Raises:
             SiteError: an entry of ``regions`` matches no submodule.
         """
-        named = find_named_modules(model, self.regions)
+        regions = tuple(find_named_modules(model, self.regions) or find_repeated_modules(model) or [""])
         return AttachOptions(
             fused=self.fused,
             recompute=self.recompute,
-            checkpointed=tuple(named or find_repeated_modules(model) or [""]) if self.checkpoint else (),
+            regions=regions,
+            checkpointed=regions if self.checkpoint else (),
         )
 
     @property

@@ -32,6 +32,7 @@ from adapter_compiler.model.dispatch.attach import (
     find_replaced,
     find_slots,
 )
+from adapter_compiler.model.dispatch.compiled import compile_regions
 from adapter_compiler.model.dispatch.scope import Token, calling, is_visible, without_adapters
 from adapter_compiler.model.fold import copy_without_adapters, fold_module
 from adapter_compiler.model.interface.parameter_groups import make_parameter_groups
@@ -47,6 +48,7 @@ from adapter_compiler.model.parametrized.replace import assert_known, restore_pa
 from adapter_compiler.model.quantized.quantize_base import quantize_base
 from adapter_compiler.saving.adapters import save_adapters
 from adapter_compiler.saving.load_adapter import load_adapter
+from passes.compat import is_compiled
 from passes.planning.find_sites import SiteSearch
 from passes.planning.plan import AdapterPlan
 from passes.quantize.packed_weights import find_packed_weights, moved_weights, read_parameter
@@ -124,6 +126,8 @@ class AdaptedModel(PeftNames, UserAttributes):
     def _call_first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module, and warn if the call does not use a weight with an adapter."""
         self.was_called = True
+        if is_compiled(self.module):  # a record of what is used would make the code of the first call another one
+            return self.module(*args, **kwargs)
         used = self._token.used = set()
         try:
             result = self.module(*args, **kwargs)
@@ -134,6 +138,20 @@ class AdaptedModel(PeftNames, UserAttributes):
         if self.unused:
             logger.warning("no adapter trains at %s: the first call does not use the weight", ", ".join(self.unused))
         return result
+
+    def compile(self, **options: Any) -> None:
+        """Compile the blocks that the model repeats with ``torch.compile``, in place.
+
+        Equal blocks are compiled once, at the first call; what is outside of them runs in eager mode. A model without
+        repeated blocks is compiled whole, and so is any by ``torch.compile(adapted)``.
+        ``AdapterConfig(regions=...)`` names other submodules than the repeated ones. Calls run in eager mode inside
+        ``disable_adapters()``, and where torch finds no C++ compiler, of which a warning is logged.
+
+        Args:
+            options: of ``torch.compile``, such as ``mode``, ``dynamic`` and ``backend``; ``disable=True`` makes calls
+                eager again.
+        """
+        compile_regions(self.module, self._attaching.regions, self._token, options)
 
     def capture(self, *args: Any, **kwargs: Any) -> GraphModule:
         """The fx graph of a call with these arguments, with the adapters in it.

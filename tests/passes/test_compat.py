@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -316,3 +318,24 @@ def prepare_for_one_rank() -> None:
     model.set_requires_gradient_sync(False)
     model(torch.ones(2, 4)).sum().backward()
     assert compat.has_unreduced_gradients(model)
+
+
+def test_a_module_runs_the_function_that_was_set() -> None:
+    layer = nn.Linear(2, 2)
+    assert not compat.is_compiled(layer)
+    compat.set_compiled_call(layer, lambda call: lambda x: call(x) + 1)
+    x = torch.randn(3, 2)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias) + 1)
+    assert compat.is_compiled(nn.Sequential(layer))
+    assert not compat.is_compiled(copy.deepcopy(layer))
+    wrapped: Any = torch.compile(nn.Linear(2, 2), backend="eager")
+    assert compat.is_compiled(wrapped)
+
+
+def test_a_missing_compiler_is_found() -> None:
+    import torch._inductor.config as inductor
+
+    with inductor.patch({"cpp.cxx": (sys.executable,)}):
+        assert compat.find_compiler_problem() is None
+    with inductor.patch({"cpp.cxx": ("/nowhere/c++",)}):
+        assert "/nowhere/c++" in str(compat.find_compiler_problem())

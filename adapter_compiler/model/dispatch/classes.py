@@ -2,8 +2,8 @@
 
 ``torch.nn.utils.parametrize`` does the same. Parameters stay registered under their own names: ``named_parameters``,
 state dicts, optimizers and ``torch.func.functional_call`` see the plain weights. Only a read of the attribute gives the
-sum. Two kinds of modules need more: ``nn.Linear``, which gets a faster ``forward`` because it is called so often, and
-recurrent modules, which keep a list of their weights.
+sum. Two kinds of modules need more: known layers, which get a faster ``forward``
+(:mod:`adapter_compiler.model.dispatch.layers`), and recurrent modules, which keep a list of their weights.
 """
 
 from __future__ import annotations
@@ -15,23 +15,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from adapter_compiler.errors import ConfigError, SiteError
-from adapter_compiler.model.dispatch.memory import find_recomputation
+from adapter_compiler.model.dispatch.layers import find_layer_forward
 from adapter_compiler.model.dispatch.scope import reuse_read, same_scope
 from adapter_compiler.model.dispatch.slots import SLOTS, Slot, assert_gathered, read_registered
 from adapter_compiler.model.dispatch.weights.adapted_weight import AdaptedWeight, make_adapted_weight
-from adapter_compiler.model.dispatch.weights.products import multiply
 from adapter_compiler.model.dispatch.weights.writes import view_values
 from passes.adapt.apply_adapters import BoundAdapter, adapted_sum
 from passes.compat import FLAT_WEIGHTS, UPDATE_FLAT_WEIGHTS, flat_weight_names, is_transformed
 from passes.quantize.packed_weights import is_packed
-
-#: Torch's own functions at import time; somebody may patch them later.
-_LINEAR_FORWARD, _LINEAR = nn.Linear.forward, F.linear
 
 #: The attribute in which a module keeps the adapted weights that were deleted from it.
 _DELETED = "_deleted_adapted_weights"
@@ -138,8 +133,8 @@ def make_adapted_class(
         members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
         if forward is not None:
             members["forward"] = forward
-        if "weight" in leaves and cls.forward is _LINEAR_FORWARD:
-            members["forward"] = _call_linear
+        if "weight" in leaves and (layer_forward := find_layer_forward(cls)) is not None:
+            members["forward"] = layer_forward
         if issubclass(cls, nn.RNNBase) and leaves:
             members[FLAT_WEIGHTS] = property(_read_flat_weights, _ignore_flat_weights)
             members[UPDATE_FLAT_WEIGHTS] = _keep_flat_weights
@@ -214,28 +209,6 @@ def _make(slot: Slot, weight: torch.Tensor, adapters: tuple[BoundAdapter, ...]) 
     return made
 
 
-def _call_linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-    """``nn.Linear.forward`` with W + ΔW; if somebody has patched torch's function, the patch runs instead."""
-    users_forward: Callable[..., torch.Tensor] = module.users_class.forward  # type: ignore[union-attr]
-    if users_forward is not _LINEAR_FORWARD:
-        return users_forward(module, input)
-    weight = module._parameters.get("weight")
-    slot: Slot | None = module.__dict__.get(SLOTS, {}).get("weight")
-    adapters = None if slot is None or weight is None else slot.bind(module, "weight", weight)
-    is_plain = type(input) in (torch.Tensor, nn.Parameter) and F.linear is _LINEAR and not input.is_nested
-    if adapters is None or slot is None or weight is None or not is_plain:
-        return F.linear(input, module.weight, module.bias)
-    assert_gathered(weight, slot.weight)
-    recomputation = find_recomputation(input) if slot.recompute else None
-    found = multiply(
-        input, weight, module.bias, adapters, stored_in_out=False, fused=slot.fused, recomputation=recomputation
-    )
-    if found is NotImplemented:
-        return F.linear(input, module.weight, module.bias)
-    output: torch.Tensor = found
-    return output
-
-
 def _read_flat_weights(module: nn.RNNBase) -> list[torch.Tensor | None]:
     return [_sum_at(module, name) if hasattr(module, name) else None for name in flat_weight_names(module)]
 
@@ -262,6 +235,8 @@ def _make_checkpointed(forward: Any) -> Any:
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not module.training or not torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
+        if torch.compiler.is_compiling():  # the graph has the recomputation in it, with the same adapters
+            return checkpoint(forward, module, *args, use_reentrant=False, **kwargs)
         scope = same_scope()
         return checkpoint(forward, module, *args, use_reentrant=False, context_fn=lambda: (scope, scope), **kwargs)
 

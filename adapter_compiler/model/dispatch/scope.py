@@ -57,7 +57,12 @@ _ALL_MODELS = Token()
 
 def is_visible(token: Token) -> bool:
     """Whether this thread sees the adapters of a model now."""
-    return (token.hidden == 0 and _ALL_MODELS.hidden == 0) or not _is_hidden_here(token)
+    return not is_hidden_somewhere(token) or not _is_hidden_here(token)
+
+
+def is_hidden_somewhere(token: Token) -> bool:
+    """Whether any thread hides the adapters of a model now."""
+    return token.hidden != 0 or _ALL_MODELS.hidden != 0
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
