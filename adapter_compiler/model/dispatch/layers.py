@@ -70,7 +70,7 @@ def call_linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     if users_forward is not _LINEAR_FORWARD:
         return users_forward(module, input)
     bound = _bind(module)
-    is_plain = type(input) in (torch.Tensor, nn.Parameter) and F.linear is _LINEAR and not input.is_nested
+    is_plain = _is_plain(input) and F.linear is _LINEAR and not input.is_nested
     if bound is None or not is_plain:
         return F.linear(input, module.weight, module.bias)
     weight, adapters, slot = bound.base, bound.adapters, bound.slot
@@ -78,15 +78,15 @@ def call_linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     found = multiply(
         input, weight, module.bias, adapters, stored_in_out=False, fused=slot.fused, recomputation=recomputation
     )
-    return F.linear(input, module.weight, module.bias) if found is NotImplemented else found  # type: ignore[no-any-return]
+    return F.linear(input, module.weight, module.bias) if found is NotImplemented else found
 
 
 def call_embedding(module: nn.Embedding, input: torch.Tensor) -> torch.Tensor:
     """``nn.Embedding.forward``."""
     users_forward = _find_users_forward(module)
     bound = _bind_compiled(module) if users_forward is _EMBEDDING_FORWARD and F.embedding is _EMBEDDING else None
-    found = NotImplemented
-    if bound is not None and type(input) is torch.Tensor:
+    found: Any = NotImplemented
+    if bound is not None and _is_plain(input):
         found = run_embedding(
             input, bound, module.padding_idx, module.max_norm, module.norm_type, module.scale_grad_by_freq
         )
@@ -98,8 +98,8 @@ def _make_transposed_forward(original: Forward) -> Forward:
         """``forward`` of transformers' ``Conv1D``, a linear layer whose weight is [in, out]."""
         users_forward = _find_users_forward(module)
         bound = _bind_compiled(module) if users_forward is original and torch.addmm is _ADDMM else None
-        found = NotImplemented
-        if bound is not None and type(x) is torch.Tensor:
+        found: Any = NotImplemented
+        if bound is not None and _is_plain(x):
             matrix, fused = bound.base.t(), bound.slot.fused
             found = multiply(x, matrix, module.bias, bound.adapters, stored_in_out=True, fused=fused)
         return users_forward(module, x) if found is NotImplemented else found
@@ -115,8 +115,8 @@ def _make_convolution_forward(base: Any, target: Forward, spatial: int) -> Forwa
         users_forward = _find_users_forward(module)
         is_known = users_forward is original and getattr(F, f"conv{spatial}d") is target
         bound = _bind_compiled(module) if is_known and module.padding_mode == "zeros" else None
-        found = NotImplemented
-        if bound is not None and type(input) is torch.Tensor:
+        found: Any = NotImplemented
+        if bound is not None and _is_plain(input):
             options = (module.stride, module.padding, module.dilation, module.groups)
             found = convolve(input, bound, module.bias, *options)
         return users_forward(module, input) if found is NotImplemented else found
@@ -142,6 +142,11 @@ def _is_transposed_linear(cls: Any) -> bool:
     x = torch.linspace(-3, 2, 16).view(2, 4, 2)
     with torch.no_grad():
         return torch.equal(cls.forward(probe, x), torch.addmm(probe.bias, x.view(-1, 2), probe.weight).view(2, 4, 3))
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether x is a tensor of no subclass."""
+    return type(x) in (torch.Tensor, nn.Parameter)
 
 
 def _find_users_forward(module: Any) -> Forward:
