@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch._functorch.config
 from torch import nn
 from torch._ops import OpOverload
 from torch._subclasses import meta_utils
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
@@ -261,6 +259,14 @@ def take_guards(exported: torch.fx.GraphModule) -> Callable[..., Any]:
     return forward
 
 
+def make_fx(function: Callable[..., Any], **options: Any) -> Callable[..., torch.fx.GraphModule]:
+    """``torch.fx.experimental.proxy_tensor.make_fx``, which is slow to import."""
+    from torch.fx.experimental import proxy_tensor
+
+    traced: Callable[..., torch.fx.GraphModule] = proxy_tensor.make_fx(function, **options)
+    return traced
+
+
 @contextlib.contextmanager
 def values_in_fake_tensors() -> Iterator[None]:
     """Inside, a trace decides conditions on values by the example's values, and records the decisions.
@@ -271,6 +277,8 @@ def values_in_fake_tensors() -> Iterator[None]:
     Raises:
         TorchVersionError: torch copies values in another way.
     """
+    from torch._functorch import config
+
     name = "_safe_copy"
     original = getattr(meta_utils, name, None)
     if original is None:
@@ -284,9 +292,7 @@ def values_in_fake_tensors() -> Iterator[None]:
 
     setattr(meta_utils, name, copy)
     try:
-        with torch._functorch.config.patch(
-            fake_tensor_propagate_real_tensors=True, generate_fake_kernels_from_real_mismatches=True
-        ):
+        with config.patch(fake_tensor_propagate_real_tensors=True, generate_fake_kernels_from_real_mismatches=True):
             yield
     finally:
         setattr(meta_utils, name, original)

@@ -49,6 +49,32 @@ def test_what_only_exports_is_imported_on_demand(module: str) -> None:
     assert loaded.stdout.strip() == ""
 
 
+#: Parts of torch, and libraries, that take longer to import than all of the two packages.
+SLOW = {
+    "networkx",
+    "rich",
+    "sympy",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.onnx",
+    "torch.fx.experimental.proxy_tensor",
+}
+#: The number of modules besides those of torch and of the two packages that an import may load.
+MOST_MODULES = 30
+
+
+def test_import_loads_little_besides_torch() -> None:
+    code = (
+        "import sys, torch; before = {*sys.modules}; import adapter_compiler; new = {*sys.modules} - before; "
+        "own = {n for n in new if n.partition('.')[0] in ('adapter_compiler', 'passes')}; print(len(new - own)); "
+        f"print(*sorted({SLOW!r} & new))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    count, slow = done.stdout.split("\n")[:2]
+    assert slow == ""
+    assert int(count) <= MOST_MODULES
+
+
 def test_names_that_are_imported_on_demand_are_there() -> None:
     for package in (adapter_compiler, adapter_compiler.onnx):
         assert all(getattr(package, name) is not None for name in package.__all__)

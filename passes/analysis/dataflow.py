@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import networkx as nx
 from torch.fx import Graph, Node
 
 from passes.compat import OpOverload, schema_of
+
+if TYPE_CHECKING:  # networkx takes longer to import than the rest of this package
+    import networkx as nx
 
 
 def build_dataflow(graph: Graph) -> nx.DiGraph[Node]:
@@ -16,6 +19,8 @@ def build_dataflow(graph: Graph) -> nx.DiGraph[Node]:
     A node that writes into its first argument in place has an edge back to that argument, and to what the argument is
     a view of, because later users read the written values.
     """
+    import networkx as nx
+
     flow: nx.DiGraph[Node] = nx.DiGraph()
     flow.add_nodes_from(graph.nodes)
     for node in graph.nodes:
@@ -54,6 +59,8 @@ def operator_name(node: Node) -> str:
 
 def find_nodes_reaching_output(graph: Graph) -> set[Node]:
     """Every node that an output of the graph depends on, or an in-place change of an input, a buffer or a parameter."""
+    import networkx as nx
+
     reversed_flow = build_dataflow(graph).reverse(copy=False)
     sinks = [graph.output_node()]
     sinks += [node for node in graph.nodes if is_in_place(node) and _outlives_call(node.args[0])]

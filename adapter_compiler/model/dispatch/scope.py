@@ -65,10 +65,23 @@ def is_hidden_somewhere(token: Token) -> bool:
     return token.hidden != 0 or _ALL_MODELS.hidden != 0
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _is_hidden_here(token: Token) -> bool:
-    """Whether this thread hides the adapters; not compiled, because Dynamo cannot guard thread-local values."""
+    """Whether this thread hides the adapters."""
+    return _run_uncompiled(_read_hidden, token)
+
+
+def _read_hidden(token: Token) -> bool:
     return token in _scope.hidden or _ALL_MODELS in _scope.hidden
+
+
+def _run_uncompiled(read: Callable[..., bool], *args: Any) -> bool:
+    """Read a thread-local value, which Dynamo cannot guard."""
+    if not torch.compiler.is_compiling():
+        return read(*args)
+    from adapter_compiler.model.dispatch import uncompiled
+
+    found: bool = uncompiled.run_uncompiled(read, *args)
+    return found
 
 
 def base_weights() -> contextlib.AbstractContextManager[None]:
@@ -135,9 +148,12 @@ def calling(token: Token, replaced: frozenset[tuple[int, str]]) -> Iterator[None
         _scope.calls = before
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def is_replaced_in_call(token: Token, module: object, leaf: str) -> bool:
     """Whether a weight that is replaced now was not yet replaced when the present call of the model began."""
+    return _run_uncompiled(_read_replaced, token, module, leaf)
+
+
+def _read_replaced(token: Token, module: object, leaf: str) -> bool:
     call = _find_call(token)
     return call is not None and (id(module), leaf) not in call.replaced
 

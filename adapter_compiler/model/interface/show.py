@@ -6,7 +6,6 @@ import html
 import io
 from typing import Any
 
-from rich.console import Console
 from torch import nn
 
 from adapter_compiler.adapters.adapter_state import AdapterState
@@ -32,6 +31,8 @@ def describe_briefly(adapted: AdapterState) -> str:
 
 def render_html(renderable: Any) -> str:
     """The text that rich prints, as HTML for a notebook."""
+    from rich.console import Console
+
     console = Console(file=io.StringIO(), width=160, record=True)
     console.print(renderable)
     return f"<pre style='line-height:1.2'>{html.escape(console.export_text())}</pre>"

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from adapter_compiler.adapters.adapter_state import AdapterState
 from adapter_compiler.adapters.reports import QuantizationReport
@@ -85,11 +83,15 @@ class AdapterReport:
         return {**dataclasses.asdict(self), **computed}
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(file=io.StringIO(), width=160, record=True)
         console.print(self)
         return console.export_text()
 
-    def __rich_console__(self, console: Console, options: Any) -> Any:
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        from rich.table import Table
+
         table = Table(title=f"{len(self.sites)} adapted weights", title_justify="left")
         for heading in ("weight", "role", "block", "shape", "used by", "form"):
             table.add_column(heading)
