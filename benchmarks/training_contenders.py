@@ -18,6 +18,7 @@ from torch import nn
 import adapter_compiler as ac
 from passes.capture.calls import sort_keywords, split_call
 from passes.capture.capture import capture_call
+from passes.capture.submodules import find_repeated_modules
 
 Step = Callable[[], None]
 
@@ -120,12 +121,18 @@ def make_gpt2(batch: int, length: int) -> Workload:
     )
 
 
-def make_floor(work: Workload) -> Contender:
-    """The captured graph without adapters: forward, and backward for activations only."""
+def make_floor(work: Workload, name: str = "floor", wrap: Callable[[Any], Any] = lambda graph: graph) -> Contender:
+    """The captured graph without adapters: forward, and backward for activations only.
+
+    Args:
+        work: the workload.
+        name: the contender's name.
+        wrap: what runs the graph, such as ``torch.compile``.
+    """
     adapted = _adapt(work, rank=1, trainable=(work.first_parameter,))
     call = split_call((), sort_keywords(work.batch))
     with adapted.disable_adapters():
-        graph = capture_call(adapted.module, call).graph_module
+        graph = wrap(capture_call(adapted.module, call).graph_module)
     first = dict(adapted.module.named_parameters())[work.first_parameter]
     tensors = call.tensors
 
@@ -134,7 +141,7 @@ def make_floor(work: Workload) -> Contender:
         loss.backward()
         first.grad = None
 
-    return Contender(name="floor", step=step, model=adapted)
+    return Contender(name=name, step=step, model=adapted)
 
 
 def make_ours(work: Workload, name: str = "ours", **options: Any) -> Contender:
@@ -182,6 +189,14 @@ def _keep_gradients(model: ac.AdaptedModel, step: Step) -> Step:
     return keep
 
 
+def make_ours_compiled(work: Workload) -> Contender:
+    """The same with ``adapted.compile()``: the model's blocks, each by torch.compile."""
+    made = make_ours(work, "ours, compiled")
+    assert isinstance(made.model, ac.AdaptedModel)
+    made.model.compile()
+    return made
+
+
 def make_captured(work: Workload) -> Contender:
     """The same, where the loop runs the graph that ``AdaptedModel.capture`` gives."""
     made = make_ours(work, "ours, captured")
@@ -219,6 +234,14 @@ def make_peft_lora(work: Workload, rank: int = TARGET) -> Contender:
 
     config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=_target_modules(work))
     return _make_peft(f"peft LoRA r{rank}", work, config)
+
+
+def make_peft_lora_compiled(work: Workload) -> Contender:
+    """The same with torch.compile on each of the model's blocks."""
+    made = dataclasses.replace(make_peft_lora(work), name="peft LoRA, compiled")
+    for name in find_repeated_modules(made.model):
+        made.model.get_submodule(name).compile()
+    return made
 
 
 def make_peft_lora_with_ranks(work: Workload, ranks: Mapping[str, int]) -> Contender:

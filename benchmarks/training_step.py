@@ -29,8 +29,10 @@ from training_contenders import (
     make_minilm,
     make_muon,
     make_ours,
+    make_ours_compiled,
     make_peft_adalora,
     make_peft_lora,
+    make_peft_lora_compiled,
     make_peft_lora_with_ranks,
     make_vit,
     measure_optimizer_share,
@@ -100,23 +102,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: steadier on a busy machine")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "training_step.md")
+    parser.add_argument("--compiled", action="store_true", help="add contenders with torch.compile (minutes each)")
     parser.add_argument("--threads", type=int, default=None, help="of each kernel; torch's own number by default")
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    results = [run(key, options.rounds, CLOCKS[options.clock]) for key in options.work]
+    results = [run(key, options.rounds, CLOCKS[options.clock], options.compiled) for key in options.work]
     notes = read_notes(options.output)
     options.output.write_text(write_report(results, options.rounds, options.clock) + notes)
     print(f"wrote {options.output}")
 
 
-def run(key: str, rounds: int, clock: Callable[[], float]) -> Result:
+def run(key: str, rounds: int, clock: Callable[[], float], is_compiled: bool = False) -> Result:
     """Measure all contenders on one workload."""
     torch.manual_seed(0)
     work = WORKLOADS[key]()
     contenders: dict[str, Contender] = {}
     memory: dict[str, Memory] = {}
-    for make in list_makers(work):
+    for make in [*list_makers(work), *(list_compiled(work) if is_compiled else [])]:
         before = measure_live_bytes()
         contender = make()
         for _ in range(2):
@@ -149,6 +152,15 @@ def list_makers(work: Workload) -> list[Callable[[], Contender]]:
         functools.partial(make_peft_lora, work),
         functools.partial(make_peft_adalora, work),
         functools.partial(make_full, work),
+    ]
+
+
+def list_compiled(work: Workload) -> list[Callable[[], Contender]]:
+    """How to make the contenders that run under torch.compile."""
+    return [
+        functools.partial(make_floor, work, "floor, compiled", torch.compile),
+        functools.partial(make_ours_compiled, work),
+        functools.partial(make_peft_lora_compiled, work),
     ]
 
 
@@ -185,7 +197,9 @@ def write_table(result: Result) -> list[str]:
 
 def write_ratios(result: Result) -> list[str]:
     """The ratios of :data:`COMPARED` and those of memory, and where the time of our step goes."""
-    lines = [f"- {name} to {to}: {result.timing.ratio(name, to):.3f}" for name, to in COMPARED]
+    seconds = result.timing.seconds
+    pairs = [(name, to) for name, to in COMPARED if name in seconds and to in seconds]
+    lines = [f"- {name} to {to}: {result.timing.ratio(name, to):.3f}" for name, to in pairs]
     for name in ("ours", "ours, all kept"):
         found = result.memory[name].peak / result.memory["peft AdaLoRA"].peak
         lines.append(f"- memory of {name} to peft AdaLoRA: {found:.3f}")

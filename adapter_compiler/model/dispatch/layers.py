@@ -69,11 +69,13 @@ def call_linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     users_forward = _find_users_forward(module)
     if users_forward is not _LINEAR_FORWARD:
         return users_forward(module, input)
-    bound = _bind(module)
+    weight = module._parameters.get("weight")
+    slot: Slot | None = module.__dict__.get(SLOTS, {}).get("weight")
+    adapters = None if slot is None or weight is None else slot.bind(module, "weight", weight)
     is_plain = _is_plain(input) and F.linear is _LINEAR and not input.is_nested
-    if bound is None or not is_plain:
+    if adapters is None or slot is None or weight is None or not is_plain:
         return F.linear(input, module.weight, module.bias)
-    weight, adapters, slot = bound.base, bound.adapters, bound.slot
+    assert_gathered(weight, slot.weight)
     recomputation = find_recomputation(input) if slot.recompute else None
     found = multiply(
         input, weight, module.bias, adapters, stored_in_out=False, fused=slot.fused, recomputation=recomputation
@@ -154,18 +156,14 @@ def _find_users_forward(module: Any) -> Forward:
     return forward
 
 
-def _bind(module: nn.Module) -> BoundWeight | None:
-    """The weight with its adapters, or ``None`` if no ΔW is to be added."""
-    weight = module._parameters.get("weight")
+def _bind_compiled(module: nn.Module) -> BoundWeight | None:
+    """The weight with its adapters in compiled code, if ΔW is to be added and the weight is not quantized."""
+    weight = module._parameters.get("weight") if torch.compiler.is_compiling() else None
     slot: Slot | None = module.__dict__.get(SLOTS, {}).get("weight")
-    adapters = None if slot is None or weight is None else slot.bind(module, "weight", weight)
-    if adapters is None or slot is None or weight is None:
+    if weight is None or slot is None or is_packed(weight):
+        return None
+    adapters = slot.bind(module, "weight", weight)
+    if adapters is None:
         return None
     assert_gathered(weight, slot.weight)
     return BoundWeight(weight, adapters, slot)
-
-
-def _bind_compiled(module: nn.Module) -> BoundWeight | None:
-    """The same in compiled code; ``None`` in eager mode, and for weights that are quantized."""
-    bound = _bind(module) if torch.compiler.is_compiling() else None
-    return None if bound is None or is_packed(bound.base) else bound
