@@ -13,11 +13,11 @@ from adapter_compiler.cli.commands.adapters import adapters_app
 from adapter_compiler.cli.commands.demo import demo
 from adapter_compiler.cli.commands.export import export
 from adapter_compiler.cli.commands.fold import fold
-from adapter_compiler.cli.commands.output import dump_json
 from adapter_compiler.cli.commands.report import report
 from adapter_compiler.cli.commands.sites import sites
 from adapter_compiler.cli.commands.tune import tune
 from adapter_compiler.cli.commands.verify import verify
+from adapter_compiler.cli.common.output import dump_json
 
 
 class _Commands(TyperGroup):

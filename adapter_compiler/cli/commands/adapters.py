@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from adapter_compiler.cli.commands.exchanged import add_reference
-from adapter_compiler.cli.commands.output import AsJson, command_output
+from adapter_compiler.cli.common.output import AsJson, command_output
 
 adapters_app = typer.Typer(no_args_is_help=True, help="List, inspect and convert folders of trained adapters.")
 

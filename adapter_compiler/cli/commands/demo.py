@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from adapter_compiler.cli.commands.output import command_output
+from adapter_compiler.cli.common.output import command_output
 from adapter_compiler.cli.demo.options import GREATEST_TARGET_RANK, LEAST_STEPS, LEAST_TARGET_RANK, DemoOptions
 
 _Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for model.onnx, report.html and report.png.")]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from adapter_compiler.cli.commands.target import load_target, with_adapters
+from adapter_compiler.cli.common.target import load_target, with_adapters
 
 if TYPE_CHECKING:
     from adapter_compiler.integrations.exchange.verify import AdapterVerification

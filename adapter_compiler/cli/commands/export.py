@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from adapter_compiler.cli.commands.output import AsJson, WithTraceback, command_output
-from adapter_compiler.cli.commands.target import TARGET_HELP, load_target, with_adapters
+from adapter_compiler.cli.common.output import AsJson, WithTraceback, command_output
+from adapter_compiler.cli.common.target import TARGET_HELP, load_target, with_adapters
 
 
 def export(

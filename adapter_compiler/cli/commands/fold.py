@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adapter_compiler.cli.commands.output import AsJson, command_output, progress_bar
+from adapter_compiler.cli.common.output import AsJson, command_output, progress_bar
 
 
 def fold(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from adapter_compiler.cli.commands.output import AsJson, command_output
+from adapter_compiler.cli.common.output import AsJson, command_output
 
 
 def report(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapter_compiler.cli.commands.output import AsJson, WithTraceback, command_output
-from adapter_compiler.cli.commands.target import TARGET_HELP, load_target
+from adapter_compiler.cli.common.output import AsJson, WithTraceback, command_output
+from adapter_compiler.cli.common.target import TARGET_HELP, load_target
 
 if TYPE_CHECKING:
     from adapter_compiler.model.adapted_model import AdaptedModel

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from adapter_compiler.cli.commands.output import AsJson, WithTraceback, command_output
-from adapter_compiler.cli.commands.target import call_function
+from adapter_compiler.cli.common.output import AsJson, WithTraceback, command_output
+from adapter_compiler.cli.common.target import call_function
 from adapter_compiler.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import typer
 from rich.table import Table
 
 from adapter_compiler.cli.commands.exchanged import describe_adapter, is_exchanged
-from adapter_compiler.cli.commands.output import AsJson, WithTraceback, command_output
-from adapter_compiler.cli.commands.target import TARGET_HELP, load_target, with_adapters
+from adapter_compiler.cli.common.output import AsJson, WithTraceback, command_output
+from adapter_compiler.cli.common.target import TARGET_HELP, load_target, with_adapters
 
 if TYPE_CHECKING:
     from adapter_compiler.onnx.verification.report import OutputError

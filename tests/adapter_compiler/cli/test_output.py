@@ -15,7 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import adapter_compiler as ac
-from adapter_compiler.cli.commands.output import command_output, dump_json
+from adapter_compiler.cli.common.output import command_output, dump_json
 from adapter_compiler.cli.main import app
 
 #: Prints in each way that a program can, and fails in several.
@@ -275,7 +275,7 @@ def test_standard_output_comes_back() -> None:
     """Also that of the process, which C prints to with a delay."""
     code = (
         "import ctypes, sys\n"
-        "from adapter_compiler.cli.commands.output import command_output\n"
+        "from adapter_compiler.cli.common.output import command_output\n"
         "libc = ctypes.CDLL(None)\n"
         "with command_output(as_json=True) as output:\n"
         "    libc.puts(b'from C')\n"

@@ -1,0 +1,1 @@
+"""What several commands need: how a model is named, and how results and errors are written."""
