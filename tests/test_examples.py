@@ -85,7 +85,7 @@ def test_every_example_has_a_test() -> None:
 def test_examples_are_numbered_in_reading_order() -> None:
     for folder in (EXAMPLES, EXAMPLES / "libraries"):
         files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-        numbers = [re.fullmatch(r"(\d\d)_[a-z_]+\.py", path.name) for path in files]
+        numbers = [re.fullmatch(r"(\d\d)_[a-z0-9_]+\.py", path.name) for path in files]
         assert [found and int(found[1]) for found in numbers] == list(range(1, len(numbers) + 1))
 
 
