@@ -368,7 +368,13 @@ def has_unreduced_gradients(module: nn.Module) -> bool:
     """Whether FSDP2 keeps accumulated gradients in a module that it has not reduced over the ranks yet."""
     states = [part._get_fsdp_state() for part in module.modules() if hasattr(part, "_get_fsdp_state")]  # type: ignore[operator]
     parameters = (one for state in states for group in _find_groups(state) for one in group.fsdp_params)
-    return any(one.unsharded_accumulated_grad is not None for one in parameters)
+    return any(_keeps_gradient(one) for one in parameters)
+
+
+def _keeps_gradient(parameter: Any) -> bool:
+    """In the dtype of the reduction, or, if that is the gradient's own, beside the gathered parameter."""
+    gathered = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad is not None or (gathered is not None and gathered.grad is not None)
 
 
 def _find_groups(state: Any) -> Sequence[Any]:

@@ -56,10 +56,12 @@ def make_llama() -> tuple[Any, dict[str, Any]]:
 def make_gpt2() -> tuple[Any, dict[str, Any]]:
     config = transformers.GPT2Config(
         n_embd=16, n_layer=3, n_head=2, vocab_size=50, n_positions=32, use_cache=False, bos_token_id=0, eos_token_id=0,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, loss_type="ForCausalLM",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     tokens = torch.randint(0, 50, (2, 9))
-    return transformers.GPT2LMHeadModel(config), {"input_ids": tokens, "labels": tokens}
+    model = transformers.GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # without a type it logs a warning, which breaks the graph
+    return model, {"input_ids": tokens, "labels": tokens}
 
 
 def make_vit() -> tuple[Any, dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import random
 import time
 import warnings
@@ -217,7 +218,7 @@ def _check_other_size(adapted: ac.AdaptedModel, entry: ZooEntry) -> None:
 
 
 def _check_fold(adapted: ac.AdaptedModel, entry: ZooEntry) -> None:
-    merged = adapted.eval().fold()
+    merged = adapted.eval().fold(parametrized="remove")
     for example in (entry.example, entry.other_example):
         args, kwargs = _draw(example)
         with torch.no_grad():
@@ -248,6 +249,7 @@ def _check_reach(outcome: Outcome, model: nn.Module, entry: ZooEntry) -> None:
     used = _find_used(model, entry)
     adapted = compile_entry(model.train(), entry, "*")
     sites = {site.name.partition("[")[0] for site in adapted.sites}
+    used = {_find_computed(name, sites) for name in used}
     outcome.used_weights = len(used)
     outcome.reachable_weights = len(used & sites)
     outcome.unreachable = [f"{name}: {adapted.rejected.get(name)}" for name in sorted(used - sites)]
@@ -255,6 +257,12 @@ def _check_reach(outcome: Outcome, model: nn.Module, entry: ZooEntry) -> None:
     for mode in ("eval", "train"):
         _check_outputs(adapted, entry, entry.example, mode)
     _check_fold(adapted, entry)
+
+
+def _find_computed(name: str, sites: set[str]) -> str:
+    """The adapted weight that a parametrization computes from a parameter, or else the parameter's own name."""
+    computed = re.sub(r"\.parametrizations\.(\w+)\.original\d?$|(?<=weight)_(?:orig|g|v)$", r".\1", name).rstrip(".")
+    return computed if computed in sites else name
 
 
 def _find_used(model: nn.Module, entry: ZooEntry) -> set[str]:

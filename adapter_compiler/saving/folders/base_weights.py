@@ -13,6 +13,9 @@ from typing import Any
 #: Model types of transformers that have ``Conv1D`` layers.
 _CONV1D_MODELS = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 
+#: What these models call their ``Conv1D`` layers; no other layer of theirs has such a name.
+_CONV1D_NAMES = ("c_attn", "c_fc", "c_proj", "q_attn")
+
 #: Model types of transformers whose stacks of experts are [experts, in, out] and say so by ``is_transposed``.
 _TRANSPOSED_EXPERTS = ("aria", "aria_text", "gpt_oss", "openai_privacy_filter")
 
@@ -38,9 +41,18 @@ class BaseWeights:
     @property
     def lacks_conv1d(self) -> bool:
         """Whether it is a model of transformers' own, of types without ``Conv1D`` layers."""
+        return self._is_of_transformers and not any(kind in _CONV1D_MODELS for kind in _find_model_types(self.config))
+
+    def has_conv1d(self, module: str) -> bool:
+        """Whether it is a model of transformers' own, of a type in which a module of this name is a ``Conv1D``."""
+        kinds = {kind for kind in _find_model_types(self.config) if kind is not None}
+        is_known = self._is_of_transformers and kinds <= set(_CONV1D_MODELS)
+        return is_known and module.rpartition(".")[2] in _CONV1D_NAMES
+
+    @property
+    def _is_of_transformers(self) -> bool:
         config = self.config or {}
-        is_own = isinstance(config.get("model_type"), str) and "auto_map" not in config
-        return is_own and not any(kind in _CONV1D_MODELS for kind in _find_model_types(config))
+        return isinstance(config.get("model_type"), str) and "auto_map" not in config
 
     def find_stack_layout(self, name: str) -> bool | None:
         """Whether the matrices of a stack of experts are stored [in, out]; ``None`` if that is not known."""
@@ -63,8 +75,8 @@ def find_layouts(
 
     PEFT's ``fan_in_fan_out`` is the layout of the last of these modules that it wrapped, as it changes the field for
     each. It holds for a folder with one module. Otherwise a module's layout is known if its weight is rectangular, if
-    it has no bias (``Conv1D`` always has one), if the model has no ``Conv1D``, or if it is the only one that can be the
-    last.
+    it has no bias (``Conv1D`` always has one), if the model's type has no ``Conv1D`` or has one of this name, or if it is
+    the only one that can be the last.
 
     Args:
         features: output and input features by module; linear layers and Conv1D only.
@@ -88,4 +100,6 @@ def _find_layout(module: str, size: tuple[int, int], declared: bool, base: BaseW
         return declared
     if size[0] != size[1]:
         return shape == size[::-1]
+    if base.has_conv1d(module):
+        return True
     return False if base.lacks_conv1d or f"{module}.bias" not in base.shapes else None
