@@ -102,7 +102,6 @@ class AdaptedModel(PeftNames, UserAttributes):
     ) -> None:
         super().__init__(module, plan=plan, adapter_parameters=adapter_parameters, options=options, search=search)
         self.was_called = False
-        self.training = module.training
         self._gradient_flags = gradient_flags
         self._attaching = attaching
         self._parametrized = parametrized
@@ -110,6 +109,18 @@ class AdaptedModel(PeftNames, UserAttributes):
         self._warned_of: set[str] = set()
         self._attach()
         self._sign()
+
+    @property
+    def training(self) -> bool:
+        """The training mode of the user's module."""
+        module = self.__dict__.get("_modules", {}).get("module")
+        return module is None or bool(module.training)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        module = self.__dict__.get("_modules", {}).get("module")
+        if module is not None:
+            module.training = mode
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the user's module returns for these arguments, with the adapters."""

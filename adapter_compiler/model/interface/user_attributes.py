@@ -15,7 +15,6 @@ _OWN = frozenset(
         "options",
         "quantization_report",
         "rejected",
-        "training",
         "unadapted_sites",
         "unused",
         "was_called",
