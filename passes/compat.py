@@ -63,7 +63,21 @@ _top_saved_tensor_hooks: Callable[[bool], Any] = find(
 
 _functorch_is_active: Callable[[], bool] = find("_C._are_functorch_transforms_active", "torch.func and vmap")
 _is_tracing: Callable[[], bool] = find("_C._is_tracing", "torch.jit.trace")
+_count_function_modes: Callable[[], int] = find("_C._len_torch_function_stack", "modes that change torch's functions")
+_count_dispatch_modes: Callable[[], int] = find("_C._len_torch_dispatch_stack", "modes that change operators")
+_function_modes: Callable[[], Sequence[Any]] = find(
+    "overrides._get_current_function_mode_stack", "modes that change torch's functions"
+)
+_dispatch_modes: Callable[[], Sequence[Any]] = find(
+    "utils._python_dispatch._get_current_dispatch_mode_stack", "modes that change operators"
+)
+_disabled_dispatch_modes: Callable[[], contextlib.AbstractContextManager[Any]] = find(
+    "utils._python_dispatch._disable_current_modes", "W + ΔW inside a mode"
+)
+#: The packages whose modes observe or trace and change no values.
+_OWN_PACKAGES = frozenset({"torch", "passes", "adapter_compiler"})
 _is_batched: Callable[[torch.Tensor], bool] = find("_C._functorch.is_batchedtensor", "vmap over backward")
+_is_wrapped: Callable[[torch.Tensor], bool] = find("_C._functorch.is_functorch_wrapped_tensor", "torch.func and vmap")
 _is_legacy_batched: Callable[[torch.Tensor], bool] = find(
     "_C._functorch.is_legacy_batchedtensor", "is_grads_batched=True"
 )
@@ -90,9 +104,34 @@ def is_transformed() -> bool:
     )
 
 
+def is_changed_by_user_mode() -> bool:
+    """Whether a mode of the user, which may change the results of torch's functions or operators, is active here."""
+    if torch.compiler.is_compiling() or not (_count_function_modes() or _count_dispatch_modes()):
+        return False
+    modes = (*_function_modes(), *_dispatch_modes())
+    return any(type(mode).__module__.partition(".")[0] not in _OWN_PACKAGES for mode in modes)
+
+
+def is_in_dispatch_mode() -> bool:
+    """Whether a mode sees the operators below autograd, as in ``make_fx``."""
+    return not torch.compiler.is_compiling() and _count_dispatch_modes() > 0
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """A context in which no mode sees functions and operators."""
+    with find("_C.DisableTorchFunction", "W + ΔW inside a mode")(), _disabled_dispatch_modes():
+        yield
+
+
 def is_batched(tensor: torch.Tensor) -> bool:
     """Whether a tensor is batched, inside ``vmap`` or with ``is_grads_batched=True``."""
     return _is_batched(tensor) or _is_legacy_batched(tensor)
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor belongs to a transform of ``torch.func``, so that it has no memory of its own."""
+    return _is_wrapped(tensor) or _is_legacy_batched(tensor)
 
 
 def clone_lazily(values: torch.Tensor) -> torch.Tensor:
@@ -427,10 +466,13 @@ __all__ = [
     "has_unreduced_gradients",
     "higher_order_name",
     "is_batched",
+    "is_changed_by_user_mode",
     "is_compiled",
+    "is_in_dispatch_mode",
     "is_of_class",
     "is_saved_plainly",
     "is_transformed",
+    "is_wrapped",
     "make_fx",
     "make_wrapper",
     "no_torch_function",
@@ -444,5 +486,6 @@ __all__ = [
     "take_guards",
     "values_in_fake_tensors",
     "version_of",
+    "without_modes",
     "without_onnx_log",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import meta_utils
 from torch.distributed.fsdp import fully_shard
 from torch.fx import symbolic_trace
+from torch.overrides import TorchFunctionMode
 
 from passes import compat
 from tests.ranks import run_ranks
@@ -115,6 +116,42 @@ def test_transforms_are_seen() -> None:
         note(x)
     torch.jit.trace(note, x, check_trace=False)
     assert seen == [False, True, True, True, True, True]
+
+
+class Function(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Dispatch(compat.TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {})) * 2
+
+
+def test_modes_of_users_are_seen() -> None:
+    assert not compat.is_changed_by_user_mode() and not compat.is_in_dispatch_mode()
+    with torch.device("cpu"):
+        assert not compat.is_changed_by_user_mode()
+    with Function():
+        assert compat.is_changed_by_user_mode() and not compat.is_in_dispatch_mode()
+    with Dispatch():  # type: ignore[no-untyped-call]
+        assert compat.is_changed_by_user_mode() and compat.is_in_dispatch_mode()
+        assert torch.ones(2).neg().tolist() == [-4.0, -4.0]
+        with compat.without_modes():
+            assert torch.ones(2).neg().tolist() == [-1.0, -1.0]
+
+
+def test_tensors_of_transforms_are_seen() -> None:
+    seen: list[bool] = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        seen.append(compat.is_wrapped(x))
+        return x.sum()
+
+    note(torch.ones(2))
+    torch.vmap(note)(torch.ones(2, 2))
+    torch.func.grad(note)(torch.ones(2))
+    assert seen == [False, True, True]
 
 
 def test_batched_gradients_are_seen() -> None:
