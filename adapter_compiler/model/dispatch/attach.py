@@ -10,6 +10,7 @@ from torch import nn
 from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
 from adapter_compiler.config.attach_options import AttachOptions
 from adapter_compiler.model.dispatch.classes import AdaptedModule, find_restored_class, make_adapted_class, set_class
+from adapter_compiler.model.dispatch.hooks import WeightHooks
 from adapter_compiler.model.dispatch.memory import find_memory_efficient_forward
 from adapter_compiler.model.dispatch.scope import Token
 from adapter_compiler.model.dispatch.slots import SLOTS, AttachedAdapter, Slot
@@ -35,13 +36,20 @@ def attach_adapters(
     """
     live = plan.live.by_weight
     with_fast_path = _find_inside_fast_path(module)
+    hooks = {slot.weight: slot.hooks for slot in find_slots(module).values()}
     wanted: dict[nn.Module, dict[str, Slot]] = {}
     for name, first in find_parameter_aliases(module).items():
         if first in live:
             path, _, leaf = name.rpartition(".")
             owner = module.get_submodule(path)
             wanted.setdefault(owner, {})[leaf] = _make_slot(
-                first, live[first], adapter_parameters, token, options, has_fast_path=owner in with_fast_path
+                first,
+                live[first],
+                adapter_parameters,
+                token,
+                hooks.setdefault(first, WeightHooks()),
+                options,
+                has_fast_path=owner in with_fast_path,
             )
     checkpointed = {module.get_submodule(name) for name in options.checkpointed}
     for child in module.modules():
@@ -145,6 +153,7 @@ def _make_slot(
     adapters: Sequence[PlannedAdapter],
     adapter_parameters: AdapterParameters,
     token: Token,
+    hooks: WeightHooks,
     options: AttachOptions,
     *,
     has_fast_path: bool,
@@ -158,6 +167,7 @@ def _make_slot(
         weight=weight,
         shape=adapters[0].site.shape,
         adapters=attached,
+        hooks=hooks,
         fused=options.fused,
         recompute=options.fused and options.recompute,
         is_summed_without_grad=has_fast_path,

@@ -8,6 +8,7 @@ sum. Two kinds of modules need more: known layers, which get a faster ``forward`
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import types
 import weakref
@@ -22,14 +23,26 @@ from adapter_compiler.errors import ConfigError, SiteError
 from adapter_compiler.model.dispatch.layers import find_layer_forward
 from adapter_compiler.model.dispatch.scope import reuse_read, same_scope
 from adapter_compiler.model.dispatch.slots import SLOTS, Slot, assert_gathered, read_registered
-from adapter_compiler.model.dispatch.weights.adapted_weight import AdaptedWeight, make_adapted_weight
-from adapter_compiler.model.dispatch.weights.writes import view_values
+from adapter_compiler.model.dispatch.weights.adapted_weight import (
+    AdaptedWeight,
+    make_adapted_weight,
+    watch,
+    watch_with_hooks,
+)
 from passes.adapt.apply_adapters import BoundAdapter, adapted_sum
-from passes.compat import FLAT_WEIGHTS, UPDATE_FLAT_WEIGHTS, flat_weight_names, is_transformed
+from passes.compat import (
+    FLAT_WEIGHTS,
+    UPDATE_FLAT_WEIGHTS,
+    flat_weight_names,
+    is_changed_by_user_mode,
+    is_in_dispatch_mode,
+    is_transformed,
+    without_modes,
+)
 from passes.quantize.packed_weights import is_packed
 
 #: The attribute in which a module keeps the adapted weights that were deleted from it.
-_DELETED = "_deleted_adapted_weights"
+_DELETED = "_adapter_compiler_deleted_weights"
 
 
 class AdaptedModule:
@@ -49,17 +62,23 @@ class AdaptedModule:
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep adapters when ``__class__`` is assigned, and take them along when an adapted weight is assigned."""
         if name == "__class__" and not issubclass(value, AdaptedModule):
-            leaves, is_checkpointed, _ = self.made_with
+            leaves, is_checkpointed, _ = type(self).made_with
             set_class(self, make_adapted_class(value, leaves, is_checkpointed=is_checkpointed))
             return
-        if not isinstance(value, AdaptedWeight) or value.is_transposed or value.slot is None:
+        if not isinstance(value, AdaptedWeight) or not isinstance(value, nn.Parameter):
             super().__setattr__(name, value)
+            return
+        if value.slot is None:  # nn.Parameter(weight) has made it
+            own = nn.Parameter(value.read_values().clone(), requires_grad=value.requires_grad)
+            super().__setattr__(name, own)
             return
         slots = {**self.__dict__.get(SLOTS, {}), name: value.slot}
         super().__setattr__(name, value.registered)
-        _, is_checkpointed, forward = self.made_with
+        _, is_checkpointed, forward = type(self).made_with
         self.__dict__[SLOTS] = slots
-        made = make_adapted_class(self.users_class, frozenset(slots), is_checkpointed=is_checkpointed, forward=forward)
+        made = make_adapted_class(
+            type(self).users_class, frozenset(slots), is_checkpointed=is_checkpointed, forward=forward
+        )
         set_class(self, made)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -90,15 +109,15 @@ class AdaptedModule:
                 del self.__dict__[_DELETED][leaf]
                 super().register_parameter(leaf, param)  # type: ignore[misc]
                 raise SiteError(
-                    f"{leaf} of {self.users_class.__name__} has an adapter and cannot be renamed to {name}; expected "
-                    "the same name; rename it before compile_with_adapters, or after fold()"
+                    f"{leaf} of {type(self).users_class.__name__} has an adapter and cannot be renamed to {name}; "
+                    "expected the same name; rename it before compile_with_adapters, or after fold()"
                 )
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
         if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__ and reduced[1] == (type(self),):  # type: ignore[attr-defined]
-            return (_rebuild, (self.users_class, *self.made_with), *reduced[2:])
+            return (_rebuild, (type(self).users_class, *type(self).made_with), *reduced[2:])
         return reduced
 
 
@@ -196,16 +215,36 @@ def read_weight(module: nn.Module, leaf: str, weight: torch.Tensor | None) -> to
     adapters = slot.bind(module, leaf, weight)
     if adapters is None:
         return weight
-    if is_transformed() or (slot.is_summed_without_grad and not torch.is_grad_enabled()):
-        assert_gathered(weight, slot.weight)
-        return adapted_sum(weight, adapters)
+    if is_changed_by_user_mode():
+        with without_modes():  # then operators on the plain sum are all that the mode sees
+            return _sum(slot, weight, adapters)
+    is_summed = is_transformed() or (slot.is_summed_without_grad and not _needs_gradient(weight, adapters))
+    if is_summed or (not slot.fused and is_in_dispatch_mode()):
+        return _sum(slot, weight, adapters)
     made = reuse_read(slot.token, slot.weight, weight, adapters, lambda: _make(slot, weight, adapters))
-    return made if slot.fused or is_packed(weight) else view_values(made)
+    if slot.hooks.belong_to(weight):
+        watch_with_hooks(made, slot.hooks)
+    return made
+
+
+def _sum(slot: Slot, weight: torch.Tensor, adapters: tuple[BoundAdapter, ...]) -> torch.Tensor:
+    assert_gathered(weight, slot.weight)
+    total = adapted_sum(weight, adapters)
+    if slot.hooks.belong_to(weight) and total.requires_grad:
+        total.register_hook(slot.hooks.make_runner(weight))
+    return total
+
+
+def _needs_gradient(weight: torch.Tensor, adapters: tuple[BoundAdapter, ...]) -> bool:
+    parameters = [p for adapter in adapters for p in adapter.parameters.values()]
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weight, *parameters))
 
 
 def _make(slot: Slot, weight: torch.Tensor, adapters: tuple[BoundAdapter, ...]) -> AdaptedWeight:
     made = make_adapted_weight(weight, adapters, fused=slot.fused, site=slot.weight)
     made.slot = slot
+    if not slot.fused and not is_packed(weight):
+        watch(made)
     return made
 
 
@@ -217,10 +256,10 @@ def _sum_at(module: nn.RNNBase, name: str) -> torch.Tensor | None:
     weight = read_registered(module, name)
     slot: Slot | None = module.__dict__.get(SLOTS, {}).get(name)
     adapters = None if slot is None or weight is None else slot.bind(module, name, weight)
-    if adapters is None or slot is None or weight is None:
+    if adapters is None or weight is None or slot is None:
         return weight
-    assert_gathered(weight, slot.weight)
-    return adapted_sum(weight, adapters)
+    with without_modes() if is_changed_by_user_mode() else contextlib.nullcontext():
+        return _sum(slot, weight, adapters)
 
 
 def _ignore_flat_weights(module: nn.RNNBase, weights: list[Any]) -> None:

@@ -22,6 +22,7 @@ from adapter_compiler.model.dispatch.memory import find_recomputation
 from adapter_compiler.model.dispatch.slots import SLOTS, Slot, assert_gathered
 from adapter_compiler.model.dispatch.weights.products import make_convolution, multiply, run_embedding
 from passes.adapt.apply_adapters import BoundAdapter
+from passes.compat import is_changed_by_user_mode
 from passes.quantize.packed_weights import is_packed
 
 #: Torch's own functions at import time; somebody may patch them later.
@@ -72,8 +73,8 @@ def call_linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     weight = module._parameters.get("weight")
     slot: Slot | None = module.__dict__.get(SLOTS, {}).get("weight")
     adapters = None if slot is None or weight is None else slot.bind(module, "weight", weight)
-    is_plain = _is_plain(input) and F.linear is _LINEAR and not input.is_nested
-    if adapters is None or slot is None or weight is None or not is_plain:
+    is_plain = _is_plain(input) and F.linear is _LINEAR and not input.is_nested and not is_changed_by_user_mode()
+    if adapters is None or slot is None or weight is None or not is_plain or slot.hooks.belong_to(weight):
         return F.linear(input, module.weight, module.bias)
     assert_gathered(weight, slot.weight)
     recomputation = find_recomputation(input) if slot.recompute else None
@@ -152,7 +153,7 @@ def _is_plain(x: Any) -> bool:
 
 
 def _find_users_forward(module: Any) -> Forward:
-    forward: Forward = module.users_class.forward
+    forward: Forward = type(module).users_class.forward
     return forward
 
 
@@ -160,7 +161,7 @@ def _bind_compiled(module: nn.Module) -> BoundWeight | None:
     """The weight with its adapters in compiled code, if ΔW is to be added and the weight is not quantized."""
     weight = module._parameters.get("weight") if torch.compiler.is_compiling() else None
     slot: Slot | None = module.__dict__.get(SLOTS, {}).get("weight")
-    if weight is None or slot is None or is_packed(weight):
+    if weight is None or slot is None or is_packed(weight) or slot.hooks.belong_to(weight):
         return None
     adapters = slot.bind(module, "weight", weight)
     if adapters is None:

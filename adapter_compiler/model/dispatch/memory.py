@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from passes.compat import has_saved_tensor_hooks, is_saved_plainly, is_transformed, read_saved, version_of
+from passes.compat import (
+    has_saved_tensor_hooks,
+    is_changed_by_user_mode,
+    is_saved_plainly,
+    is_transformed,
+    read_saved,
+    version_of,
+)
 from passes.fuse.fused_ops import Recomputation
 from passes.fuse.memory_efficient_ops import memory_efficient_dropout, recompute_layer_norm, tanh_gelu
 
@@ -83,18 +90,22 @@ _RECOMPUTATIONS: Mapping[str, Callable[[Any], Partial | None]] = {
 
 def drop(module: nn.Dropout, input: torch.Tensor) -> torch.Tensor:
     """``nn.Dropout.forward``, which in training keeps the mask as bytes."""
-    users_forward: Callable[..., torch.Tensor] = module.users_class.forward  # type: ignore[union-attr]
+    cls: Any = type(module)
+    users_forward: Callable[..., torch.Tensor] = cls.users_class.forward
     if users_forward is not _DROPOUT_FORWARD or F.dropout is not _DROPOUT:
         return users_forward(module, input)
-    if not module.training or module.inplace or not 0 < module.p < 1 or is_transformed() or is_kept_elsewhere():
+    p: object = module.p  # users assign tensors and integers too
+    is_plain = module.training and not module.inplace and isinstance(p, float) and 0 < p < 1
+    if not is_plain or is_transformed() or is_kept_elsewhere() or is_changed_by_user_mode():
         return F.dropout(input, module.p, module.training, module.inplace)
     return memory_efficient_dropout(input, module.p, True)
 
 
 def apply_tanh_gelu(module: nn.Module, input: torch.Tensor) -> torch.Tensor:
     """The GELU that transformers defines for GPT-2."""
-    if is_transformed() or is_kept_elsewhere() or not torch.is_grad_enabled():
-        forward: Callable[..., torch.Tensor] = module.users_class.forward  # type: ignore[union-attr]
+    if is_transformed() or is_kept_elsewhere() or is_changed_by_user_mode() or not torch.is_grad_enabled():
+        cls: Any = type(module)
+        forward: Callable[..., torch.Tensor] = cls.users_class.forward
         return forward(module, input)
     return tanh_gelu(input, math.sqrt(2 / math.pi), 0.044715)
 

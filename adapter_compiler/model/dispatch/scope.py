@@ -1,9 +1,14 @@
-"""Which adapters a thread sees: all, except inside ``disable_adapters`` of a model or inside ``base_weights``."""
+"""Which adapters a thread sees: all, except inside ``disable_adapters`` of a model or inside ``base_weights``.
+
+Context variables hold this, so that it also differs between the tasks of an event loop.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -42,14 +47,11 @@ class _Call:
     token: Token
     replaced: frozenset[tuple[int, str]]
     reads: dict[tuple[str, bool, bool], Any] = dataclasses.field(default_factory=dict)
+    number: int = dataclasses.field(default_factory=itertools.count().__next__)
 
 
-class _Scope(threading.local):
-    hidden: tuple[Token, ...] = ()
-    calls: tuple[_Call, ...] = ()
-
-
-_scope = _Scope()
+_hidden: contextvars.ContextVar[tuple[Token, ...]] = contextvars.ContextVar("hidden", default=())
+_calls: contextvars.ContextVar[tuple[_Call, ...]] = contextvars.ContextVar("calls", default=())
 _lock = threading.Lock()
 #: Identifies the adapters of all models.
 _ALL_MODELS = Token()
@@ -71,7 +73,7 @@ def _is_hidden_here(token: Token) -> bool:
 
 
 def _read_hidden(token: Token) -> bool:
-    return token in _scope.hidden or _ALL_MODELS in _scope.hidden
+    return token in _hidden.get() or _ALL_MODELS in _hidden.get()
 
 
 def _run_uncompiled(read: Callable[..., bool], *args: Any) -> bool:
@@ -92,7 +94,7 @@ def base_weights() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def without_adapters(token: Token) -> Iterator[None]:
     """A context in which this thread reads the plain weights of one model."""
-    with _hiding((*_scope.hidden, token)):
+    with _hiding((*_hidden.get(), token)):
         yield
 
 
@@ -101,7 +103,7 @@ def same_scope() -> contextlib.AbstractContextManager[None]:
 
     It can be entered several times, also by several threads at once.
     """
-    return _Recomputation(_scope.hidden)
+    return _Recomputation(_hidden.get())
 
 
 class _Recomputation(contextlib.AbstractContextManager[None]):
@@ -120,14 +122,15 @@ class _Recomputation(contextlib.AbstractContextManager[None]):
 
 @contextlib.contextmanager
 def _hiding(tokens: tuple[Token, ...]) -> Iterator[None]:
-    before, _scope.hidden = _scope.hidden, tokens
+    before = _hidden.get()
+    _hidden.set(tokens)
     with _lock:
         for token in tokens:
             token.hidden += 1
     try:
         yield
     finally:
-        _scope.hidden = before
+        _hidden.set(before)
         with _lock:
             for token in tokens:
                 token.hidden -= 1
@@ -141,11 +144,12 @@ def calling(token: Token, replaced: frozenset[tuple[int, str]]) -> Iterator[None
         token: the model's token.
         replaced: the weights that were replaced by plain tensors when the call began: module id and parameter name.
     """
-    before, _scope.calls = _scope.calls, (*_scope.calls, _Call(token, replaced))
+    before = _calls.get()
+    _calls.set((*before, _Call(token, replaced)))
     try:
         yield
     finally:
-        _scope.calls = before
+        _calls.set(before)
 
 
 def is_replaced_in_call(token: Token, module: object, leaf: str) -> bool:
@@ -181,6 +185,12 @@ def reuse_read(token: Token, weight: str, base: Any, adapters: Any, make: Callab
     return made
 
 
+def find_call_number(token: Token) -> int | None:
+    """A number that identifies the present call of the model in this thread, or ``None`` outside of calls."""
+    call = _find_call(token)
+    return None if call is None else call.number
+
+
 def _are_same(known: Any, adapters: Any) -> bool:
     pairs = zip(known, adapters, strict=True) if len(known) == len(adapters) else ()
     same = [
@@ -192,4 +202,4 @@ def _are_same(known: Any, adapters: Any) -> bool:
 
 def _find_call(token: Token) -> _Call | None:
     """The outermost call of the model in this thread."""
-    return next((call for call in _scope.calls if call.token is token), None)
+    return next((call for call in _calls.get() if call.token is token), None)

@@ -9,12 +9,13 @@ from torch import nn
 
 from adapter_compiler.adapters.parameters.sharded import is_sharded
 from adapter_compiler.errors import SiteError
+from adapter_compiler.model.dispatch.hooks import WeightHooks
 from adapter_compiler.model.dispatch.scope import Token, is_replaced_in_call, is_visible
 from passes.adapt.apply_adapters import BoundAdapter
 from passes.planning.plan import PlannedAdapter
 
 #: The attribute in which a module keeps its slots, by the name of the weight.
-SLOTS = "_adapted_weights"
+SLOTS = "_adapter_compiler_slots"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +47,18 @@ class Slot:
         weight: the weight's first qualified name.
         shape: its shape.
         adapters: its adapters.
+        hooks: what users registered on the gradient of W + ΔW; all names of the weight share it.
         fused: whether an adapter and its base layer may run as one function with its own backward.
         recompute: whether these functions may recompute cheap activations in backward.
-        is_summed_without_grad: whether a read without gradients must give W + ΔW as a plain tensor, because the module
-            then checks its weights and passes them to C++.
+        is_summed_without_grad: whether a read must give W + ΔW as a plain tensor if it needs no gradient, because the
+            module then checks its weights and passes them to C++.
     """
 
     token: Token
     weight: str
     shape: tuple[int, ...]
     adapters: tuple[AttachedAdapter, ...]
+    hooks: WeightHooks
     fused: bool = True
     recompute: bool = True
     is_summed_without_grad: bool = False

@@ -17,9 +17,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.hooks import RemovableHandle
 
+from adapter_compiler.errors import AdapterCompilerError
+from adapter_compiler.model.dispatch.hooks import WeightHooks
 from adapter_compiler.model.dispatch.slots import assert_gathered
 from adapter_compiler.model.dispatch.weights.attention import run_attention
+from adapter_compiler.model.dispatch.weights.history import (
+    BoundAdapters,
+    differentiate_sum,
+    find_parameters,
+    keep_operands,
+    outside_inference_mode,
+)
 from adapter_compiler.model.dispatch.weights.products import (
     make_convolution,
     run_addmm,
@@ -29,11 +39,17 @@ from adapter_compiler.model.dispatch.weights.products import (
     run_matmul,
     run_reflected_matmul,
 )
-from adapter_compiler.model.dispatch.weights.weight_sum import BoundAdapters, WeightSum
-from adapter_compiler.model.dispatch.weights.writes import SET_DATA, run_on_values, write_data
-from passes.adapt.apply_adapters import BoundAdapter, adapted_sum
-from passes.compat import WithoutTorchFunction
-from passes.fuse.differentiate import differentiate
+from adapter_compiler.model.dispatch.weights.weight_sum import WeightSum
+from adapter_compiler.model.dispatch.weights.writes import (
+    SET_DATA,
+    is_in_place,
+    read_data,
+    run_on_itself,
+    run_on_values,
+    run_with_writes_below,
+    write_data,
+)
+from passes.compat import WithoutTorchFunction, pytree
 
 
 class AdaptedWeight(WeightSum):
@@ -45,9 +61,14 @@ class AdaptedWeight(WeightSum):
     ) -> Any:
         """Run the handler of an operator if it has one that accepts the arguments, else run it on the values."""
         kwargs = kwargs or {}
-        if func in _PROPERTIES or (_has_watched(args) and func not in _HANDLED_WHEN_WATCHED):
+        if func in _PROPERTIES:
             with WithoutTorchFunction():
                 return func(*args, **kwargs)
+        is_own = isinstance(args[0], WeightSum) if args else False
+        if func in _METHODS:
+            return _METHODS[func](*args, **kwargs) if is_own else run_on_values(func, args, kwargs)
+        if func not in _OUT_OF_TORCH and not is_in_place(func) and _has_watched(args, kwargs):
+            return run_on_itself(func, args, kwargs)
         if (handler := _HANDLERS.get(func)) is not None and kwargs.keys() <= _KEYWORDS[func]:
             if func in _PRODUCTS:
                 _assert_gathered(*args, *kwargs.values())
@@ -55,6 +76,11 @@ class AdaptedWeight(WeightSum):
             if result is not NotImplemented:
                 return result
         return run_on_values(func, args, kwargs)
+
+    @classmethod
+    def run_below_autograd(cls, func: Any, values: Any, arguments: Any) -> Any:
+        """Run an operator on the values; what it writes changes W."""
+        return run_with_writes_below(func, values, arguments)
 
 
 def make_adapted_weight(base: torch.Tensor, adapters: BoundAdapters, *, fused: bool, site: str) -> AdaptedWeight:
@@ -66,11 +92,14 @@ def make_adapted_weight(base: torch.Tensor, adapters: BoundAdapters, *, fused: b
         fused: whether functions with their own backward may be used.
         site: the weight's qualified name, for messages.
     """
-    if torch.is_grad_enabled():
-        parameters = [p for adapter in adapters for p in adapter.parameters.values()]
+    parameters = find_parameters(adapters)
+    if not any(tensor.requires_grad for tensor in (base, *parameters)):
+        with outside_inference_mode(base):
+            return AdaptedWeight(base, adapters, registered=base, fused=fused, site=site)
+    # A weight that is read under no_grad or in inference mode may be kept and used where gradients are enabled.
+    with outside_inference_mode(base), torch.enable_grad():
         made: AdaptedWeight = _WholeWeight.apply(adapters, fused, site, base, *parameters)  # type: ignore[no-untyped-call]
-        return made
-    return AdaptedWeight(base, adapters, registered=base, fused=fused, site=site)
+    return made
 
 
 class _WholeWeight(torch.autograd.Function):
@@ -80,22 +109,13 @@ class _WholeWeight(torch.autograd.Function):
     def forward(
         ctx: Any, adapters: BoundAdapters, fused: bool, site: str, base: torch.Tensor, *parameters: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(base, *parameters)
-        ctx.adapters = [(adapter.planned, tuple(adapter.parameters)) for adapter in adapters]
-        return AdaptedWeight(base, adapters, registered=base, fused=fused, site=site)
+        made = AdaptedWeight(base, adapters, registered=base, fused=fused, site=site)
+        keep_operands(ctx, base, adapters, made.used_versions)
+        return made
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        base, *parameters = ctx.saved_tensors
-
-        def run(base: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
-            rest = iter(parameters)
-            bound = [BoundAdapter(planned, {n: next(rest) for n in names}) for planned, names in ctx.adapters]
-            return [adapted_sum(base, bound)]
-
-        gradient = gradient.to_dense() if gradient.is_sparse else gradient
-        needed = ctx.needs_input_grad[3:]
-        return None, None, None, *differentiate(run, (base, *parameters), needed, (gradient,))
+        return None, None, None, *differentiate_sum(ctx, gradient, ctx.needs_input_grad[3:])
 
 
 class _Transposed(torch.autograd.Function):
@@ -114,48 +134,98 @@ def _assert_gathered(*args: Any) -> None:
             assert_gathered(one.base, one.site)
 
 
-def _has_watched(args: Sequence[Any]) -> bool:
-    return any(isinstance(one, WeightSum) and one.is_watched for one in args)
+def _has_watched(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    leaves = pytree.tree_leaves((args, kwargs))
+    return any(isinstance(one, WeightSum) and one.is_watched for one in leaves)
 
 
 def _transpose(weight: Any, *dims: int) -> Any:
     if weight.dim() != 2 or (dims and {d % 2 for d in dims} != {0, 1}):
         return NotImplemented
-    if torch.is_grad_enabled() and weight.needs_gradient():
-        return _Transposed.apply(weight)  # type: ignore[no-untyped-call]
-    return weight.transposed()
+    if not torch.is_grad_enabled():
+        return weight.detached().transposed()
+    if weight.is_detached or not weight.needs_gradient():
+        return weight.transposed()
+    return _Transposed.apply(weight)  # type: ignore[no-untyped-call]
 
 
 def _copy_deeply(weight: WeightSum, memo: dict[int, Any]) -> torch.Tensor:
-    return copy.deepcopy(weight.read_values(), memo)
+    return copy.deepcopy(_as_plain(weight), memo)
 
 
-def _watch(name: str) -> Callable[..., Any]:
-    """The handler of a method that needs the gradient of the whole weight."""
+def _reduce(weight: WeightSum, protocol: Any) -> Any:
+    return _as_plain(weight).__reduce_ex__(protocol)
 
-    def run(weight: WeightSum, *args: Any, **kwargs: Any) -> Any:
-        """Call the method; from now on operators use the tensor itself, so that autograd computes its gradient."""
-        weight.is_watched = True
+
+def _as_plain(weight: WeightSum) -> torch.Tensor:
+    """The values as the tensor or parameter that this weight is without adapters."""
+    values, needed = weight.read_values(), weight.needs_gradient()
+    if isinstance(weight, torch.nn.Parameter):
+        return torch.nn.Parameter(values, requires_grad=needed)
+    return values.requires_grad_(needed)
+
+
+def _retain_gradient(weight: WeightSum) -> None:
+    """From now on operators use the tensor itself, so that autograd computes its gradient."""
+    watch(weight)
+    with WithoutTorchFunction():
+        weight.retain_grad()
+
+
+def _register_hook(weight: WeightSum, hook: Callable[[torch.Tensor], Any]) -> RemovableHandle:
+    """A hook on a read stays with the weight, as a hook on a parameter does."""
+    if weight.slot is None or weight.is_transposed:
+        watch(weight)
         with WithoutTorchFunction():
-            return getattr(torch.Tensor, name)(weight, *args, **kwargs)
+            handle: RemovableHandle = weight.register_hook(hook)  # type: ignore[no-untyped-call]
+        return handle
+    if not weight.needs_gradient():
+        raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
+    made: RemovableHandle = weight.slot.hooks.add(weight.registered, hook)
+    watch_with_hooks(weight, weight.slot.hooks)
+    return made
 
-    return run
+
+def watch(weight: WeightSum) -> None:
+    """Let operators use the tensor itself from now on, so that autograd computes the gradient of the whole weight."""
+    weight.is_watched = True
+
+
+def watch_with_hooks(weight: WeightSum, hooks: WeightHooks) -> None:
+    """Watch a weight, and run the hooks that its slot has then on its gradient; once for each weight."""
+    watch(weight)
+    if not weight.has_hooks and weight.needs_gradient():
+        weight.has_hooks = True
+        with WithoutTorchFunction():
+            weight.register_hook(hooks.make_runner(weight.registered))  # type: ignore[no-untyped-call]
+
+
+def _refuse_hook(weight: WeightSum, hook: Any) -> None:
+    raise AdapterCompilerError(
+        f"{weight.site} has an adapter and accumulates no gradient, so that no hook can run after it; expected a hook "
+        "on a parameter of the adapter; register it on one of adapted.adapters.parameters()"
+    )
 
 
 def _set_requires_grad(weight: WeightSum, requires_grad: bool = True) -> WeightSum:
-    weight.registered.requires_grad_(requires_grad)
+    if weight.is_detached:
+        weight.is_watched = weight.is_watched or requires_grad
+        with WithoutTorchFunction():
+            weight.requires_grad_(requires_grad)
+    else:
+        weight.registered.requires_grad_(requires_grad)
     return weight
 
 
 def _read_grad(weight: WeightSum) -> torch.Tensor | None:
-    if not weight.is_watched:
-        return weight.registered.grad
     with WithoutTorchFunction():
-        return weight.grad
+        return weight.grad if weight.is_leaf or weight.retains_grad else weight.registered.grad
 
 
 def _write_grad(weight: WeightSum, gradient: torch.Tensor | None) -> None:
-    weight.registered.grad = gradient
+    target = weight if weight.is_detached else weight.registered
+    with WithoutTorchFunction():
+        target.grad = gradient
 
 
 def _is_leaf(weight: WeightSum) -> bool:
@@ -211,21 +281,36 @@ _HANDLERS: Mapping[Any, Callable[..., Any]] = {
     torch.Tensor.swapaxes: _transpose,
     _getter("T"): _transpose,
     _getter("mT"): _transpose,
-    _getter("data"): WeightSum.detached,
+}
+
+#: The methods of a weight itself; they also apply to a watched weight, on which every other operator runs as on a
+#: tensor with history.
+_METHODS: Mapping[Any, Callable[..., Any]] = {
+    _getter("data"): read_data,
     SET_DATA: write_data,
     _getter("grad"): _read_grad,
     _setter("grad"): _write_grad,
     _getter("is_leaf"): _is_leaf,
     _getter("grad_fn"): _read_grad_fn,
-    torch.Tensor.register_hook: _watch("register_hook"),
-    torch.Tensor.retain_grad: _watch("retain_grad"),
+    torch.Tensor.register_hook: _register_hook,
+    torch.Tensor.register_post_accumulate_grad_hook: _refuse_hook,
+    torch.Tensor.retain_grad: _retain_gradient,
     _getter("requires_grad"): WeightSum.needs_gradient,
     _setter("requires_grad"): _set_requires_grad,
     torch.Tensor.requires_grad_: _set_requires_grad,
     torch.Tensor.detach: WeightSum.detached,
     torch.Tensor.__deepcopy__: _copy_deeply,
+    torch.Tensor.__reduce_ex__: _reduce,
     torch.Tensor.__repr__: WeightSum.__repr__,
 }
+
+#: Functions that give memory or numbers to others than torch, and so need the values.
+_OUT_OF_TORCH = frozenset(
+    getattr(torch.Tensor, name)
+    for name in (
+        "tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "__format__", "item",
+    )
+)  # fmt: skip
 
 #: Keywords that mean the same in torch's operators and in the handlers.
 _SHARED_KEYWORDS = frozenset(
@@ -250,9 +335,3 @@ def _find_keywords(handler: Callable[..., Any]) -> frozenset[str]:
 
 
 _KEYWORDS: Mapping[Any, frozenset[str]] = {func: _find_keywords(handler) for func, handler in _HANDLERS.items()}
-
-#: The handlers that also apply to a watched weight; every other operator runs on it as on a tensor with history.
-_HANDLED_WHEN_WATCHED = frozenset({_getter(n) for n in ("grad", "data", "grad_fn", "is_leaf", "requires_grad")}) | {
-    torch.Tensor.register_hook,
-    torch.Tensor.retain_grad,
-}

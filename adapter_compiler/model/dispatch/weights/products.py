@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from adapter_compiler.model.dispatch.weights.weight_sum import BoundAdapters, WeightSum
+from adapter_compiler.model.dispatch.weights.history import BoundAdapters
+from adapter_compiler.model.dispatch.weights.weight_sum import WeightSum
 from passes.adapt.apply_adapters import adapted_linear, adapted_output
 from passes.forms.base import OperatorCall
 from passes.fuse.fused_ops import Recomputation

@@ -8,16 +8,42 @@ through it are noticed too.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from adapter_compiler.errors import AdapterCompilerError
+from adapter_compiler.model.dispatch.weights.history import written
 from adapter_compiler.model.dispatch.weights.weight_sum import WeightSum
 from passes.adapt.apply_adapters import adapted_sum
-from passes.compat import WithoutTorchFunction, pytree, version_of
+from passes.compat import WithoutTorchFunction, is_wrapped, pytree, schema_of, version_of
 from passes.quantize.packed_weights import PackedWeight
+
+
+class Tracked(NamedTuple):
+    """A weight among the arguments of an operator.
+
+    Attributes:
+        weight: the weight.
+        total: the values of it that the operator gets.
+        versions: the versions of W and the adapters for which they are right.
+        witness: the argument itself, whose version also changes when the operator writes into it.
+    """
+
+    weight: WeightSum
+    total: torch.Tensor
+    versions: list[Any]
+    witness: torch.Tensor
+
+    def find_version(self) -> tuple[int, int, bool] | None:
+        """A value that differs after a write; ``None`` for inference tensors, which have no version."""
+        with WithoutTorchFunction():
+            if self.total.is_inference() or self.witness.is_inference():
+                return None
+            return version_of(self.total), version_of(self.witness), self.weight.pin.is_written
+
 
 #: The function that ``weight.data = ...`` calls.
 SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
@@ -28,27 +54,28 @@ class WeightView(torch.Tensor):
 
     Attributes:
         weight: the weight.
-        is_whole: whether this view is given to users in place of the weight, so that ``view.data = v`` writes to the
-            weight.
+        total: the values that this is a view of.
+        versions: the versions of W and the adapters for which ``total`` is right.
     """
 
     weight: WeightSum
-    is_whole: bool
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return repr(self.as_subclass(torch.Tensor))
+    total: torch.Tensor
+    versions: list[Any]
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operator on plain tensors, and update W if it wrote into the view."""
-        if func == SET_DATA and isinstance(args[0], WeightView) and args[0].is_whole:
-            write_data(args[0].weight, args[1])
-            return None
-        views = [leaf for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, WeightView)]
-        weights = {id(view.weight): view.weight for view in views}
-        args, options = pytree.tree_map_only(WeightSum, WeightSum.materialize, (tuple(args), dict(kwargs or {})))
+        kwargs = kwargs or {}
+        if func in _OF_PLAIN_TENSORS:
+            return func(args[0].as_subclass(torch.Tensor), *args[1:], **kwargs)
+        func = torch.Tensor.detach if func == _GET_DATA else func  # .data has a version of its own
+        views = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, WeightView)]
+        for view in views:
+            view.weight.refresh(view.total, view.versions)
+        tracked = [Tracked(view.weight, view.total, view.versions, view) for view in views]
+        args, options = pytree.tree_map_only(WeightSum, _find_operand, (tuple(args), dict(kwargs)))
         if options.get("sparse") is True:
             options["sparse"] = False  # as in run_on_values
 
@@ -56,15 +83,19 @@ class WeightView(torch.Tensor):
             with WithoutTorchFunction():
                 return func(*args, **options)
 
-        return run_with_writes(func, run, list(weights.values()))
+        return _run_with_writes(func, run, tracked)
 
 
-def view_values(weight: WeightSum) -> torch.Tensor:
-    """The values as an ordinary tensor; writes into it change W."""
-    total = weight.materialize()
-    if weight.total_view is None or weight.total_view[0] is not total:
-        weight.total_view = (total, _make_view(total, weight, is_whole=True))
-    return weight.total_view[1]
+_GET_DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+#: Functions that would show or keep the subclass of a view.
+_OF_PLAIN_TENSORS = frozenset(
+    {torch.Tensor.__format__, torch.Tensor.__repr__, torch.Tensor.__deepcopy__, torch.Tensor.__reduce_ex__}
+)
+
+
+def _find_operand(weight: WeightSum) -> torch.Tensor:
+    return weight if weight.is_watched else weight.materialize()
 
 
 def write_data(weight: WeightSum, values: torch.Tensor) -> None:
@@ -73,50 +104,101 @@ def write_data(weight: WeightSum, values: torch.Tensor) -> None:
     Raises:
         AdapterCompilerError: W is quantized, or the adapter rescales it.
     """
-    weight.total = values
-    _update_base(weight)
+    _update_base(weight, values)
 
 
 def run_on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run an operator on the values of all adapted weights among its arguments; what it writes changes W."""
-    weights = {id(leaf): leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, WeightSum)}
+    weights = _find_weights(args, kwargs)
     args, kwargs = pytree.tree_map_only(WeightSum, WeightSum.materialize, (tuple(args), dict(kwargs)))
     if weights and kwargs.get("sparse") is True:
         kwargs["sparse"] = False  # the gradient of an embedding with an adapter has no zero rows to leave out
-    return run_with_writes(func, lambda: func(*args, **kwargs), list(weights.values()))
+    return _run_with_writes(func, lambda: func(*args, **kwargs), _find_totals(weights))
 
 
-def run_with_writes(func: Callable[..., Any], run: Callable[[], Any], weights: Sequence[WeightSum]) -> Any:
+def run_on_itself(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run an operator on the adapted weights, so that autograd computes their gradients; what it writes changes W."""
+    weights = _find_weights(args, kwargs)
+
+    def run() -> Any:
+        with WithoutTorchFunction():
+            return func(*args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for weight in weights:
+            stack.enter_context(weight.pinned())
+        return _run_with_writes(func, run, _find_totals(weights))
+
+
+def run_with_writes_below(func: Any, values: Any, arguments: Any) -> Any:
+    """Run an operator below autograd, and update each W whose values it changed.
+
+    Args:
+        func: the operator.
+        values: its positional and keyword arguments, with values in place of the weights.
+        arguments: the same with the weights.
+    """
+    args, kwargs = values
+    if not schema_of(func).is_mutable:
+        return func(*args, **kwargs)
+    result = func(*args, **kwargs)
+    for weight in _find_weights(*_find_written(func, *arguments)):
+        if weight.pin.is_active:
+            weight.pin.is_written = True
+        elif weight.total is not None:
+            _update_base(weight, weight.total)
+    return result
+
+
+def _find_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The arguments into which an operator writes; below autograd, writes do not change versions."""
+    written = [a.alias_info is not None and a.alias_info.is_write for a in schema_of(func).arguments]
+    names = [a.name for a in schema_of(func).arguments]
+    positional = [value for value, is_written in zip(args, written, strict=False) if is_written]
+    return positional, {
+        n: kwargs[n] for n, is_written in zip(names, written, strict=True) if is_written and n in kwargs
+    }
+
+
+def _find_weights(args: Any, kwargs: Any) -> list[WeightSum]:
+    leaves = pytree.tree_leaves((args, kwargs))
+    return list({id(leaf): leaf for leaf in leaves if isinstance(leaf, WeightSum)}.values())
+
+
+def _find_totals(weights: Sequence[WeightSum]) -> list[Tracked]:
+    return [Tracked(w, w.total, w.total_versions, w.total) for w in weights if w.total is not None]
+
+
+def _run_with_writes(func: Callable[..., Any], run: Callable[[], Any], tracked: Sequence[Tracked]) -> Any:
     """Run an operator on the values of weights, update each W whose values it changed, and return views as such.
 
     Args:
         func: the operator.
         run: calls it.
-        weights: the weights whose values it gets.
+        tracked: the weights whose values it gets, with the values.
 
     Returns:
         The operator's result, in which views of the values are :class:`WeightView`.
     """
-    tracked = [(weight, weight.total) for weight in weights if weight.total is not None]
-    before = [None if total.is_inference() else version_of(total) for _, total in tracked]
+    before = [one.find_version() for one in tracked]
     result = run()
-    for (weight, total), version in zip(tracked, before, strict=True):
-        # Inference tensors have no version, so the operator's name has to show whether it writes.
-        if _is_in_place(func) if version is None else version_of(total) != version:
-            _update_base(weight)
+    for one, version in zip(tracked, before, strict=True):
+        # Where there are no versions, the operator's name has to show whether it writes.
+        if is_in_place(func) if version is None else one.find_version() != version:
+            _update_base(one.weight, one.total)
+            one.versions[:] = one.weight.find_versions()
     return pytree.tree_map_only(torch.Tensor, lambda t: _find_view(t, tracked), result) if tracked else result
 
 
-def _update_base(weight: WeightSum) -> None:
-    """Change W such that W + ΔW equals ``weight.total``."""
+def _update_base(weight: WeightSum, total: torch.Tensor) -> None:
+    """Change W such that W + ΔW equals ``total``."""
     _assert_writable(weight)
-    assert weight.total is not None
     with torch.inference_mode(False), torch.no_grad():
-        total = weight.total.clone()
+        total = total.clone()
         total = total.t() if weight.is_transposed else total
-        weight.registered.data = total - (adapted_sum(weight.base, weight.adapters) - weight.base).detach()
-        if weight.base is not weight.registered:
-            weight.base = weight.registered.detach()
+        update = adapted_sum(weight.base, weight.adapters) - weight.base
+        weight.registered.data = total - update.detach()
+    written.count += 1
     weight.forget_values()
 
 
@@ -128,24 +210,33 @@ def _assert_writable(weight: WeightSum) -> None:
         )
 
 
-def _is_in_place(func: Callable[..., Any]) -> bool:
+def is_in_place(func: Callable[..., Any]) -> bool:
+    """Whether an operator's name says that it writes into its first argument."""
     name = str(getattr(func, "__name__", func))
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
-def _find_view(result: torch.Tensor, tracked: Sequence[tuple[WeightSum, torch.Tensor]]) -> torch.Tensor:
+def _find_view(result: torch.Tensor, tracked: Sequence[Tracked]) -> torch.Tensor:
     """The weight if the result is its values, a view if it shares their memory, otherwise the result itself."""
-    for weight, total in tracked:
+    for weight, total, versions, _ in tracked:
         if result is total:
             return weight
-        if type(result) is torch.Tensor and result.layout is torch.strided and _share_memory(result, total):
-            return _make_view(result, weight)
+        is_ordinary = type(result) is torch.Tensor and result.layout is torch.strided and not is_wrapped(result)
+        if is_ordinary and _share_memory(result, total):
+            return _make_view(result, weight, total, versions)
     return result
 
 
-def _make_view(values: torch.Tensor, weight: WeightSum, *, is_whole: bool = False) -> WeightView:
+def read_data(weight: WeightSum) -> torch.Tensor:
+    """``weight.data``: the values, which have memory of their own; writes into them change W."""
+    with torch.no_grad():
+        total = weight.materialize()
+        return _make_view(total.detach(), weight, total, weight.total_versions)
+
+
+def _make_view(values: torch.Tensor, weight: WeightSum, total: torch.Tensor, versions: list[Any]) -> WeightView:
     view = values.as_subclass(WeightView)
-    view.weight, view.is_whole = weight, is_whole
+    view.weight, view.total, view.versions = weight, total, versions
     return view
 
 
