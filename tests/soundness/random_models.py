@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 WIDTH = 6
@@ -34,6 +35,7 @@ class Model(nn.Module):
         self.embed = nn.Embedding(5, WIDTH)
         self.register_buffer("shift", torch.linspace(-1, 1, WIDTH))
         self.scale, self.flag, self.table, self.calls = 1.0, True, {"scale": 0.5}, 0
+        self.kept: dict[int, Any] = {}
         if tied:
             self.layers[2].weight = self.layers[1].weight
 
@@ -119,6 +121,79 @@ def rescale_weight(m: Any, x: Tensor, part: int, number: int) -> Any:
     return m.layers[part](x)
 
 
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return gradient @ weight.t(), x.t() @ gradient
+
+
+def read_without_gradient(m: Any, x: Tensor, part: int, number: int) -> Any:
+    with torch.no_grad():
+        weight = m.raws[part]
+    return x @ weight.tril() if number % 2 else Product.apply(x, weight)  # type: ignore[no-untyped-call]
+
+
+def transpose_without_gradient(m: Any, x: Tensor, part: int, number: int) -> Any:
+    with torch.no_grad():
+        weight = m.raws[part].T
+    return x @ weight
+
+
+def keep_weight(m: Any, x: Tensor, part: int, number: int) -> Any:
+    """Read a weight once and use it in all calls, as long as the model has it."""
+    weight = m.kept.get(part, (None,))[0]
+    registered = m.raws._parameters[str(part)]
+    if weight is not registered:
+        m.kept[part] = registered, m.raws[part]
+    kept = m.kept[part][1]
+    return x @ kept.triu() if number % 2 else x + F.pad(F.linear(x, kept[1:5]), (1, 1))
+
+
+def gradient_of_copy(m: Any, x: Tensor, part: int, number: int) -> Any:
+    with torch.enable_grad():
+        weight = m.layers[part].weight.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(torch.tanh(F.linear(x.detach(), weight)).sum(), weight)
+    return F.linear(x, m.layers[part].weight - gradient * number / 20)
+
+
+def backward_inside(m: Any, x: Tensor, part: int, number: int) -> Any:
+    """Call backward in a forward, and use the same weight again."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        torch.tanh(leaf @ m.raws[part].tril()).sum().backward(inputs=[leaf])
+    assert leaf.grad is not None
+    return x @ m.raws[part].tril() + leaf.grad
+
+
+class Scaled(TorchFunctionMode):
+    """Changes the result of one function of torch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 1.5 if func is F.linear else result
+
+
+def in_mode(m: Any, x: Tensor, part: int, number: int) -> Any:
+    with Scaled():
+        return F.linear(x, m.layers[part].weight) + m.norms[part](F.linear(x, m.raws[part]))
+
+
+def write_two_views(m: Any, x: Tensor, part: int, number: int) -> Any:
+    if not m.training and m.flag:
+        with torch.no_grad():
+            first, second = m.layers[part].weight[:2], m.layers[part].weight[3:]
+            first.mul_(0.5)
+            second.data.add_(0.1)
+        m.flag = False
+    return m.layers[part](x)
+
+
 STEPS: dict[str, Step] = {
     "linear": lambda m, x, i, k: m.layers[i](x),
     "linear-by-hand": lambda m, x, i, k: F.linear(x, m.layers[i].weight, m.layers[i].bias),
@@ -174,6 +249,16 @@ STEPS: dict[str, Step] = {
     "checkpoint": in_checkpoint,
     "force": force,
     "rescale": rescale_weight,
+    "rescale-views": write_two_views,
+    "read-without-grad": read_without_gradient,
+    "transpose-without-grad": transpose_without_gradient,
+    "kept": keep_weight,
+    "gradient-of-copy": gradient_of_copy,
+    "backward-inside": backward_inside,
+    "mode-of-functions": in_mode,
+    "weight-whole-slice": lambda m, x, i, k: x @ m.raws[i][:, :WIDTH],
+    "weight-text": lambda m, x, i, k: m.layers[i](x) * (1 + len(f"{m.raws[i][0, 0]:.2f}")),
+    "weight-rows-in-loop": lambda m, x, i, k: torch.stack([x @ row for row in m.raws[i]], 1),
 }
 
 
@@ -248,6 +333,21 @@ def freshen_by_loading(m: Any, k: int) -> None:
     m.layers[0].load_state_dict({"weight": fresh(m), "bias": fresh(m)[0]}, strict=False, assign=k % 2 == 0)
 
 
+def hook_on_weight(m: Any, k: int) -> None:
+    weight = m.layers[k % 3].weight
+    if weight.requires_grad:
+        weight.register_hook(lambda gradient: gradient * (1 + k))
+
+
+def copy_weight(m: Any, k: int) -> None:
+    m.layers[k % 3].weight.data.copy_(m.raws[k % 3].data)
+
+
+def write_data_of_views(m: Any, k: int) -> None:
+    m.raws[k % 3][k % WIDTH].data.fill_(0.2)
+    m.layers[k % 3].weight.data[:, k % WIDTH].mul_(0.5)
+
+
 Change = Callable[[Any, int], object]
 
 #: The names of changes that give W new values, to which ΔW is then added, begin with "fresh".
@@ -279,6 +379,9 @@ CHANGES: dict[str, Change] = {
     "new-layer": lambda m, k: m.layers.__setitem__(k % 3, nn.Linear(WIDTH, WIDTH).to(m.shift.dtype)),
     "global": change_global,
     "write": write_weight,
+    "write-copy": copy_weight,
+    "write-data": write_data_of_views,
+    "hook-on-weight": hook_on_weight,
     "fresh-parameter": freshen_parameter,
     "fresh-raw": freshen_raw,
     "fresh-loaded": freshen_by_loading,
