@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import random
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator

@@ -75,8 +75,8 @@ def find_layouts(
 
     PEFT's ``fan_in_fan_out`` is the layout of the last of these modules that it wrapped, as it changes the field for
     each. It holds for a folder with one module. Otherwise a module's layout is known if its weight is rectangular, if
-    it has no bias (``Conv1D`` always has one), if the model's type has no ``Conv1D`` or has one of this name, or if it is
-    the only one that can be the last.
+    it has no bias (``Conv1D`` always has one), if the model's type has no ``Conv1D`` or has one of this name, or if it
+    is the only one that can be the last.
 
     Args:
         features: output and input features by module; linear layers and Conv1D only.
