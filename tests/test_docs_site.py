@@ -63,8 +63,8 @@ def test_every_page_is_in_the_navigation_once() -> None:
 
 
 def test_the_page_of_examples_shows_each_of_them() -> None:
-    shown = re.findall(r'^--8<-- "(examples/\w+\.py)"$', read_text("docs/guides/examples.md"), flags=re.MULTILINE)
-    assert shown == sorted(str(file.relative_to(ROOT)) for file in (ROOT / "examples").glob("*.py"))
+    shown = re.findall(r'^--8<-- "(examples/[\w/]+\.py)"$', read_text("docs/guides/examples.md"), flags=re.MULTILINE)
+    assert shown == sorted(str(file.relative_to(ROOT)) for file in (ROOT / "examples").rglob("*.py"))
 
 
 @pytest.mark.parametrize("name", find_documented())

@@ -61,22 +61,40 @@ def test_a_quick_example_holds_its_claims(name: str, line: str, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [], "it should leave nothing behind"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "needs", "line"),
+    [
+        ("libraries/01_causal_lm_trainer.py", "accelerate", "ranks: 60 triplets at 15 weights"),
+        ("libraries/02_lightning.py", "lightning", "rotated digits: "),
+    ],
+)
+def test_an_example_of_a_library_holds_its_claims(name: str, needs: str, line: str, tmp_path: Path) -> None:
+    done = run_example(name, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (line if importlib.util.find_spec(needs) else f"skipped: {needs} is not installed") in done.stdout
+    assert list(tmp_path.iterdir()) == [], "it should leave nothing behind"
+
+
 def test_every_example_has_a_test() -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
-    assert [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in tests] == []
+    names = [path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py")]
+    assert [name for name in names if f'"{name}"' not in tests] == []
 
 
 def test_examples_are_numbered_in_reading_order() -> None:
-    numbers = [re.fullmatch(r"(\d\d)_[a-z_]+\.py", path.name) for path in sorted(EXAMPLES.iterdir()) if path.is_file()]
-    assert [found and int(found[1]) for found in numbers] == list(range(1, len(numbers) + 1))
+    for folder in (EXAMPLES, EXAMPLES / "libraries"):
+        files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+        numbers = [re.fullmatch(r"(\d\d)_[a-z0-9_]+\.py", path.name) for path in files]
+        assert [found and int(found[1]) for found in numbers] == list(range(1, len(numbers) + 1))
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: path.stem)
 def test_an_example_says_what_it_shows_and_how_to_run_it(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     first, *rest = docstring.splitlines()
     assert first.endswith(".") and len(first.split()) > 5, f"{path.name} begins with {first!r}, expected what it shows"
-    assert rest[:1] == [""] and rest[1].startswith(f"    python examples/{path.name}"), rest[:2]
+    assert rest[:1] == [""] and rest[1].startswith(f"    python {path.relative_to(ROOT).as_posix()}"), rest[:2]
 
 
 def test_multi_task_serving_names_the_data_it_needs(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from adapter_compiler.adapters.named_adapters import find_module_tensors
 from adapter_compiler.adapters.parameters.sharded import is_sharded
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.saving.fit_tensors import Kind, fit_tensors
-from adapter_compiler.saving.layer_kinds import find_layer_kind
+from adapter_compiler.saving.layer_kinds import find_layer_kind, find_trained_names
 from adapter_compiler.saving.primitives.adapter_file import (
     ADAPTERS,
     FILE_NAME,
@@ -70,7 +70,7 @@ def save_adapters(
         )
     tensors = {key: tensor.detach().contiguous().clone() for key, tensor in found.items()}
     with written_beside(path) as draft:
-        save_file(tensors, draft, metadata=ADAPTERS.make_metadata(_describe(adapted, name), tensors))
+        save_file(tensors, draft, metadata=ADAPTERS.make_metadata(_describe(adapted, name, tensors), tensors))
     return path
 
 
@@ -220,11 +220,14 @@ def write_values(adapted: AdapterState, values: Mapping[str, torch.Tensor]) -> N
         target.copy_(values[name])
 
 
-def _describe(adapted: AdapterState, name: str | None) -> dict[str, Any]:
+def _describe(adapted: AdapterState, name: str | None, tensors: Collection[str]) -> dict[str, Any]:
     plan = adapted.plan if name is None else adapted.adapter_set.plans[name]
     layers = {weight: find_layer_kind(adapted.module, weight) for weight in plan.by_weight}
     quantized = describe_formats(find_formats(adapted.module))
-    return describe_file(plan, layers=layers, quantized=quantized, options=adapted.options.to_dict())
+    saved = {key.removeprefix("module.") for key in tensors if key.startswith("module.")}
+    trained = find_trained_names(adapted.module, {weight.rpartition(".")[0] for weight in layers}, saved)
+    options = adapted.options.to_dict()
+    return describe_file(plan, layers=layers, quantized=quantized, trained=trained.describe(), options=options)
 
 
 def describe_sites(adapted: AdapterState, name: str | None = None) -> dict[str, dict[str, Any]]:

@@ -1,8 +1,10 @@
-"""Kinds of modules, as far as PEFT writes their adapters in different ways."""
+"""What PEFT's files depend on in a model: kinds of modules with adapters, and which modules were trained fully."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +24,9 @@ ATTENTION = "nn.MultiheadAttention"
 
 #: A parameter that is no ``weight`` of a module of these kinds.
 PARAMETER = "parameter"
+
+#: Modules without a forward, which PEFT's ``modules_to_save`` does not take.
+_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 
 
 def find_layer_kind(model: nn.Module, weight: str) -> str:
@@ -49,3 +54,72 @@ def _find_convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str:
     if any(step > 1 for step in layer.dilation):
         return f"{kind} with dilation {layer.dilation}"
     return kind if layer.padding_mode == "zeros" else f"{kind} with padding_mode {layer.padding_mode!r}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedNames:
+    """What a file of adapters says of the parameters that were trained fully.
+
+    Attributes:
+        owners: by name of the parameter, all names of a tied one included, the module that computes with it.
+        unsaved: other tensors of these modules, and of modules of similar names, which the file does not hold.
+    """
+
+    owners: Mapping[str, str]
+    unsaved: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """What the header of a file says of them."""
+        return {"trained": dict(self.owners), "unsaved": list(self.unsaved)}
+
+
+def find_trained_names(model: nn.Module, adapted: Collection[str], saved: Collection[str]) -> TrainedNames:
+    """What is trained in a model.
+
+    Args:
+        model: the user's module.
+        adapted: the names of the modules with adapters.
+        saved: the names of the tensors of the model that the file holds.
+    """
+    owners = find_owners(model)
+    heads = find_outermost(owner for name, owner in owners.items() if not is_bias_of(name, adapted))
+    prefixes = tuple(f"{name}." for name in find_modules_like(model, heads))
+    unsaved = [name for name in model.state_dict() if name.startswith(prefixes) and name not in saved]
+    return TrainedNames(owners=owners, unsaved=tuple(unsaved))
+
+
+def find_owners(model: nn.Module) -> dict[str, str]:
+    """The module of each parameter that requires gradients; of one in a list or dict of parameters what holds that."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    state = model.state_dict(keep_vars=True)
+    return {name: _find_owner(model, name) for name, tensor in state.items() if id(tensor) in trained}
+
+
+def find_modules_like(model: nn.Module, heads: Iterable[str]) -> list[str]:
+    """The modules that PEFT takes for these: all whose names end with one of them; ``""`` stands for none."""
+    ends = tuple(head for head in heads if head)
+    return [name for name, _ in model.named_modules(remove_duplicate=False) if ends and name.endswith(ends)]
+
+
+def find_outermost(names: Iterable[str]) -> list[str]:
+    """The modules that are in none of the others."""
+    found = sorted(set(names))
+    return [name for name in found if not is_inside(name.rpartition(".")[0], found)]
+
+
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module is one of these or in one of them."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules if module)
+
+
+def is_bias_of(name: str, adapted: Collection[str]) -> bool:
+    """Whether a parameter is the bias of a module with an adapter, for which PEFT has a place of its own."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf == "bias" and owner in adapted
+
+
+def _find_owner(model: nn.Module, name: str) -> str:
+    owner = name.rpartition(".")[0]
+    while isinstance(model.get_submodule(owner), _CONTAINERS):
+        owner = owner.rpartition(".")[0]
+    return owner

@@ -149,7 +149,9 @@ def _write_native(saved: SavedAdapters, out: Path) -> Path:
             tensors[f"adapters.{name}.{key}"] = value.contiguous().clone()
     tensors |= {f"module.{name}": saved.tensor(key) for name, key in saved.replacements.items()}
     layers = {one.planned.site.weight: one.layer for one in saved.adapters.values() if one.layer}
-    header = describe_file(saved.plan, layers=layers, quantized=describe_formats(saved.quantized))
+    trained = {} if saved.trained is None else saved.trained.describe()
+    quantized = describe_formats(saved.quantized)
+    header = describe_file(saved.plan, layers=layers, quantized=quantized, trained=trained)
     metadata = ADAPTERS.make_metadata(header, tensors)
     with written_beside(out / FILE_NAME) as draft:
         save_file(tensors, draft, metadata=metadata)

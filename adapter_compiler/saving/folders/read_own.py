@@ -14,7 +14,7 @@ import torch
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.saving.folders.base_weights import BaseWeights, find_layouts
 from adapter_compiler.saving.folders.saved_adapters import SavedAdapter, SavedAdapters, find_form
-from adapter_compiler.saving.layer_kinds import LINEAR, LINEAR_OR_CONV1D
+from adapter_compiler.saving.layer_kinds import LINEAR, LINEAR_OR_CONV1D, TrainedNames
 from adapter_compiler.saving.primitives.adapter_file import ADAPTERS, read_sites
 from adapter_compiler.saving.primitives.file_format import open_own_file
 from adapter_compiler.saving.primitives.safetensors_header import TensorPlace
@@ -50,8 +50,15 @@ def read_own_adapters(path: Path) -> SavedAdapters:
         adapters=_add_layers(adapters, header.get("layers", {})),
         replacements=replacements,
         quantized=read_formats(source, header.get("quantized", {})),
+        trained=_read_trained(header),
     )
     return dataclasses.replace(saved, refit=functools.partial(_decide_layouts, saved))
+
+
+def _read_trained(header: Mapping[str, Any]) -> TrainedNames | None:
+    if "trained" not in header:
+        return None
+    return TrainedNames(owners=header["trained"], unsaved=tuple(header.get("unsaved", ())))
 
 
 def _add_layers(adapters: Mapping[str, SavedAdapter], layers: Mapping[str, str]) -> dict[str, SavedAdapter]:

@@ -20,6 +20,7 @@ from adapter_compiler.saving.folders.peft_format.sites import PeftSites
 from adapter_compiler.saving.folders.peft_format.tensors import PeftTensors, sort_tensors
 from adapter_compiler.saving.folders.saved_adapters import SavedAdapter, SavedAdapters
 from adapter_compiler.saving.folders.stored_parameters import Edit
+from adapter_compiler.saving.layer_kinds import TrainedNames
 from adapter_compiler.saving.primitives.safetensors_header import SafetensorsHeader, read_safetensors
 
 #: The name of the file of tensors where PEFT wrote a pickle.
@@ -74,8 +75,18 @@ class _PeftFolder:
             undecided=undecided,
             keeps_ties=frozenset(f"{module}.weight" for module in self.tensors.tokens),
             quantized=self.notes.quantized,
+            trained=TrainedNames(
+                owners={name: self._find_saved_module(name) for name in (*self.tensors.replacements, *unchanged)}
+            ),
             refit=self.fit,
         )
+
+    def _find_saved_module(self, name: str) -> str:
+        """The outermost module around a tensor that PEFT saves whole, else the one that has the tensor."""
+        parts = name.split(".")[:-1]
+        around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        saved = tuple(self.config.values.get("modules_to_save") or ())
+        return next((module for module in around if saved and module.endswith(saved)), ".".join(parts))
 
     def _find_biases(self, adapters: Mapping[str, SavedAdapter]) -> dict[str, Edit]:
         """What lora_bias adds: the bias of B, times the scale."""

@@ -14,6 +14,7 @@ from adapter_compiler.errors import CheckpointError
 from adapter_compiler.saving.folders.base_weights import BaseWeights
 from adapter_compiler.saving.folders.merge_blocks import is_finite, merge_into
 from adapter_compiler.saving.folders.stored_parameters import Edit, Expert, limit_rank, transpose_update
+from adapter_compiler.saving.layer_kinds import TrainedNames
 from adapter_compiler.saving.primitives.safetensors_header import SafetensorsHeader
 from adapter_compiler.saving.quantized_formats import QuantizedFormat
 from passes.base import SiteError
@@ -56,6 +57,7 @@ class SavedAdapters:
         undecided: by module, what only the base can say about it; :meth:`fit` decides it.
         keeps_ties: embeddings whose change also holds for the weights that are tied to them.
         quantized: the format that each quantized weight had while the adapters were trained.
+        trained: which of ``replacements`` are parameters and not buffers; ``None`` if the file does not say.
         refit: makes the adapters anew for a base.
     """
 
@@ -69,6 +71,7 @@ class SavedAdapters:
     undecided: Mapping[str, str] = dataclasses.field(default_factory=dict)
     keeps_ties: frozenset[str] = frozenset()
     quantized: Mapping[str, QuantizedFormat] = dataclasses.field(default_factory=dict)
+    trained: TrainedNames | None = None
     refit: Callable[[BaseWeights], SavedAdapters] | None = None
 
     @property

@@ -109,7 +109,7 @@ def convert_to_peft(saved: SavedAdapters, folder: str | Path, *, kind: str = "lo
         plan=saved.plan,
         parameters_of=lambda adapter: saved.parameters_of(adapter.site.name),
         layers=layers,
-        trained=group_trained(trained, {weight.rpartition(".")[0] for weight in layers}),
+        trained=group_trained(trained, {weight.rpartition(".")[0] for weight in layers}, saved.trained, saved.path),
         quantized=saved.quantized,
     )
     return _write(contents, Path(folder), kind, ranks)

@@ -17,6 +17,7 @@ from passes.planning.json_schema import (
     is_flag,
     is_list_of,
     is_object_of,
+    is_string,
     is_text,
 )
 from passes.planning.plan import AdapterPlan
@@ -38,6 +39,8 @@ ADAPTERS = FileFormat(
         "layers": Field(expected="kinds of modules by weight", fits=is_object_of(is_text), required=False),
         "plan": Field(expected="an adapter plan as text", fits=is_text, required=False),
         "options": Field(expected="options by name", fits=lambda value: isinstance(value, dict), required=False),
+        "trained": Field(expected="modules by parameter", fits=is_object_of(is_string), required=False),
+        "unsaved": Field(expected="a list of names", fits=is_list_of(is_text), required=False),
         "quantized": Field(
             expected="formats by weight", fits=is_object_of(lambda value: isinstance(value, dict)), required=False
         ),
@@ -66,6 +69,7 @@ def describe_file(
     *,
     layers: Mapping[str, str],
     quantized: Mapping[str, Mapping[str, str]],
+    trained: Mapping[str, Any],
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The header of a file with the adapters of a plan.
@@ -74,13 +78,15 @@ def describe_file(
         plan: the adapters.
         layers: the kind of module that each weight belongs to, which other formats depend on.
         quantized: the format of each weight that was quantized while the adapters were trained.
+        trained: the entries ``trained`` and ``unsaved``, or none where that is not known.
         options: what the model was compiled with, where that is known; the plan is then written in full.
     """
     aliases = {alias: adapter.site.weight for adapter in plan for alias in adapter.site.aliases}
     known: dict[str, Any] = {"layers": dict(layers), "quantized": dict(quantized)}
     if options is not None:
         known |= {"plan": plan.to_json(), "options": dict(options)}
-    return {"sites": describe_plan(plan), "aliases": aliases, **{key: value for key, value in known.items() if value}}
+    known = {key: value for key, value in known.items() if value}
+    return {"sites": describe_plan(plan), "aliases": aliases, **known, **trained}
 
 
 def describe_plan(plan: AdapterPlan) -> dict[str, dict[str, Any]]:

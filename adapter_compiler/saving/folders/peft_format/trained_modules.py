@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from adapter_compiler.errors import ConfigError
+from adapter_compiler.saving.layer_kinds import (
+    TrainedNames,
+    find_modules_like,
+    find_outermost,
+    find_owners,
+    is_bias_of,
+    is_inside,
+)
+
+#: Buffers of normalization layers, which move in training whether or not their module is trained.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,59 +51,75 @@ def find_trained(model: nn.Module, adapted: Collection[str]) -> TrainedTensors:
     Raises:
         ConfigError: PEFT cannot express what was trained.
     """
-    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    owners = find_owners(model)
     state = model.state_dict(keep_vars=True)
-    names = [name for name, tensor in state.items() if id(tensor) in trained]
-    biases = {name: state[name] for name in names if _is_bias_of(name, adapted)}
-    heads = _find_outermost(name.rpartition(".")[0] for name in names if name not in biases)
-    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name.endswith(tuple(heads))]
-    _assert_apart(heads, modules if heads else [], adapted)
+    biases = {name: state[name] for name in owners if is_bias_of(name, adapted)}
+    heads = _find_heads(owners, adapted)
+    modules = find_modules_like(model, heads)
+    _assert_apart(heads, modules, adapted)
     prefixes = tuple(f"{name}." for name in modules)
-    tensors = {name: tensor for name, tensor in state.items() if heads and name.startswith(prefixes)}
+    tensors = {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
     return TrainedTensors(modules=tuple(heads), tensors=tensors, biases=biases)
 
 
-def group_trained(tensors: Mapping[str, torch.Tensor], adapted: Collection[str]) -> TrainedTensors:
+def group_trained(
+    tensors: Mapping[str, torch.Tensor], adapted: Collection[str], names: TrainedNames | None, path: Path
+) -> TrainedTensors:
     """What a file of adapters holds besides, without the model's code.
 
     Buffers that moved in training (running statistics) have no place in PEFT's format and are left out, unless they
     belong to a module whose parameters were trained fully.
 
+    Args:
+        tensors: fully trained parameters, and buffers, by qualified name.
+        adapted: the names of the modules with adapters.
+        names: what the file says of the parameters; ``None`` if it is of a version that said nothing.
+        path: the file, for messages.
+
     Raises:
-        ConfigError: PEFT cannot express what was trained.
+        ConfigError: PEFT cannot express what was trained, or the file does not hold all that PEFT saves of it.
     """
-    biases = {name: tensor for name, tensor in tensors.items() if _is_bias_of(name, adapted)}
-    owners = {name: name.rpartition(".")[0] for name in tensors if name not in biases}
-    heads = _find_outermost(owner for name, owner in owners.items() if name.rpartition(".")[2] in ("weight", "bias"))
+    names = _guess_names(tensors, path) if names is None else names
+    heads = _find_heads(names.owners, adapted)
     _assert_apart(heads, heads, adapted)
-    kept = {name: tensors[name] for name, owner in owners.items() if _is_inside(owner, heads)}
+    if missing := [name for name in (*names.owners, *names.unsaved) if name not in tensors]:
+        raise ConfigError(
+            f"{path} does not hold {missing[0]}, expected all tensors of the modules that were trained fully "
+            f"({', '.join(heads)}) and of those whose names end alike, because PEFT saves them whole; load the "
+            "adapters into the model and call save_peft_adapters"
+        )
+    biases = {name: tensors[name] for name in names.owners if is_bias_of(name, adapted)}
+    kept = {name: tensor for name, tensor in tensors.items() if is_inside(name, heads)}
     return TrainedTensors(modules=tuple(heads), tensors=kept, biases=biases)
 
 
-def _is_bias_of(name: str, adapted: Collection[str]) -> bool:
-    owner, _, leaf = name.rpartition(".")
-    return leaf == "bias" and owner in adapted
+def _guess_names(tensors: Mapping[str, torch.Tensor], path: Path) -> TrainedNames:
+    """Parameters that were called ``weight`` and ``bias``; another name may be that of a parameter or of a buffer."""
+    owners = {name: name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in ("weight", "bias")}
+    for name, tensor in tensors.items():
+        known = name in owners or name.rpartition(".")[2] in _STATISTICS or is_inside(name, owners.values())
+        if tensor.is_floating_point() and not known:
+            raise ConfigError(
+                f"{path} does not say whether {name} is a parameter that was trained or a buffer, expected one or the "
+                "other, because PEFT saves trained modules only; save the adapters again with this version"
+            )
+    return TrainedNames(owners=owners)
 
 
-def _find_outermost(names: Iterable[str]) -> list[str]:
-    """The modules that are in none of the others."""
-    found = sorted(set(names))
-    return [name for name in found if not _is_inside(name.rpartition(".")[0], found)]
-
-
-def _is_inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether a module is one of these or in one of them."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules if module)
+def _find_heads(owners: Mapping[str, str], adapted: Collection[str]) -> list[str]:
+    """The modules that PEFT saves whole."""
+    for name, owner in owners.items():
+        if not owner and not is_bias_of(name, adapted):
+            raise ConfigError(
+                f"{name} is a parameter of the model itself and was trained fully, PEFT saves those of its submodules "
+                "only; freeze it, move it into a submodule, or save with save()"
+            )
+    return find_outermost(owner for name, owner in owners.items() if not is_bias_of(name, adapted))
 
 
 def _assert_apart(heads: Collection[str], modules: Collection[str], adapted: Collection[str]) -> None:
-    if "" in heads:
-        raise ConfigError(
-            "a parameter of the model itself was trained fully, PEFT saves those of its submodules only; "
-            "expected none; save with save()"
-        )
     for module in modules:
-        inside = [name for name in adapted if _is_inside(name, [module]) or _is_inside(module, [name])]
+        inside = [name for name in adapted if is_inside(name, [module]) or is_inside(module, [name])]
         if inside:
             raise ConfigError(
                 f"module {module} has parameters that were trained fully and {inside[0]} has an adapter, PEFT has one "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import warnings
@@ -238,11 +239,98 @@ def test_modules_of_similar_names_are_saved_as_peft_loads_them(tmp_path: Path) -
 def test_what_was_trained_but_has_no_place_is_refused(tmp_path: Path) -> None:
     model, x = Heads().eval(), torch.randn(4, 5)
     adapted = adapt(model, x, sites=("mix.weight",), exclude=(), trainable=("scale",))
-    with pytest.raises(ConfigError, match="a parameter of the model itself was trained fully"):
+    with pytest.raises(ConfigError, match="scale is a parameter of the model itself and was trained fully"):
         save_peft_adapters(adapted, tmp_path)
     adapted = adapt(model, x, sites=("mix.weight", "other_head.weight"), exclude=(), trainable=("head.*",))
     with pytest.raises(ConfigError, match="module other_head has parameters that were trained fully and other_head"):
         save_peft_adapters(adapted, tmp_path)
+
+
+class Tokens(nn.Module):
+    """A parameter, a list of parameters and a buffer, none of which is called weight or bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 5))
+        self.more = nn.ParameterList([nn.Parameter(torch.ones(5)) for _ in range(2)])
+        self.register_buffer("shift", torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x * self.more[0] + self.more[1] + self.shift], dim=1)
+
+
+class WithTokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.mix = Tokens(), nn.Linear(5, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mix(self.tokens(x))
+        y: Tensor = self.attention(h, h, h, need_weights=False)[0]
+        return y
+
+
+def adapt_tokens(*trainable: str) -> tuple[nn.Module, Tensor, ac.AdaptedModel]:
+    torch.manual_seed(0)
+    model, x = WithTokens().eval(), torch.randn(2, 3, 5)
+    return copy.deepcopy(model), x, adapt(model, x, sites=("mix.weight",), exclude=(), trainable=trainable)
+
+
+@pytest.mark.parametrize("to", ["peft-lora", "peft-adalora", "lora"])
+def test_trained_parameters_of_any_name_go_along(to: str, tmp_path: Path) -> None:
+    base, x, adapted = adapt_tokens("tokens.*", "attention.*", "mix.bias")
+    adapted.module.get_buffer("tokens.shift").add_(1)
+    adapted.save(tmp_path / "native")
+    folders = [convert_adapters(tmp_path / "native", tmp_path / "first", to=to)]
+    convert_adapters(tmp_path / "first", tmp_path / "back", to="native")
+    folders.append(convert_adapters(tmp_path / "back", tmp_path / "second", to=to))
+    folders.append(convert_adapters(tmp_path / "second", tmp_path / "third", to=to))
+    folders.append(save_peft_adapters(adapted, tmp_path / "live"))
+    for folder in folders:
+        torch.testing.assert_close(load(copy.deepcopy(base), folder)(x), adapted(x), rtol=1e-5, atol=1e-5)
+        saved = json.loads((folder / "adapter_config.json").read_text())["modules_to_save"]
+        assert sorted(saved) == ["attention", "tokens"]
+
+
+def test_a_module_of_which_the_file_holds_a_part_is_written_from_the_model_only(tmp_path: Path) -> None:
+    base, x, adapted = adapt_tokens("tokens.cls_token")
+    adapted.save(tmp_path / "native")
+    for to in ("peft-lora", "lora"):
+        with pytest.raises(ConfigError, match=r"does not hold tokens\.more\.0, .* call save_peft_adapters"):
+            convert_adapters(tmp_path / "native", tmp_path / "out", to=to)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match=r"cls_token was trained fully"):
+        convert_adapters(tmp_path / "native", tmp_path / "out", to="vllm")
+    save_peft_adapters(adapted, tmp_path / "live")
+    torch.testing.assert_close(load(base, tmp_path / "live")(x), adapted(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_parameter_of_the_model_itself_is_refused_from_its_file_too(tmp_path: Path) -> None:
+    model, x = Heads().eval(), torch.randn(4, 5)
+    adapt(model, x, sites=("mix.weight",), exclude=(), trainable=("scale",)).save(tmp_path / "native")
+    with pytest.raises(ConfigError, match="scale is a parameter of the model itself and was trained fully"):
+        convert_adapters(tmp_path / "native", tmp_path / "out", to="peft-lora")
+
+
+def test_a_file_that_does_not_tell_parameters_from_buffers_is_refused(tmp_path: Path) -> None:
+    _, _, adapted = adapt_tokens("tokens.*")
+    adapted.save(tmp_path / "native")
+    saved = dataclasses.replace(read_saved_adapters(tmp_path / "native"), trained=None)
+    with pytest.raises(ConfigError, match=r"whether tokens\.cls_token is a parameter that was trained or a buffer"):
+        convert_to_peft(saved, tmp_path / "out")
+
+
+def test_a_trained_parameter_beside_an_adapter_in_its_module_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    adapted = adapt(
+        Attention().eval(), torch.randn(2, 5, 8), exclude=("*out_proj*",), trainable=("attention.in_proj_bias",)
+    )
+    with pytest.raises(ConfigError, match="module attention has parameters that were trained fully and attention has"):
+        save_peft_adapters(adapted, tmp_path / "live")
+    adapted.save(tmp_path / "native")
+    with pytest.raises(ConfigError, match="module attention has parameters that were trained fully and attention has"):
+        convert_adapters(tmp_path / "native", tmp_path / "out", to="peft-lora")
 
 
 def test_rows_and_biases_have_no_place_in_a_converted_folder(tmp_path: Path) -> None:
