@@ -68,7 +68,9 @@ def read_as_llama_cpp(path: Path, heads: int, key_heads: int) -> Updates:
     reader = gguf.GGUFReader(path)
     assert _text(reader, "general.type") == "adapter" and _text(reader, "adapter.type") == "lora"
     assert _text(reader, "general.architecture") == "llama"
-    alpha = float(reader.get_field("adapter.lora.alpha").contents())
+    field = reader.get_field("adapter.lora.alpha")
+    assert field is not None
+    alpha = float(field.contents())
     tensors = {one.name: torch.tensor(one.data).double() for one in reader.tensors}
     found = {}
     for name in [name for name in tensors if name.endswith(".lora_a")]:
