@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
+import torch
 
 from tests.soundness.common import seed
 
@@ -12,3 +15,12 @@ from tests.soundness.common import seed
 def _seeded() -> None:
     seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Dynamo without compiled code and with its counters at zero, before and after."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()

@@ -5,43 +5,26 @@ from __future__ import annotations
 import copy
 import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import adapter_compiler as ac
 from adapter_compiler.errors import CheckpointError
 from tests.adapter_compiler.training.helpers import assert_same, find_lambdas, make_adapted, set_gradients, snapshot
+from tests.adapter_compiler.training.models import GatedNet, X
 
 RULES = ("muon", "triplet")
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(6, 10)
-        self.query, self.key = nn.Linear(10, 8), nn.Linear(10, 8)
-        self.down = nn.Linear(8, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.up(x))
-        y: torch.Tensor = self.down(torch.tanh(self.query(x) * self.key(x)))
-        return y
-
-
-X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
 def make(kind: str = "svd", rank: int = 4) -> ac.AdaptedModel:
     torch.manual_seed(0)
-    return ac.compile_with_adapters(Model().double(), (X,), config=ac.AdapterConfig(kind=kind, rank=rank))
+    return ac.compile_with_adapters(GatedNet().double(), (X,), config=ac.AdapterConfig(kind=kind, rank=rank))
 
 
 def make_budget(adapted: ac.AdaptedModel, optimizer: torch.optim.Optimizer, **options: Any) -> ac.RankBudget:
@@ -197,15 +180,6 @@ def test_grad_scaler() -> None:
     train(plain, other, 2)
     assert budget.step == 2
     torch.testing.assert_close(adapted(X), plain(X), rtol=1e-12, atol=1e-12)
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    if not dist.is_available():
-        pytest.skip("torch was built without distributed")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore")  # torch warns about its own process group

@@ -22,6 +22,7 @@ from adapter_compiler.saving.primitives.adapter_file import FILE_NAME
 from adapter_compiler.training.training_state import TRAINING_FILE
 from tests.adapter_compiler.saving.rewriting import Change, rewrite
 from tests.adapter_compiler.saving.same_bits import assert_same_bits
+from tests.adapter_compiler.training.models import Net
 
 PACKAGES = ("adapter_compiler", "passes")
 HANDING_ON = (
@@ -30,20 +31,6 @@ HANDING_ON = (
     "budget/state.py",
     "realign.py",
 )
-
-
-class Net(nn.Module):
-    """A model with running statistics, dropout, and a fully trained head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.norm, self.drop = nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Dropout(0.2)
-        self.down, self.head = nn.Linear(9, 7), nn.Linear(7, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.drop(torch.tanh(self.norm(self.up(x))))
-        y: torch.Tensor = self.head(torch.tanh(self.down(x)))
-        return y
 
 
 class Log:

@@ -11,6 +11,7 @@ from torch import nn
 
 import adapter_compiler as ac
 from adapter_compiler.errors import BudgetError
+from tests.adapter_compiler.training.models import GatedNet, X
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -22,27 +23,11 @@ OPTIMIZERS: dict[str, Make] = {
 }
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(6, 10)
-        self.query, self.key = nn.Linear(10, 8), nn.Linear(10, 8)
-        self.down = nn.Linear(8, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.up(x))
-        y: torch.Tensor = self.down(torch.tanh(self.query(x) * self.key(x)))
-        return y
-
-
-X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
 def make_run(
     name: str = "adamw", *, gamma: float = 0.05, **options: Any
 ) -> tuple[ac.AdaptedModel, torch.optim.Optimizer, ac.RankBudget]:
     torch.manual_seed(0)
-    adapted = ac.compile_with_adapters(Model().double(), (X,), config=ac.AdapterConfig(rank=5, gamma=gamma))
+    adapted = ac.compile_with_adapters(GatedNet().double(), (X,), config=ac.AdapterConfig(rank=5, gamma=gamma))
     optimizer = OPTIMIZERS[name](adapted.trainable_parameters())
     settings = {"target_rank": 1.5, "total_steps": 20, "warmup_steps": 2, "final_steps": 8, "interval": 2, **options}
     return adapted, optimizer, ac.RankBudget(adapted, optimizer, ac.BudgetSchedule(**settings))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
@@ -20,15 +18,6 @@ from adapter_compiler.training.scoring.triplet_buffers import TripletBuffers
 from tests.adapter_compiler.training.buffers import make_parameters
 
 SHAPES = ((5, 4, 3), (6, 2, 2), (5, 4, 3))
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    if not dist.is_available():
-        pytest.skip("torch was built without distributed")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def shard(adapter_parameters: AdapterParameters, mesh: DeviceMesh) -> AdapterParameters:

@@ -17,22 +17,9 @@ import adapter_compiler as ac
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.training.tuning.find_rate import _schedule
 from tests.adapter_compiler.training.helpers import assert_same
+from tests.adapter_compiler.training.models import Net
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-class Net(nn.Module):
-    """With dropout, running statistics and a fully trained head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.norm, self.drop = nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Dropout(0.2)
-        self.down, self.head = nn.Linear(9, 7), nn.Linear(7, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.drop(torch.tanh(self.norm(self.up(x))))
-        y: torch.Tensor = self.head(torch.tanh(self.down(x)))
-        return y
 
 
 def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
