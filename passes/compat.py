@@ -159,7 +159,7 @@ SHOWS_SAVED_HOOKS = hasattr(
 def is_saved_plainly(node: Any, *names: str) -> bool:
     """Whether a backward node is known to have saved its tensors with these names without a hook.
 
-    Old versions of torch do not tell hooks, see :data:`SHOWS_SAVED_HOOKS`; for them the answer is no.
+    The answer is no if torch does not show hooks, see :data:`SHOWS_SAVED_HOOKS`.
 
     Raises:
         TorchVersionError: the node saves nothing with such a name.
