@@ -162,11 +162,13 @@ class AdapterState(nn.Module):
             initial = self.adapter_set.initial_plan(name)
             plan = match_ranks(self.adapter_set.plans[name], initial, state_dict, prefix + path)
             if plan is not None:
-                self._change_ranks(name, plan)
+                self.change_ranks(name, plan)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _change_ranks(self, name: str, plan: AdapterPlan) -> None:
+    def change_ranks(self, name: str, plan: AdapterPlan) -> None:
         """Change the ranks and starts of an adapter; parameters whose shape changes become zero."""
+        if plan == self.adapter_set.plans[name]:
+            return
         own, adapter_parameters = self.adapter_set, self.parameters_of_adapter(name)
         pairs = list(zip(own.plans[name], plan, strict=True))
         adapter_parameters.adopt(plan)

@@ -190,15 +190,15 @@ def adopt_starts(adapted: AdapterState, plan: AdapterPlan) -> None:
         adapted.rebuild(plan)
 
 
-def find_targets(adapted: AdapterState, plan: AdapterPlan) -> dict[str, Kind]:
+def find_targets(adapted: AdapterState, plan: AdapterPlan, name: str | None = None) -> dict[str, Kind]:
     """What :func:`find_saved_tensors` will have with the forms and ranks of ``plan``."""
-    now = {name: (tuple(t.shape), t.dtype) for name, t in find_saved_tensors(adapted).items()}
-    others = {name: kind for name, kind in now.items() if not name.startswith("adapters.")}
+    now = {key: (tuple(t.shape), t.dtype) for key, t in find_saved_tensors(adapted, name).items()}
+    others = {key: kind for key, kind in now.items() if not key.startswith("adapters.")}
     own: dict[str, Kind] = {}
     for adapter in plan:
-        for key, shape in adapter.parameter_shapes.items():
-            name = f"adapters.{adapter.site.name}.{key}"
-            own[name] = shape, now[name][1] if name in now else adapter.dtype
+        for parameter, shape in adapter.parameter_shapes.items():
+            key = f"adapters.{adapter.site.name}.{parameter}"
+            own[key] = shape, now[key][1] if key in now else adapter.dtype
     return own | others
 
 

@@ -35,6 +35,16 @@ def fit_tensors(
     return {name: cast_exactly(path, name, tensors[name], dtype) for name, (_, dtype) in targets.items()}
 
 
+def assert_same_dtypes(path: Path, tensors: Mapping[str, torch.Tensor], targets: Mapping[str, Kind]) -> None:
+    """Raise :class:`CheckpointError` if a tensor of a file has another dtype than the place that it is for."""
+    for name, tensor in tensors.items():
+        if name in targets and tensor.dtype != targets[name][1]:
+            raise CheckpointError(
+                f"{path}: {name} is {tensor.dtype}, this model has {targets[name][1]}, expected the same, as training "
+                "goes on bit for bit; compile the model in that dtype"
+            )
+
+
 def cast_exactly(path: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A tensor of a file in another dtype, in which each value is the same.
 

@@ -1,6 +1,6 @@
 """Stop a training run anywhere and resume it bit for bit, by one file with everything that a step depends on.
 
-The file is safetensors with JSON in its header. It has the adapters, fully trained parameters, buffers, accumulated
+The file is safetensors with JSON in its header. It has all adapters, fully trained parameters, buffers, accumulated
 gradients, and the states of the optimizer, the budget, a GradScaler or scheduler, and the random generators. It is
 written to a temporary file, which is then renamed, so a killed process leaves the old file or the new one, complete.
 """
@@ -32,6 +32,7 @@ from adapter_compiler.training.budget import RankBudget
 from adapter_compiler.training.random_state import read_random_state, write_random_state
 from adapter_compiler.training.resuming.all_or_nothing import all_or_nothing, load_other
 from adapter_compiler.training.resuming.base_weights import describe_base
+from adapter_compiler.training.resuming.inactive_adapters import describe_inactive, find_inactive_tensors, put_inactive
 from adapter_compiler.training.resuming.optimizer_state import describe_optimizer, load_optimizer
 from adapter_compiler.training.resuming.state_file import (
     FORMAT,
@@ -93,7 +94,8 @@ def collect_state(
         CheckpointError: a state has a value that is neither plain data nor a tensor.
     """
     values = find_saved_tensors(adapted)
-    tensors = {f"{VALUES}{name}": tensor.detach().contiguous().clone() for name, tensor in values.items()}
+    held = {f"{VALUES}{name}": tensor for name, tensor in values.items()} | find_inactive_tensors(adapted)
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in held.items()}
     state = {
         "gradients": {name: t.grad for name, t in values.items() if t.grad is not None},
         "optimizer": optimizer.state_dict(),
@@ -104,6 +106,7 @@ def collect_state(
     header = {
         "torch": torch.__version__,
         "sites": describe_sites(adapted),
+        "adapters": describe_inactive(adapted),
         "base": dict(base),
         "optimizer": describe_optimizer(adapted, optimizer),
         "state": {name: encode(part, name, tensors) for name, part in state.items()},
@@ -191,6 +194,7 @@ def _put_model(
     elif saved.kept:
         compact_adapters(adapted, saved.kept, optimizer)
     write_values(adapted, saved.values)
+    put_inactive(adapted, saved.inactive)
     gradients = saved.state["gradients"]
     for name, target in find_saved_tensors(adapted).items():
         if isinstance(target, torch.nn.Parameter):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -53,6 +53,8 @@ from adapter_compiler.training.scoring.regularizer import add_regularizer_gradie
 from adapter_compiler.training.scoring.triplet_buffers import TripletBuffers
 
 logger = logging.getLogger(__name__)
+
+Module = TypeVar("Module", bound=nn.Module)
 
 #: γ if λ starts at zero; without the regularizer the factors would then grow instead of λ.
 _GAMMA = 0.1
@@ -269,10 +271,15 @@ class RankBudget:
         else:
             mask_copies(module, self._adapter, self._pruned_by_site(), self._origin)
 
-    def follow(self, module: nn.Module) -> None:
-        """Call :meth:`apply_mask` on a copy, such as ``AveragedModel(adapted)``, whenever the model is masked."""
+    def follow(self, module: Module) -> Module:
+        """Call :meth:`apply_mask` on a copy, such as ``AveragedModel(adapted)``, whenever the model is masked.
+
+        Returns:
+            The copy.
+        """
         self.apply_mask(module)
         self._copies.append(module)
+        return module
 
     def _begin_step(self) -> None:
         assert_active(self._adapted, self._adapter)

@@ -16,6 +16,7 @@ from adapter_compiler.saving.primitives.plain_data import copy_state, is_same_st
 from adapter_compiler.saving.primitives.snapshot import Snapshot
 from adapter_compiler.training.budget import RankBudget
 from adapter_compiler.training.random_state import read_random_state, write_random_state
+from adapter_compiler.training.resuming.inactive_adapters import find_inactive_tensors
 from adapter_compiler.training.resuming.optimizer_state import load_optimizer
 from adapter_compiler.training.resuming.state_file import Stateful
 
@@ -37,6 +38,8 @@ def all_or_nothing(
     for owner in (*_find_optimizers(optimizer, *others.values()), *_find_parts(budget)):
         before.add_attributes(owner)
     note_model(before, adapted)
+    for tensor in find_inactive_tensors(adapted).values():
+        before.add_tensor(tensor)
     states: dict[str, Any] = {}
     for name, other in others.items():
         with explained(path, f"the present state of {name!r}"):

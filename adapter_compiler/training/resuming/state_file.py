@@ -14,12 +14,18 @@ import torch
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.saving.adapters import explained, find_kept, find_targets, match_starts
-from adapter_compiler.saving.fit_tensors import Kind, fit_tensors
+from adapter_compiler.saving.fit_tensors import Kind, assert_same_dtypes, fit_tensors
 from adapter_compiler.saving.primitives.adapter_file import SITES, read_sites
 from adapter_compiler.saving.primitives.file_format import FileFormat, read_file
 from adapter_compiler.saving.primitives.plain_data import decode
 from adapter_compiler.training.budget import RankBudget
 from adapter_compiler.training.resuming.base_weights import assert_same_base, describe_base
+from adapter_compiler.training.resuming.inactive_adapters import (
+    ADAPTERS_FIELD,
+    SavedAdapter,
+    assert_same_adapters,
+    fit_inactive,
+)
 from adapter_compiler.training.resuming.optimizer_state import ADVICE, assert_optimizer_fits
 from passes.planning.compact_plan import compact_plan
 from passes.planning.json_schema import Field, Source, check_object, is_object_of, is_text, show
@@ -53,6 +59,7 @@ FORMAT = FileFormat(
         "torch": Field(expected="the version of torch", fits=is_text, required=False),
         "base": Field(expected="text by weight", fits=is_object_of(is_text), required=False),
         "optimizer": dataclasses.replace(_OBJECT, required=False),
+        "adapters": ADAPTERS_FIELD,
     },
 )
 
@@ -75,12 +82,14 @@ class SavedState:
         plan: the model's plan with the forms of the file.
         kept: for each site with fewer triplets in the file, the indices to keep.
         values: the values of :func:`~adapter_compiler.saving.adapters.find_saved_tensors`.
+        inactive: the inactive adapters by name.
         state: the nested states by name: gradients, optimizer, budget, others, random.
     """
 
     plan: AdapterPlan
     kept: Mapping[str, torch.Tensor]
     values: Mapping[str, torch.Tensor]
+    inactive: Mapping[str, SavedAdapter]
     state: Mapping[str, Any]
 
 
@@ -102,7 +111,7 @@ def read_fitting(
 
 
 def assert_fits_model(path: Path, header: Mapping[str, Any], adapted: AdaptedModel, base: Mapping[str, str]) -> None:
-    """Raise :class:`CheckpointError` unless a header belongs to the sites and to the frozen weights of a model.
+    """Raise :class:`CheckpointError` unless a header belongs to the adapters and to the frozen weights of a model.
 
     Args:
         path: the file, for messages.
@@ -111,6 +120,7 @@ def assert_fits_model(path: Path, header: Mapping[str, Any], adapted: AdaptedMod
         base: its frozen weights, as :func:`~adapter_compiler.training.resuming.base_weights.describe_base` gives them.
     """
     sites = read_sites(path, header)
+    assert_same_adapters(path, header.get("adapters"), adapted)
     find_kept(path, sites, match_starts(adapted.plan, sites))
     assert_same_base(path, header.get("base", {}), base)
 
@@ -134,6 +144,7 @@ def check_state(
     kept = find_kept(path, sites, plan)
     targets = find_targets(adapted, compact_plan(plan, kept))
     values = {name.removeprefix(VALUES): tensors.pop(name) for name in list(tensors) if name.startswith(VALUES)}
+    inactive = fit_inactive(path, header.get("adapters"), tensors, adapted)
     state = _decode_states(path, header["state"], tensors)
     _assert_values_fit(path, values, state["gradients"], targets)
     source = Source(name=f"{path}: the state of the optimizer", error=CheckpointError, advice=ADVICE)
@@ -151,7 +162,7 @@ def check_state(
             f"{path}: the tensor {show(min(tensors))} belongs to none of the states, expected a place for each; save "
             "the state again"
         )
-    return SavedState(plan=plan, kept=kept, values=values, state=state)
+    return SavedState(plan=plan, kept=kept, values=values, inactive=inactive, state=state)
 
 
 def _decode_states(path: Path, saved: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -168,12 +179,7 @@ def _decode_states(path: Path, saved: Mapping[str, Any], tensors: dict[str, torc
 def _assert_values_fit(
     path: Path, values: Mapping[str, torch.Tensor], gradients: Mapping[str, Any], targets: Mapping[str, Kind]
 ) -> None:
-    for name, value in values.items():
-        if name in targets and value.dtype != targets[name][1]:
-            raise CheckpointError(
-                f"{path}: {name} is {value.dtype}, this model has {targets[name][1]}, expected the same, as training "
-                "goes on bit for bit; compile the model in that dtype"
-            )
+    assert_same_dtypes(path, values, targets)
     fit_tensors(path, values, targets)
     for name, gradient in gradients.items():
         found = (tuple(gradient.shape), gradient.dtype) if isinstance(gradient, torch.Tensor) else type(gradient)

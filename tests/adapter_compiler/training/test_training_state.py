@@ -20,6 +20,7 @@ from torch import nn
 import adapter_compiler as ac
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.training.training_state import TRAINING_FILE
+from passes.planning.compact_plan import compact_plan
 from tests.adapter_compiler.saving.rewriting import change_header, read_header
 from tests.adapter_compiler.saving.same_bits import assert_same_bits
 
@@ -298,3 +299,118 @@ def test_a_killed_process_leaves_a_readable_file(tmp_path: Path) -> None:
         process.wait()
         process.stdout.close()
         Run(Recipe()).load(tmp_path)
+
+
+class TwoTasks:
+    """One adapter is trained and shrunk, then a second one is trained."""
+
+    def __init__(self, *, second: str = "second", config: ac.AdapterConfig | None = None, use: bool = True) -> None:
+        torch.manual_seed(7)
+        self.adapted = ac.compile_with_adapters(Model(), config=ac.AdapterConfig(rank=4, trainable=("head*",)))
+        self.adapted.add_adapter(second, config=config)
+        if use:
+            self.adapted.use(second)
+        self.optimizer = torch.optim.AdamW(self.adapted.trainable_parameters(), lr=0.01)
+
+    def train_first(self) -> None:
+        active = self.adapted.active_adapter
+        self.adapted.use("default")
+        optimizer = torch.optim.AdamW(self.adapted.trainable_parameters(), lr=0.01)
+        schedule = ac.BudgetSchedule(target_rank=1, total_steps=6, warmup_steps=1, final_steps=2, compact=True)
+        budget = ac.RankBudget(self.adapted, optimizer, schedule)
+        self.train(0, 6, optimizer)
+        assert sum(budget.ranks().values()) == sum(adapter.rank for adapter in self.adapted.plan)
+        self.adapted.use(active)
+
+    def train(self, start: int, end: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        optimizer = optimizer or self.optimizer
+        for step in range(start, end):
+            generator = torch.Generator().manual_seed(step)
+            self.adapted(torch.randn(8, 6, generator=generator)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_inactive_adapters_are_restored_with_their_ranks(tmp_path: Path) -> None:
+    whole = TwoTasks()
+    whole.train_first()
+    whole.train(6, 9)
+    ac.save_training_state(tmp_path, whole.adapted, whole.optimizer)
+    whole.train(9, 12)
+    again = TwoTasks()
+    default = dict(again.adapted.parameters_of_adapter("default").named_parameters())
+    torch.manual_seed(999)
+    ac.load_training_state(tmp_path, again.adapted, again.optimizer)
+    again.train(9, 12)
+    for run in (whole, again):  # whose outputs are those of the first task
+        run.adapted.use("default")
+    assert_same_bits(again.adapted.state_dict(), whole.adapted.state_dict())
+    assert [one.rank for one in again.adapted.plan] == [one.rank for one in whole.adapted.plan] != [4, 4]
+    assert all(default[name] is p for name, p in again.adapted.parameters_of_adapter("default").named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            lambda: TwoTasks(use=False),
+            r"'second' was active when it was saved, 'default' is active in this model.* use\('s",
+        ),
+        (lambda: TwoTasks(second="other", use=False), r"'second' was active.*call add_adapter and use for 'second'"),
+        (lambda: with_third(TwoTasks()), r"'third' is in this model only.*remove it with remove_adapter"),
+        (lambda: without_first(TwoTasks()), r"'default' is in the file only.*add it with add_adapter"),
+        (lambda: with_first_of_rank(2), r"up\.weight was saved with rank=4, this model has rank=2"),
+    ],
+)
+def test_other_adapters_are_refused_and_nothing_changes(
+    other: Callable[[], TwoTasks], message: str, tmp_path: Path
+) -> None:
+    run = TwoTasks()
+    ac.save_training_state(tmp_path, run.adapted, run.optimizer)
+    fresh = other()
+    before = fresh.adapted.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    with pytest.raises(CheckpointError, match=message):
+        ac.load_training_state(tmp_path, fresh.adapted, fresh.optimizer)
+    assert_same_bits(fresh.adapted.state_dict(), before)
+
+
+def with_third(run: TwoTasks) -> TwoTasks:
+    run.adapted.add_adapter("third")
+    return run
+
+
+def without_first(run: TwoTasks) -> TwoTasks:
+    run.adapted.remove_adapter("default")
+    return run
+
+
+def with_first_of_rank(rank: int) -> TwoTasks:
+    """The same sites and scales, with a first adapter of a smaller rank."""
+    run = TwoTasks()
+    plan = run.adapted.adapter_set.plans["default"]
+    run.adapted.change_ranks("default", compact_plan(plan, {one.site.name: torch.arange(rank) for one in plan}))
+    return run
+
+
+def test_a_load_that_fails_restores_inactive_adapters(tmp_path: Path) -> None:
+    run = TwoTasks()
+    run.train_first()
+    run.train(6, 8)
+    ac.save_training_state(tmp_path, run.adapted, run.optimizer, refusing=Refusing())
+    fresh = TwoTasks()
+    before = {name: tensor.clone() for name, tensor in fresh.adapted.state_dict().items()}
+    with pytest.raises(CheckpointError, match="refuses"):
+        ac.load_training_state(tmp_path, fresh.adapted, fresh.optimizer, refusing=Refusing())
+    assert_same_bits(fresh.adapted.state_dict(), before)
+    assert [one.rank for one in fresh.adapted.adapter_set.plans["default"]] == [4, 4]
+
+
+class Refusing:
+    """An object that saves a state and does not load one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise RuntimeError("it refuses")

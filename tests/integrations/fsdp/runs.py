@@ -96,6 +96,14 @@ def flatten(adapted: ac.AdaptedModel) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in adapted.adapters.parameters()])
 
 
+def flatten_all(adapted: ac.AdaptedModel) -> torch.Tensor:
+    """All adapters and trained values, whole."""
+    adapters = [p for name in adapted.adapter_names for p in adapted.parameters_of_adapter(name).parameters()]
+    found: list[Any] = [*adapters, *adapted.module.parameters(), *adapted.adapter_set.inactive.buffers()]
+    whole = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in found]
+    return torch.cat([tensor.detach().flatten() for tensor in whole])
+
+
 def assert_same_everywhere(value: torch.Tensor) -> None:
     everywhere = [torch.zeros_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(everywhere, value.contiguous())

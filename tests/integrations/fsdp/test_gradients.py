@@ -21,6 +21,7 @@ from tests.integrations.fsdp.runs import (
     assert_same_everywhere,
     draw,
     flatten,
+    flatten_all,
     make,
     make_budget,
     make_optimizer,
@@ -201,14 +202,6 @@ def is_trained_alike_with_several_adapters() -> None:
             assert_same_everywhere(results[-1])
             sharded.detach()
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5)
-
-
-def flatten_all(adapted: ac.AdaptedModel) -> torch.Tensor:
-    """All adapters and trained values, whole."""
-    adapters = [p for name in adapted.adapter_names for p in adapted.parameters_of_adapter(name).parameters()]
-    found: list[Any] = [*adapters, *adapted.module.parameters(), *adapted.adapter_set.inactive.buffers()]
-    whole = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in found]
-    return torch.cat([tensor.detach().flatten() for tensor in whole])
 
 
 def is_half_precision_alike() -> None:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 import adapter_compiler as ac
 from adapter_compiler.errors import CheckpointError, DistributedError
 from adapter_compiler.integrations import load_sharded_state
+from adapter_compiler.integrations.fsdp import shard
 from adapter_compiler.integrations.fsdp.state.base_checksums import describe_sharded_base
 from adapter_compiler.integrations.fsdp.state.reader import METADATA, TensorReader
 from adapter_compiler.training.resuming.base_weights import describe_base
@@ -24,8 +25,11 @@ from tests.integrations.fsdp.runs import (
     Run,
     assert_like,
     flatten,
+    flatten_all,
     list_folder,
     make,
+    make_budget,
+    make_optimizer,
     run_alone,
     start,
 )
@@ -178,6 +182,44 @@ def test_accumulated_gradients_are_saved_by_rank(tmp_path: Path, ranks: int) -> 
     wanted = torch.cat([p.grad.flatten() for p in expected.adapters.parameters() if p.grad is not None])
     for found in run_ranks(ranks, resume_accumulated, str(tmp_path)):
         torch.testing.assert_close(found, wanted)
+
+
+def start_with_two_adapters(*, is_sharded: bool = True) -> Run:
+    """With a head that is trained fully, of which each adapter has values of its own; the second adapter trains."""
+    adapted = make(trainable=("2.*",))
+    adapted.add_adapter("second", config=ac.AdapterConfig(rank=3))
+    sharded = shard(adapted) if is_sharded else None
+    adapted.use("second")
+    optimizer = make_optimizer(adapted)
+    return Run(adapted, optimizer, make_budget(adapted, optimizer, target=1), sharded)
+
+
+def save_two_adapters(folder: str) -> torch.Tensor:
+    run = start_with_two_adapters()
+    assert run.sharded is not None
+    with torch.no_grad():
+        for parameter in run.adapted.parameters_of_adapter("default").parameters():
+            parameter.add_(0.5)
+    run.train(range(3))
+    run.sharded.save_training_state(folder, run.optimizer, run.budget)
+    return flatten_all(run.adapted)
+
+
+def load_two_adapters(folder: str) -> torch.Tensor:
+    run = start_with_two_adapters()
+    assert run.sharded is not None
+    run.sharded.load_training_state(folder, run.optimizer, run.budget)
+    return flatten_all(run.adapted)
+
+
+def test_inactive_adapters_are_saved_and_loaded(tmp_path: Path) -> None:
+    saved = run_ranks(2, save_two_adapters, str(tmp_path))[0]
+    for found in run_ranks(2, load_two_adapters, str(tmp_path)):
+        assert torch.equal(found, saved)
+    run = start_with_two_adapters(is_sharded=False)
+    assert not torch.equal(flatten_all(run.adapted), saved)
+    load_sharded_state(tmp_path, run.adapted, run.optimizer, run.budget)
+    assert torch.equal(flatten_all(run.adapted), saved)
 
 
 def draw_after(folder: str) -> float:

@@ -16,6 +16,7 @@ from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.saving.primitives.adapter_file import SITES
 from adapter_compiler.saving.primitives.file_format import FileFormat
 from adapter_compiler.saving.primitives.safetensors_dtypes import DTYPE_NAMES
+from adapter_compiler.training.resuming.inactive_adapters import ADAPTERS_FIELD, INACTIVE
 from adapter_compiler.training.resuming.state_file import VALUES
 from passes.planning.json_schema import Field, is_count, is_object_of, is_text
 
@@ -54,6 +55,7 @@ FORMAT = FileFormat(
         "sites": SITES,
         "base": Field(expected="text by weight", fits=is_object_of(is_text)),
         "optimizer": _OBJECT,
+        "adapters": ADAPTERS_FIELD,
         "torch": Field(expected="the version of torch", fits=is_text),
         "state": _OBJECT,
         "layout": _LAYOUT,
@@ -76,7 +78,8 @@ def split_by_owner(
 
     The latter are accumulated gradients, states of random generators and of other objects, and buffers of the model.
     """
-    buffers = {f"{VALUES}module.{name}" for name, _ in adapted.module.named_buffers()}
+    prefixes = (VALUES, *(f"{INACTIVE}{name}." for name in adapted.adapter_names))
+    buffers = {f"{prefix}module.{name}" for prefix in prefixes for name, _ in adapted.module.named_buffers()}
     own = {
         name: tensor
         for name, tensor in tensors.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -149,9 +150,4 @@ def _read_tensors(data: Path, tensors: dict[str, torch.Tensor], group: Group) ->
 
 
 def _reseed(saved: SavedState, seed: int) -> SavedState:
-    return SavedState(
-        plan=saved.plan,
-        kept=saved.kept,
-        values=saved.values,
-        state={**saved.state, "random": make_random_state(seed)},
-    )
+    return dataclasses.replace(saved, state={**saved.state, "random": make_random_state(seed)})
