@@ -93,6 +93,7 @@ def run_exact(adapted: ac.AdaptedModel, model: nn.Module) -> Tensor:
 def test_the_start_is_the_base(kind: str, dtype: torch.dtype, init: str | None) -> None:
     model = make(dtype)
     before = copy.deepcopy(model.state_dict())
+    base = copy.deepcopy(model).requires_grad_(False)  # on some processors, kernels round differently with gradients
     adapted = adapt(model, kind, init=init)
     assert len(adapted.sites) == 6
     # Fusing splits addmm, which rounds one more time.
@@ -106,7 +107,7 @@ def test_the_start_is_the_base(kind: str, dtype: torch.dtype, init: str | None) 
     assert not torch.allclose(adapted(IDS), model(IDS))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     with adapted.disable_adapters():
-        assert torch.equal(adapted(IDS), model(IDS))
+        assert torch.equal(adapted(IDS), base(IDS))
 
 
 @pytest.mark.parametrize("fused", [True, False])

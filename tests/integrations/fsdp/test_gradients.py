@@ -255,7 +255,8 @@ def is_masked_alike(*, parts: int) -> None:
     for compact in (False, True):
         run = start(compact=compact)
         run.train(range(STEPS))
-        assert_like(run, run_alone(parts, compact=compact))
+        # AdamW divides by the size of a gradient, so a small one shows the order of its sum; a step is of 1e-2.
+        assert_like(run, run_alone(parts, compact=compact), atol=1e-4)
         assert_same_everywhere(flatten(run.adapted))
 
 

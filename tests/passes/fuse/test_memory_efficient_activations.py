@@ -43,7 +43,7 @@ def test_a_block_in_training() -> None:
     found, draws = run(result.graph_module, net, *tensors)
     assert len(found) == 5
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=5e-5)  # sums of 560 products in another order
     assert torch.equal(draws, state)
     assert not MemoryEfficientActivationsPass()(result.graph_module).modified
 
