@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,16 @@ class FollowsRanks(Protocol):
         """Adjust to the new ranks of the adapters."""
 
 
+def checksum_buffers(buffers: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """A checksum of each buffer that has values in this process, by name."""
+    found = {}
+    for name, buffer in buffers:
+        if type(buffer) is torch.Tensor and not buffer.is_meta and buffer.layout is torch.strided:
+            values = buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            found[name] = f"{buffer.dtype} {hashlib.blake2b(values, digest_size=16).hexdigest()}"
+    return found
+
+
 class AdapterState(nn.Module):
     """The user's module, its adapters by name, and what is known about both.
 
@@ -48,6 +59,7 @@ class AdapterState(nn.Module):
         unused: the weights with an adapter that the first call did not use.
         fold_report: rounding errors of the last ``fold``.
         quantization_report: what was quantized, with its errors and the memory before and after.
+        initial_buffers: a checksum of each buffer as it was when the model was compiled.
     """
 
     def __init__(
@@ -70,6 +82,7 @@ class AdapterState(nn.Module):
         self.unused: tuple[str, ...] = ()
         self.fold_report: FoldReport | None = None
         self.quantization_report: QuantizationReport | None = None
+        self.initial_buffers = checksum_buffers(module.named_buffers())
         self._followers: weakref.WeakSet[FollowsRanks] = weakref.WeakSet()
 
     @property

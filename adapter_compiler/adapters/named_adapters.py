@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from adapter_compiler.adapters.adapter_set import FIRST_NAME, InactiveTensors
-from adapter_compiler.adapters.adapter_state import AdapterState
+from adapter_compiler.adapters.adapter_state import AdapterState, checksum_buffers
 from adapter_compiler.adapters.initializers import prepare_start, start_adapter
 from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
 from adapter_compiler.adapters.planning import match_plan, plan_adapters
@@ -97,6 +97,19 @@ def find_module_tensors(adapted: AdapterState) -> dict[str, torch.Tensor]:
     state = adapted.module.state_dict(keep_vars=True)
     parameters = {name: p for name, p in adapted.module.named_parameters() if p.requires_grad}
     return {**parameters, **{name: b for name, b in adapted.module.named_buffers() if name in state}}
+
+
+def find_moved_buffers(adapted: AdapterState, name: str | None = None) -> list[str]:
+    """The persistent buffers whose values are others than when the model was compiled.
+
+    Args:
+        adapted: the model.
+        name: as which adapter has them; by default the active one.
+    """
+    inactive = adapted.adapter_set.find_inactive(adapted.active_adapter if name is None else name) or {}
+    tensors = {key: inactive.get(key, tensor) for key, tensor in find_module_tensors(adapted).items()}
+    buffers = {key: tensors[key] for key, _ in adapted.module.named_buffers() if key in tensors}
+    return [k for k, value in checksum_buffers(buffers.items()).items() if adapted.initial_buffers.get(k) != value]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from adapter_compiler.adapters.adapter_state import AdapterState
 from adapter_compiler.adapters.compact import compact_adapters
-from adapter_compiler.adapters.named_adapters import find_module_tensors
+from adapter_compiler.adapters.named_adapters import find_module_tensors, find_moved_buffers
 from adapter_compiler.adapters.parameters.sharded import is_sharded
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.saving.fit_tensors import Kind, fit_tensors
@@ -225,7 +225,8 @@ def _describe(adapted: AdapterState, name: str | None, tensors: Collection[str])
     layers = {weight: find_layer_kind(adapted.module, weight) for weight in plan.by_weight}
     quantized = describe_formats(find_formats(adapted.module))
     saved = {key.removeprefix("module.") for key in tensors if key.startswith("module.")}
-    trained = find_trained_names(adapted.module, {weight.rpartition(".")[0] for weight in layers}, saved)
+    modules, moved = {weight.rpartition(".")[0] for weight in layers}, find_moved_buffers(adapted, name)
+    trained = find_trained_names(adapted.module, modules, saved, moved)
     options = adapted.options.to_dict()
     return describe_file(plan, layers=layers, quantized=quantized, trained=trained.describe(), options=options)
 

@@ -62,30 +62,38 @@ class TrainedNames:
 
     Attributes:
         owners: by name of the parameter, all names of a tied one included, the module that computes with it.
-        unsaved: other tensors of these modules, and of modules of similar names, which the file does not hold.
+        unsaved: other tensors of these modules, of those with buffers that moved, and of modules of similar names,
+            which the file does not hold.
+        moved: the buffers whose values are others than those of the base; ``None`` if the file does not say.
     """
 
     owners: Mapping[str, str]
     unsaved: tuple[str, ...] = ()
+    moved: tuple[str, ...] | None = None
 
     def describe(self) -> dict[str, Any]:
         """What the header of a file says of them."""
-        return {"trained": dict(self.owners), "unsaved": list(self.unsaved)}
+        moved = {} if self.moved is None else {"moved": list(self.moved)}
+        return {"trained": dict(self.owners), "unsaved": list(self.unsaved), **moved}
 
 
-def find_trained_names(model: nn.Module, adapted: Collection[str], saved: Collection[str]) -> TrainedNames:
+def find_trained_names(
+    model: nn.Module, adapted: Collection[str], saved: Collection[str], moved: Iterable[str]
+) -> TrainedNames:
     """What is trained in a model.
 
     Args:
         model: the user's module.
         adapted: the names of the modules with adapters.
         saved: the names of the tensors of the model that the file holds.
+        moved: those of the buffers whose values are others than those of the base.
     """
-    owners = find_owners(model)
-    heads = find_outermost(owner for name, owner in owners.items() if not is_bias_of(name, adapted))
+    owners, moved = find_owners(model), tuple(moved)
+    trained = [owner for name, owner in owners.items() if not is_bias_of(name, adapted)]
+    heads = find_outermost([*trained, *(name.rpartition(".")[0] for name in moved)])
     prefixes = tuple(f"{name}." for name in find_modules_like(model, heads))
     unsaved = [name for name in model.state_dict() if name.startswith(prefixes) and name not in saved]
-    return TrainedNames(owners=owners, unsaved=tuple(unsaved))
+    return TrainedNames(owners=owners, unsaved=tuple(unsaved), moved=moved)
 
 
 def find_owners(model: nn.Module) -> dict[str, str]:

@@ -117,8 +117,10 @@ def pad_to_one_rank(updates: Sequence[WeightUpdate]) -> tuple[list[WeightUpdate]
 
 def _assert_nothing_trained_besides(saved: SavedAdapters, abilities: Abilities) -> None:
     """Raise :class:`ConfigError` if the folder holds trained parameters or moved statistics besides adapters."""
+    names = saved.trained
+    known = None if names is None or names.moved is None else {*names.owners, *names.moved}
     for name, key in saved.replacements.items():
-        if saved.tensor(key).is_floating_point():
+        if name in known if known is not None else saved.tensor(key).is_floating_point():
             raise ConfigError(
                 f"{saved.path}: {name} was trained fully or is a statistic that moves in training, {abilities.name} "
                 f"takes adapters only; {_FOLD}"

@@ -58,7 +58,8 @@ def read_own_adapters(path: Path) -> SavedAdapters:
 def _read_trained(header: Mapping[str, Any]) -> TrainedNames | None:
     if "trained" not in header:
         return None
-    return TrainedNames(owners=header["trained"], unsaved=tuple(header.get("unsaved", ())))
+    moved = tuple(header["moved"]) if "moved" in header else None
+    return TrainedNames(owners=header["trained"], unsaved=tuple(header.get("unsaved", ())), moved=moved)
 
 
 def _add_layers(adapters: Mapping[str, SavedAdapter], layers: Mapping[str, str]) -> dict[str, SavedAdapter]:

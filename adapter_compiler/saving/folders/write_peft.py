@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from adapter_compiler.adapters.adapter_state import AdapterState
+from adapter_compiler.adapters.named_adapters import find_moved_buffers
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.saving.folders.peft_format.config import PEFT_CONFIG, PEFT_EPSILON
 from adapter_compiler.saving.folders.peft_format.layers import ParametersOf, PeftSite, assert_expressible, make_site
@@ -77,7 +78,9 @@ def save_peft_adapters(adapted: AdapterState, folder: str | Path, *, kind: str =
         plan=plan,
         parameters_of=adapted.adapters.parameters_of,
         layers=layers,
-        trained=find_trained(adapted.module, {weight.rpartition(".")[0] for weight in layers}),
+        trained=find_trained(
+            adapted.module, {weight.rpartition(".")[0] for weight in layers}, find_moved_buffers(adapted)
+        ),
         quantized=find_formats(adapted.module),
     )
     return _write(contents, Path(folder), kind)

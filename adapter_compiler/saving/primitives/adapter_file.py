@@ -41,6 +41,7 @@ ADAPTERS = FileFormat(
         "options": Field(expected="options by name", fits=lambda value: isinstance(value, dict), required=False),
         "trained": Field(expected="modules by parameter", fits=is_object_of(is_string), required=False),
         "unsaved": Field(expected="a list of names", fits=is_list_of(is_text), required=False),
+        "moved": Field(expected="a list of names", fits=is_list_of(is_text), required=False),
         "quantized": Field(
             expected="formats by weight", fits=is_object_of(lambda value: isinstance(value, dict)), required=False
         ),
@@ -78,7 +79,7 @@ def describe_file(
         plan: the adapters.
         layers: the kind of module that each weight belongs to, which other formats depend on.
         quantized: the format of each weight that was quantized while the adapters were trained.
-        trained: the entries ``trained`` and ``unsaved``, or none where that is not known.
+        trained: the entries ``trained``, ``unsaved`` and ``moved``, or none where that is not known.
         options: what the model was compiled with, where that is known; the plan is then written in full.
     """
     aliases = {alias: adapter.site.weight for adapter in plan for alias in adapter.site.aliases}

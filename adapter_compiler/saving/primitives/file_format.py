@@ -36,6 +36,9 @@ HEADER_KEY = "adapter_compiler"
 #: versions lack them.
 _CHECKSUM, _TENSORS = "checksum", "tensors"
 
+#: What other tools look for in a safetensors file that holds tensors of torch.
+_FORMAT = {"format": "pt"}
+
 #: What every header has; whether kind and version are the right ones is checked by themselves.
 _COMMON: Mapping[str, Field] = {
     "kind": Field(expected="a kind of file", fits=is_text, required=False),
@@ -85,7 +88,7 @@ class FileFormat:
         # It stands as a string in the JSON of the file's own header, where quotes are escaped.
         if (length := len(json.dumps(text))) > LARGEST_TEXT:
             source.fail(f"it has {length:,} characters, expected at most {LARGEST_TEXT:,}")
-        return {HEADER_KEY: text, "format": "pt"}
+        return {HEADER_KEY: text, **_FORMAT}
 
     def read_header(self, path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         """The header of a file of this format. Every reader of our files goes through here.
@@ -103,6 +106,9 @@ class FileFormat:
                 f"{self.writer} wrote; give its folder"
             )
         source = Source(name=str(path), error=CheckpointError, advice="save it again")
+        others = {key: value for key, value in metadata.items() if key != HEADER_KEY}
+        if others not in ({}, _FORMAT):
+            source.fail(f"its metadata has {show(others)}, expected {show(_FORMAT)}: it was changed or damaged")
         header = parse_json(source, metadata[HEADER_KEY])
         self._assert_same_format(path, header if isinstance(header, dict) else {})
         checked = check_object(source, "its header", header, {**_COMMON, **self.schema})

@@ -18,7 +18,7 @@ from adapter_compiler.saving.exchange.updates import Abilities, WeightUpdate
 from adapter_compiler.saving.folders.saved_adapters import SavedAdapters
 from adapter_compiler.saving.onnx_files.adapter_tensors import input_names, read_adapter_file, write_adapter_tensors
 from adapter_compiler.saving.onnx_files.initializers import InitializerFile
-from adapter_compiler.saving.onnx_files.metadata import read_metadata
+from adapter_compiler.saving.onnx_files.metadata import describe_tensor, read_metadata
 
 ABILITIES = Abilities(name="onnxruntime", layers=None, taken="all weights", ties=True, trains=True)
 
@@ -52,7 +52,9 @@ def write_ort(
         tensors |= slots.spell(update)
     for name, key in saved.replacements.items():
         value = saved.tensor(key)
-        if value.is_floating_point():
+        if name in slots.checksums and name not in slots.names:
+            slots.assert_equal(name, value)
+        elif value.is_floating_point():  # the file needs no others, such as the number of batches
             slots.assert_has(name, value)
             tensors[name] = value.to(tensors[name].dtype)
     write_adapter_tensors(path, tensors, slots.checksums)
@@ -108,6 +110,14 @@ class _Slots:
             )
         dtype = self.file.dtype(first)
         return {name: value.contiguous().to(dtype) for name, value in found.items()}
+
+    def assert_equal(self, name: str, value: torch.Tensor) -> None:
+        """Raise :class:`ConfigError` unless a tensor that is a part of the base file has this value there."""
+        if describe_tensor(value) != self.checksums[name]:
+            raise ConfigError(
+                f"{name} has moved or was trained fully, {self.path.name} has another value of it and no input for "
+                "it, expected the same; fold the adapters, or export the base model from one that trains it as well"
+            )
 
     def assert_has(self, name: str, value: torch.Tensor) -> None:
         """Raise :class:`ConfigError` unless a tensor that was trained besides can be put in."""

@@ -16,6 +16,7 @@ from torch import nn
 import adapter_compiler as ac
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.saving.exchange.convert import convert_adapters
+from adapter_compiler.saving.folders.write_peft import save_peft_adapters
 from tests.adapter_compiler.saving.exchange.models import KINDS, Case, perturb
 
 Cases = Callable[..., Case]
@@ -97,13 +98,14 @@ def test_onnxruntime(trainable: tuple[str, ...], tmp_path: Path) -> None:
         torch.testing.assert_close(served.run(path), served.adapted(served.x), rtol=1e-5, atol=1e-5)
 
 
-def test_onnxruntime_gets_the_base_for_what_a_peft_folder_does_not_say(tmp_path: Path) -> None:
+def test_onnxruntime_gets_statistics_by_way_of_a_peft_folder(tmp_path: Path) -> None:
     served = Served(tmp_path)
-    convert_adapters(served.folder, tmp_path / "peft", to="peft")
+    save_peft_adapters(served.adapted, tmp_path / "peft")
     path = convert_adapters(tmp_path / "peft", tmp_path / "task.onnx_adapter", to="ort", base=served.base)
     loaded = peft.PeftModel.from_pretrained(served.net, tmp_path / "peft").eval()
     with torch.no_grad():
         torch.testing.assert_close(served.run(path), loaded(served.x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(served.run(path), served.adapted(served.x), rtol=1e-5, atol=1e-5)
 
 
 def test_onnxruntime_refuses_what_the_base_has_no_input_for(tmp_path: Path, cases: Cases) -> None:
