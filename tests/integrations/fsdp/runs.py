@@ -115,7 +115,7 @@ def assert_like(found: Run, expected: Run, *, atol: float = 1e-5) -> None:
     assert [record.ranks for record in found.budget.history] == [record.ranks for record in expected.budget.history]
     pairs = zip(found.adapted.adapters.named_parameters(), expected.adapted.adapters.parameters(), strict=True)
     for (name, value), wanted in pairs:
-        torch.testing.assert_close(value, wanted, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close({name: value}, {name: wanted}, rtol=0, atol=atol)
 
 
 def share(value: Any) -> Any:
