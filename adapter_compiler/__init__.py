@@ -21,6 +21,7 @@ from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.model.optimizers import AdapterMuon, AdapterNormalized
 from adapter_compiler.onnx.lazy_imports import import_on_demand
 from adapter_compiler.report.ranks import plot_ranks
+from adapter_compiler.report.weight_changes import WeightChange, measure_weight_changes, plot_weight_changes
 from adapter_compiler.saving.adapters import load_adapters
 from adapter_compiler.training.budget import Allocation, BudgetSchedule, RankBudget
 from adapter_compiler.training.calibration.allocate_ranks import StaticAllocation, allocate_ranks
@@ -28,6 +29,7 @@ from adapter_compiler.training.calibration.realign import Realigner, rediagonali
 from adapter_compiler.training.calibration.start_from_data import DataStart, InitializationReport, initialize_adapters
 from adapter_compiler.training.make_optimizer import make_optimizer
 from adapter_compiler.training.training_state import load_training_state, save_training_state
+from adapter_compiler.training.tuning.find_combination import Combination, find_combination
 from adapter_compiler.training.tuning.find_rate import RateSearch, find_rate
 from adapter_compiler.training.tuning.find_smallest import find_smallest
 from adapter_compiler.training.tuning.intrinsic_dimension import IntrinsicDimension, measure_intrinsic_dimension
@@ -53,6 +55,7 @@ __all__ = [
     "AdapterRule",
     "Allocation",
     "BudgetSchedule",
+    "Combination",
     "DataStart",
     "ExportReport",
     "InitializationReport",
@@ -64,9 +67,11 @@ __all__ = [
     "SizePoint",
     "SizeSearch",
     "StaticAllocation",
+    "WeightChange",
     "allocate_ranks",
     "compile_with_adapters",
     "export_onnx",
+    "find_combination",
     "find_rate",
     "find_smallest",
     "initialize_adapters",
@@ -75,7 +80,9 @@ __all__ = [
     "load_training_state",
     "make_optimizer",
     "measure_intrinsic_dimension",
+    "measure_weight_changes",
     "plot_ranks",
+    "plot_weight_changes",
     "rediagonalize",
     "save_onnx_adapter",
     "save_training_state",

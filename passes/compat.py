@@ -337,19 +337,26 @@ def values_in_fake_tensors() -> Iterator[None]:
         setattr(meta_utils, name, original)
 
 
+#: Functions of the TorchScript exporter that print and that let C++ print.
+_ONNX_LOG = ("_jit_onnx_log", "_jit_set_onnx_log_enabled")
+
+
 @contextlib.contextmanager
 def without_onnx_log() -> Iterator[None]:
     """Inside, the TorchScript exporter does not print graphs that it fails on directly to the process's output.
 
-    Its own switch, ``_jit_set_onnx_log_enabled``, does not help: the exporter turns it on. The caller holds a lock.
+    The exporter turns its own switch, ``_jit_set_onnx_log_enabled``, on, so this is kept off. The caller holds a lock.
     """
     binding = find("_C", "exports through TorchScript")
-    before = find("_C._jit_onnx_log", "exports through TorchScript")
-    binding._jit_onnx_log = lambda *_: None
+    before = {name: find(f"_C.{name}", "exports through TorchScript") for name in _ONNX_LOG}
+    binding._jit_set_onnx_log_enabled(False)
     try:
+        for name in _ONNX_LOG:
+            setattr(binding, name, lambda *_: None)
         yield
     finally:
-        binding._jit_onnx_log = before
+        for name, function in before.items():
+            setattr(binding, name, function)
 
 
 #: The hooks of the former ``torch.nn.utils.weight_norm`` and ``spectral_norm``, in this order.

@@ -25,7 +25,7 @@ _LINE = "#d5dae0"
 _BLUE = "#1f5fa8"
 _ORANGE = "#d9622b"
 _RANKS = LinearSegmentedColormap.from_list("ranks", ["#f1f4f8", "#a9c8e8", "#3f7fc1", "#123b6d"])
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -67,7 +67,7 @@ def draw_ranks(grid: RankGrid, curve: BudgetCurve, losses: Sequence[float], titl
     rows = sum(len(one.rows) for one in maps)
     width = min(max(5.0, 1.8 + 0.85 * max(len(one.columns) for one in maps)), _LARGEST)
     height = min(max(_RIGHT_HEIGHT, 1.1 + 0.7 * len(maps) + (0.5 if rows < 12 else 0.3) * rows), _LARGEST)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width + _RIGHT_WIDTH, height), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         if title:

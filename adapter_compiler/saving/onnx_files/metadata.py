@@ -43,7 +43,8 @@ def describe_file(
     packages = ("adapter-compiler", "torch", "onnx", "onnxruntime")
     description: dict[str, Any] = {
         "format": _FORMAT_VERSION,
-        "versions": {name: _find_version(name) for name in packages},
+        # The installed package of some builds of torch leaves out the part after "+".
+        "versions": {**{name: _find_version(name) for name in packages}, "torch": str(torch.__version__)},
         "adapters": adapters,
         "strategy": strategy,
         "inputs": dict(zip(inputs, map(_describe_tensor, call.tensors), strict=True)),
