@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
-from torch import nn
 
-from adapter_compiler.adapters.parameters.sharded import gather_full
-from adapter_compiler.errors import BudgetError, NonFiniteGradientError
+from adapter_compiler.errors import BudgetError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.training.budget.schedule import BudgetSchedule
 from adapter_compiler.training.scoring.triplet_buffers import TripletBuffers
 from passes.planning.plan import PlannedAdapter
 
 logger = logging.getLogger(__name__)
-
-_LETTERS = {"lam": "λ", "P": "P", "Q": "Q"}
 
 #: The number of steps without a gradient after which sites are reported.
 _PATIENCE = 3
@@ -67,49 +63,6 @@ class GradientWatch:
 def _has_no_gradient(triplets: TripletBuffers, site: str) -> bool:
     parameters = [triplets.parameters[site, name] for name in ("lam", "P", "Q")]
     return any(p.grad is None and p.numel() for p in parameters)
-
-
-def assert_finite(
-    triplets: TripletBuffers,
-    gradients: Sequence[torch.Tensor],
-    step: int,
-    others: Sequence[torch.Tensor] = (),
-    model: nn.Module | None = None,
-) -> None:
-    """Raise :class:`NonFiniteGradientError`, naming the site or parameter, if a gradient has inf or nan.
-
-    Args:
-        triplets: the triplets.
-        gradients: their gradients.
-        step: the number of the step, for messages.
-        others: other parameters with gradients, such as those of a head that is trained fully.
-        model: where these have names.
-    """
-    # A sum is one fast kernel. If finite gradients overflow in it, the loop over the parameters finds nothing.
-    sums = [gather_full(g.sum()).float() for g in (*gradients, *(p.grad for p in others if p.grad is not None))]
-    if bool(torch.isfinite(sum((s.to(sums[0].device) for s in sums[1:]), start=sums[0]))):
-        return
-    names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
-    own = {f"site {site}: the gradient of {_LETTERS[name]}": p for (site, name), p in triplets.parameters.items()}
-    more = {f"parameter {names.get(id(p), number)}: the gradient": p for number, p in enumerate(others)}
-    for what, p in {**own, **more}.items():
-        if p.grad is not None and not _is_finite(gather_full(p.grad)):
-            raise NonFiniteGradientError(
-                f"{what} has inf or nan at step {step}, expected finite values; nothing was changed. Lower the "
-                "learning rate, clip the gradients, or use a GradScaler, which skips such a step"
-            )
-
-
-def find_others(triplets: TripletBuffers, optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor]:
-    """The parameters of optimizers that belong to no triplet and have a gradient, each once."""
-    known = {id(p) for p in triplets.parameters.values()}
-    held = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
-    return list({id(p): p for p in held if p.grad is not None and id(p) not in known}.values())
-
-
-def _is_finite(gradient: torch.Tensor) -> bool:
-    values = gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
-    return bool(torch.isfinite(values).all())
 
 
 def assert_reachable(

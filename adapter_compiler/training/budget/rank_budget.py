@@ -25,11 +25,9 @@ from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.training.budget.checks import (
     GradientWatch,
     assert_active,
-    assert_finite,
     assert_fits,
     assert_kinds,
     assert_reachable,
-    find_others,
     warn_of_shifted_starts,
 )
 from adapter_compiler.training.budget.masking_record import MaskingRecord
@@ -37,6 +35,7 @@ from adapter_compiler.training.budget.report_data import collect_run, split_scor
 from adapter_compiler.training.budget.schedule import BudgetSchedule
 from adapter_compiler.training.budget.state import assert_same_run, dump_state, restore_state
 from adapter_compiler.training.budget.stepping.copies import mask_copies, mask_second_weights
+from adapter_compiler.training.budget.stepping.finite_gradients import FiniteGradients, find_others
 from adapter_compiler.training.budget.stepping.rounds import StepRounds
 from adapter_compiler.training.budget.stepping.wrappers import (
     assert_can_shrink,
@@ -122,6 +121,7 @@ class RankBudget:
         self._copies: list[nn.Module] = []
         self._has_followed = False
         self._watch = GradientWatch(adapted)
+        self._finite = FiniteGradients(adapted)
         self._loss: float | torch.Tensor | None = None
         self._last_scores: torch.Tensor | None = None
         self._rounds = StepRounds(self._chains, begin=self._begin_step, take=self._take_gradients, end=self._end_step)
@@ -234,8 +234,13 @@ class RankBudget:
         self._rounds.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that, with those of the model and the optimizer, continues a run bit for bit."""
+        """The state that, with those of the model and the optimizer, continues a run bit for bit.
+
+        Raises:
+            NonFiniteGradientError: a step on an accelerator had a gradient with inf or nan.
+        """
         self._refresh()
+        self._finite.ask(self._triplets, self._find_others())
         return dump_state(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -288,15 +293,14 @@ class RankBudget:
         self._has_followed = False
 
     @torch.no_grad()
-    def _take_gradients(self, scale: float | None) -> None:
+    def _take_gradients(self, scale: float | None, in_closure: bool) -> None:
         """Add the regularizer's gradient and update scores; with closures, this may run several times a step."""
         self._refresh()
         grad_scale = 1.0 if scale is None else scale
-        gradients = self._triplets.gather_gradients()
+        # Whether another optimizer's gradients are new is told by their identity, which a closure must not change.
+        gradients = self._triplets.gather_gradients(replace=not in_closure)
         if scale is None:
-            optimizers = (one for chain in self._chains for one in chain)
-            others = find_others(self._triplets, optimizers)
-            assert_finite(self._triplets, gradients, self.step + 1, others, self._adapted)
+            self._finite.check(self._triplets, gradients, self.step + 1, self._find_others())
         self._watch.check(self._triplets, self.step + 1)
         self._gamma = self.gamma
         if self._gamma > 0:
@@ -313,7 +317,9 @@ class RankBudget:
         if self.schedule.semantics == "peft" and number < self.schedule.freeze_step:
             self._follow(self._triplets.gather_gradients(), 1.0)
         if self.schedule.is_masking_step(number):
+            self._finite.ask(self._triplets, self._find_others())
             self._allocate(number)
+        self._triplets.release_gradients()
         if self.schedule.is_masking_step(number) or number > self.schedule.freeze_step:
             self._apply_mask()
         if number == self.schedule.freeze_step and self.schedule.compact:
@@ -324,6 +330,9 @@ class RankBudget:
                 "the optimizer took more than total_steps=%d steps; ranks do not change any more",
                 self.schedule.total_steps,
             )
+
+    def _find_others(self) -> list[torch.Tensor]:
+        return find_others(self._triplets, (one for chain in self._chains for one in chain))
 
     def _follow(self, gradients: Sequence[torch.Tensor], grad_scale: float) -> None:
         self._metric.update(self._triplets, gradients, grad_scale)

@@ -7,13 +7,16 @@ sums them to one score for each triplet, S_i = s(λ_i) + mean_j s(P_ji) + mean_j
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from adapter_compiler.adapters.parameters.flat_buffers import Key
 from adapter_compiler.training.scoring.triplet_buffers import TripletBuffers
 from passes.compat import foreach_abs_, foreach_div_, foreach_lerp_, foreach_mul, foreach_sub_
+
+#: Elements of a block of :func:`split_blocks`: four buffers of float32 take 1 MB.
+_BLOCK = 65536
 
 
 class Metric(abc.ABC):
@@ -66,11 +69,12 @@ class SensitivityMetric(Metric):
     def update(self, triplets: TripletBuffers, gradients: Sequence[torch.Tensor], grad_scale: float = 1.0) -> None:
         """I = |w · ∂L/∂w|, Ī ← β1 Ī + (1 - β1) I, then Ū ← β2 Ū + (1 - β2)|I - Ī| with the new Ī."""
         mean, uncertainty = self.buffers["mean"], self.buffers["uncertainty"]
-        sensitivity = _measure_importance(triplets, gradients, grad_scale)
-        foreach_lerp_(mean, sensitivity, 1 - self.beta1)
-        foreach_sub_(sensitivity, mean)
-        foreach_abs_(sensitivity)
-        foreach_lerp_(uncertainty, sensitivity, 1 - self.beta2)
+        for values, given, i, u in split_blocks(triplets.values, gradients, mean, uncertainty):
+            sensitivity = _measure_importance(values, given, grad_scale)
+            foreach_lerp_(i, sensitivity, 1 - self.beta1)
+            foreach_sub_(sensitivity, i)
+            foreach_abs_(sensitivity)
+            foreach_lerp_(u, sensitivity, 1 - self.beta2)
 
     def scores(self, triplets: TripletBuffers) -> torch.Tensor:
         """The score S_i of s = Ī·Ū."""
@@ -89,7 +93,7 @@ class ImportanceMetric(Metric):
     @torch.no_grad()
     def update(self, triplets: TripletBuffers, gradients: Sequence[torch.Tensor], grad_scale: float = 1.0) -> None:
         """Replace I by that of this step."""
-        self.buffers["importance"] = _measure_importance(triplets, gradients, grad_scale)
+        self.buffers["importance"] = _measure_importance(triplets.values, gradients, grad_scale)
 
     def scores(self, triplets: TripletBuffers) -> torch.Tensor:
         """The score S_i of s = I."""
@@ -156,12 +160,27 @@ class GrowthTracker:
         self.growth = self.growth.to(new.device)
 
 
+def split_blocks(*lists: Sequence[torch.Tensor]) -> Iterator[tuple[Sequence[torch.Tensor], ...]]:
+    """Parts of several lists of buffers in which a chain of elementwise kernels may run one after the other.
+
+    On a CPU these are blocks that its cache holds, one buffer at a time. Elsewhere all is one part, because there a
+    kernel costs more to start than to run.
+    """
+    if all(tensor.device.type == "cpu" and type(tensor) is torch.Tensor and tensor.dim() == 1 for tensor in lists[0]):
+        for tensors in zip(*lists, strict=True):
+            yield from (
+                tuple([part] for part in parts) for parts in zip(*(t.split(_BLOCK) for t in tensors), strict=True)
+            )
+    else:
+        yield lists
+
+
 def _measure_importance(
-    triplets: TripletBuffers, gradients: Sequence[torch.Tensor], grad_scale: float
+    buffers: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], grad_scale: float
 ) -> list[torch.Tensor]:
-    """I = |w · ∂L/∂w| as new buffers, in at least float32."""
-    wide = [torch.promote_types(v.dtype, torch.float32) for v in triplets.values]
-    values = [v.to(dtype) for v, dtype in zip(triplets.values, wide, strict=True)]
+    """I = |w · ∂L/∂w| as new tensors, in at least float32."""
+    wide = [torch.promote_types(v.dtype, torch.float32) for v in buffers]
+    values = [v.to(dtype) for v, dtype in zip(buffers, wide, strict=True)]
     found = list(foreach_mul(values, [g.to(dtype) for g, dtype in zip(gradients, wide, strict=True)]))
     if grad_scale != 1.0:
         foreach_div_(found, grad_scale)
