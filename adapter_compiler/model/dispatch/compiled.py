@@ -1,5 +1,7 @@
 """Compile the blocks of an adapted model with ``torch.compile``.
 
+The code of each graph is compared with eager mode when it first runs (:mod:`passes.capture.compiled_check`).
+
 Blocks of one class share their Python code, and Dynamo keeps compiled code with the Python code and guards it by what
 it has read. So blocks with equal shapes and options are compiled once. The rest of the model runs in eager mode.
 """
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 
 from adapter_compiler.model.dispatch.scope import Token, is_hidden_somewhere
+from passes.capture.compiled_check import CheckedBackend
 from passes.compat import find_compiler_problem, set_compiled_call
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ def compile_regions(module: nn.Module, names: Sequence[str], token: Token, optio
         )
         return
     options = {"recompile_limit": _VARIANTS * len(names), **options}
+    options["backend"] = CheckedBackend(backend=options.get("backend", "inductor"), dynamic=options.get("dynamic"))
     for name in names:
         region = module.get_submodule(name)
         set_compiled_call(region, functools.partial(_make_call, region=region, token=token, options=options))
