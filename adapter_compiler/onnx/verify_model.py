@@ -81,6 +81,8 @@ def verify_onnx(
     with canonical_kernels(), torch.no_grad():
         exporter, call = prepare_call(model, example_args, example_kwargs, merged=kind == "merged")
         inputs = spell_names(call.names)
+        left_out = record.get("left_out", {}).get("outputs", ())
+        exporter = NamedOutputs(exporter.module, left_out)
         outputs = [name for name, _ in exporter.named_outputs(call)]
         _assert_same_names(path, session, inputs, outputs)
         is_traced = str(record.get("strategy", "")).startswith("TorchScript")
@@ -93,7 +95,7 @@ def verify_onnx(
             culprit = _find_culprit(error, path, record, exporter, call, inputs, outputs)
             raise VerificationError(f"{path.name}: {error}{culprit}") from error
         if kind == "runtime" and isinstance(model, AdaptedModel):
-            verified.errors.extend(verify_runtime_adapters(session, model, cases, inputs))
+            verified.errors.extend(verify_runtime_adapters(session, model, cases, inputs, left_out))
     return FileVerification(
         path=path, errors=tuple(verified.errors), not_verified=tuple(case.name for case in verified.refused)
     )

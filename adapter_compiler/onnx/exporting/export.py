@@ -16,6 +16,8 @@ from adapter_compiler.errors import ConfigError, ExportError, VerificationError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.onnx.exporting.casting import open_with_casts
 from adapter_compiler.onnx.exporting.closed_sizes import close_sizes
+from adapter_compiler.onnx.exporting.dimension_names import name_dimensions
+from adapter_compiler.onnx.exporting.needless_inputs import LeftOut, leave_out_needless
 from adapter_compiler.onnx.exporting.runtime_adapters import add_runtime_adapters, verify_runtime_adapters
 from adapter_compiler.onnx.exporting.unused_tensors import find_folded_tensors
 from adapter_compiler.onnx.exporting.weights import map_weights
@@ -56,10 +58,13 @@ def export_onnx(
     """Export a model in eval mode to ONNX and verify the file.
 
     Inputs have the names of ``forward``'s arguments, outputs the keys of what it returns, as ``output.<key>`` if an
-    input has that name. Dimensions are left open as far as the model allows. The file is compared with PyTorch on the
-    example, on another batch size, at another size of every other open dimension, and on random inputs in the
-    example's ranges; it is written beside ``path`` and renamed only when all checks pass. If one strategy fails, the
-    next is tried (see :mod:`adapter_compiler.onnx.translation.fallbacks`); the report lists them.
+    input has that name. What inference does not need is left out: inputs that no output depends on, and a loss with
+    the labels that only it needs. Dimensions are left open as far as the model allows, and have names.
+
+    The file is compared with PyTorch on the example, on another batch size, at another size of every other open
+    dimension, and on random inputs in the example's ranges; it is written beside ``path`` and renamed only when all
+    checks pass. If one strategy fails, the next is tried (see :mod:`adapter_compiler.onnx.translation.fallbacks`); the
+    report lists them.
 
     Args:
         adapted_or_model: an adapted model, or any module; it is not changed.
@@ -139,6 +144,8 @@ class _Result:
     verified: Verification
     casts: tuple[str, ...]
     drawing: int
+    left_out: LeftOut
+    sizes: Mapping[str, tuple[int | str, ...]]
 
 
 def _assert_adapters(model: nn.Module, adapters: str) -> None:
@@ -174,10 +181,12 @@ def _attempt(task: _Task, strategy: Strategy, draft: Path) -> _Result:
     written = write_draft(
         strategy, task.exporter, task.call, draft, task.inputs, task.outputs, opset=task.opset, sizes=task.sizes
     )
+    left_out = leave_out_needless(draft)
+    exporter = NamedOutputs(task.exporter.module, left_out.outputs)
     session, casts = open_with_casts(draft)
     draws, factors = choose_variety(DRAWS, is_traced=written.program is None, is_frozen=bool(written.frozen))
     cases = list(find_cases(task.call, written.bounds, draws=draws, factors=factors))
-    session, reference, drawing = open_with_fixed_draws(draft, session, task.exporter.named_outputs)
+    session, reference, drawing = open_with_fixed_draws(draft, session, exporter.named_outputs)
     try:
         verified = verify_cases(session, cases, task.inputs, reference)
     except MismatchError as error:
@@ -189,16 +198,32 @@ def _attempt(task: _Task, strategy: Strategy, draft: Path) -> _Result:
     ]
     written = dataclasses.replace(written, frozen=(*written.frozen, *kept))
     strategy = strategy if written.is_open else dataclasses.replace(strategy, dynamic="none")
-    verified.errors.extend(_finish_file(task, strategy, written, draft, cases))
-    return _Result(strategy=strategy, written=written, verified=verified, casts=casts, drawing=drawing)
+    sizes = name_dimensions(draft, task.sizes, task.inputs)
+    verified.errors.extend(_finish_file(task, strategy, written, draft, cases, left_out))
+    return _Result(
+        strategy=strategy,
+        written=written,
+        verified=verified,
+        casts=casts,
+        drawing=drawing,
+        left_out=left_out,
+        sizes=sizes,
+    )
 
 
 def _finish_file(
-    task: _Task, strategy: Strategy, written: WrittenDraft, draft: Path, cases: Sequence[VerificationCase]
+    task: _Task,
+    strategy: Strategy,
+    written: WrittenDraft,
+    draft: Path,
+    cases: Sequence[VerificationCase],
+    left_out: LeftOut,
 ) -> list[OutputError]:
     """Describe the file in its metadata, and give it inputs for adapters if it is to have them; further errors."""
     description = describe_file(task.model, task.call, task.inputs, adapters=task.adapters, strategy=strategy.name)
     description["frozen"] = list(written.frozen)
+    description["left_out"] = {"inputs": list(left_out.inputs), "outputs": list(left_out.outputs)}
+    description["inputs"] = {k: one for k, one in description["inputs"].items() if k not in left_out.inputs}
     weights = description["weights"] = map_weights(draft, task.exporter.module)
     if task.adapters == "merged":
         write_metadata(draft, description)
@@ -210,20 +235,23 @@ def _finish_file(
         return []
     description |= add_runtime_adapters(draft, task.model, weights, unused)
     write_metadata(draft, description)
-    return verify_runtime_adapters(open_with_casts(draft)[0], task.model, cases, task.inputs)
+    return verify_runtime_adapters(open_with_casts(draft)[0], task.model, cases, task.inputs, left_out.outputs)
 
 
 def _report(task: _Task, path: Path, attempts: list[ExportAttempt], result: _Result) -> ExportReport:
-    model, bounds = task.model, result.written.bounds
+    model, bounds, left_out = task.model, result.written.bounds, result.left_out
     return ExportReport(
         path=path,
-        inputs=tuple(task.inputs),
-        outputs=tuple(task.outputs),
+        inputs=tuple(name for name in task.inputs if name not in left_out.inputs),
+        outputs=tuple(name for name in task.outputs if name not in left_out.outputs),
         dynamic=result.strategy.dynamic,
         dynamic_axes={
             name: tuple(i for i, bound in enumerate(one) if bound.symbol is not None)
             for name, one in zip(task.inputs, bounds, strict=True)
+            if name not in left_out.inputs
         },
+        sizes=result.sizes,
+        left_out=(*left_out.inputs, *left_out.outputs),
         opset=result.written.opset,
         errors=tuple(result.verified.errors),
         not_verified=tuple(case.name for case in result.verified.refused if not case.places),

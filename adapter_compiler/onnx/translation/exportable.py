@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ from passes.compat import pytree
 class NamedOutputs(nn.Module):
     """Returns the tensors of a module's result as one flat tuple, each once."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, left_out: Collection[str] = ()) -> None:
+        """Wrap a module; :meth:`named_outputs` does not give the outputs of the names ``left_out``."""
         super().__init__()
         self.module = module
+        self.left_out = left_out
         self.training = module.training
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
@@ -42,7 +44,8 @@ class NamedOutputs(nn.Module):
         taken = set(spell_names(call.names))
         with restored_state(self.module):
             outputs = _distinct_tensors(self.module(*args, **kwargs))
-        return [(f"output.{name}" if name in taken else name, tensor) for name, tensor in outputs.items()]
+        named = [(f"output.{name}" if name in taken else name, tensor) for name, tensor in outputs.items()]
+        return [(name, tensor) for name, tensor in named if name not in self.left_out]
 
     def find_written_buffers(self, call: ModuleCall) -> list[str]:
         """The buffers that a call changes. In a file they are constants."""

@@ -71,6 +71,10 @@ class VaryingSizes:
         """Whether dimensions other than the batch have size one and can have another."""
         return any(group != self.batch for group in self.of_one)
 
+    def accepts(self, group: Group) -> bool:
+        """Whether the model takes two other sizes of these dimensions, all others being those of the example."""
+        return self._accepts(group)
+
     def enlarge(self, groups: Sequence[Group]) -> ModuleCall:
         """The call with sizes of one made two, three and so on, one size for each group."""
         sizes = {place: number for number, group in enumerate(groups, 2) for place in group}

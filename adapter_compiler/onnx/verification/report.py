@@ -65,6 +65,8 @@ class ExportReport:
         casts: operators that run in float32, because onnxruntime lacks them for the model's dtype.
         drawing: nodes of the file that draw random numbers; for the comparison both sides were given the same ones.
         adapters: ``"merged"``, ``"runtime"``, or ``"none"`` for a model without adapters.
+        sizes: the sizes of each input; those of open dimensions are names, such as ``"batch"``.
+        left_out: inputs that no output depends on, and a loss with the labels that only it needs.
     """
 
     path: Path
@@ -81,6 +83,8 @@ class ExportReport:
     casts: tuple[str, ...] = ()
     drawing: int = 0
     adapters: str = "none"
+    sizes: Mapping[str, tuple[int | str, ...]] = dataclasses.field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @property
     def strategy(self) -> str:
@@ -129,8 +133,13 @@ class ExportReport:
 
     def _describe(self) -> Iterator[str]:
         """The lines below the table."""
-        yield f"exported by {self.strategy}, opset {self.opset}"
-        yield f"open dimensions: {_spell_axes(self.dynamic_axes) or 'none'}; all others have the example's size"
+        yield f"exported by {self.strategy.partition(',')[0]}, opset {self.opset}"
+        if not any(self.dynamic_axes.values()):
+            yield "open dimensions: none; all have the example's size"
+        for name, sizes in self.sizes.items():
+            yield f"input {name}: {' × '.join(map(str, sizes)) or 'one value'}"
+        if self.left_out:
+            yield f"left out, because inference does not need them: {', '.join(self.left_out)}"
         yield from (f"tried before: {a.strategy}: {a.reason}" for a in self.attempts if a.reason is not None)
         yield from (f"not verified on {case}: the model itself refuses it" for case in self.not_verified)
         yield from (f"frozen: {what}" for what in self.frozen)
@@ -138,7 +147,3 @@ class ExportReport:
             yield f"run in float32, because onnxruntime has no other kernel: {', '.join(self.casts)}"
         if self.drawing:
             yield f"{self.drawing} nodes draw random numbers; for the comparison both sides were given the same ones"
-
-
-def _spell_axes(axes: Mapping[str, tuple[int, ...]]) -> str:
-    return "; ".join(f"{name} {', '.join(map(str, numbers))}" for name, numbers in axes.items() if numbers)

@@ -1,0 +1,122 @@
+"""Give the open dimensions of a file names that say what they are: ``batch``, ``sequence``, ``height``.
+
+Exporters call them ``s87``. Dimensions that the model takes in equal sizes only get one name. The names are those of
+the file's declarations; onnxruntime shows them to whoever asks what the file takes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import onnx
+
+from adapter_compiler.onnx.translation.varying_sizes import VaryingSizes
+from adapter_compiler.onnx.verification.sizes import Place, size_of
+from passes.capture.calls import ModuleCall
+
+_SYMBOL = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
+
+#: Spatial dimensions of images and volumes, by the number of dimensions.
+_SPATIAL: Mapping[int, Sequence[str]] = {4: ("height", "width"), 5: ("depth", "height", "width")}
+
+
+def name_dimensions(draft: Path, sizes: VaryingSizes, inputs: Sequence[str]) -> dict[str, tuple[int | str, ...]]:
+    """Rename the open dimensions of a file, in place.
+
+    Args:
+        draft: the file.
+        sizes: which sizes of the example's dimensions the model takes.
+        inputs: names for the tensors of the example, of which the file may lack some.
+
+    Returns:
+        By input of the file, its sizes; those that are open by their names.
+    """
+    model = onnx.load(draft, load_external_data=False)
+    symbols = _find_symbols(model.graph, inputs)
+    every = list(_find_declared(model.graph))
+    others = {token for dimension in every for token in _SYMBOL.findall(dimension.dim_param)} - set(symbols.values())
+    names: dict[str, str] = {}
+    for group in _group_symbols(symbols, sizes):
+        name = _choose_name(group, sizes, inputs, {*names.values(), *others})
+        names |= dict.fromkeys((symbols[place] for place in group), name)
+    rename: Callable[[re.Match[str]], str] = lambda found: names.get(found[0], found[0])  # noqa: E731
+    for dimension in every:
+        if dimension.dim_param:
+            dimension.dim_param = _SYMBOL.sub(rename, dimension.dim_param)
+    onnx.save(model, draft)
+    declared = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+    return {name: tuple(d.dim_param or d.dim_value for d in declared[name]) for name in inputs if name in declared}
+
+
+def _find_symbols(graph: onnx.GraphProto, inputs: Sequence[str]) -> dict[Place, str]:
+    """The symbol of each open dimension of the inputs, the first dimensions first; sums and products are left out."""
+    numbers = {name: number for number, name in enumerate(inputs)}
+    found = {
+        Place(numbers[value.name], number): dimension.dim_param
+        for value in graph.input
+        if value.name in numbers
+        for number, dimension in enumerate(value.type.tensor_type.shape.dim)
+        if _SYMBOL.fullmatch(dimension.dim_param)
+    }
+    return dict(sorted(found.items(), key=lambda pair: (pair[0].dimension, pair[0].tensor)))
+
+
+def _group_symbols(symbols: Mapping[Place, str], sizes: VaryingSizes) -> list[frozenset[Place]]:
+    """Dimensions of one symbol, and those of further symbols of the same number and size that only vary together."""
+    groups: list[frozenset[Place]] = []
+    for symbol in dict.fromkeys(symbols.values()):
+        places = frozenset(place for place, one in symbols.items() if one == symbol)
+        partner = next((group for group in groups if _are_one(group, places, sizes)), None)
+        if partner is None:
+            groups.append(places)
+        else:
+            groups[groups.index(partner)] = partner | places
+    return groups
+
+
+def _are_one(first: frozenset[Place], second: frozenset[Place], sizes: VaryingSizes) -> bool:
+    """Whether the model takes other sizes of both together, but not of the second alone."""
+    kinds = ({(place.dimension, size_of(sizes.call, place)) for place in places} for places in (first, second))
+    return next(kinds) == next(kinds) and not sizes.accepts(second) and sizes.accepts(first | second)
+
+
+def _choose_name(group: Collection[Place], sizes: VaryingSizes, inputs: Sequence[str], taken: Collection[str]) -> str:
+    place = min(group, key=lambda one: (one.dimension, one.tensor))
+    name = "batch" if sizes.batch & set(group) else _describe(place, sizes.call)
+    return next(one for one in _spellings(name, inputs[place.tensor]) if one not in taken)
+
+
+def _spellings(name: str, owner: str) -> Iterator[str]:
+    yield name
+    own = f"{re.sub(r'[^A-Za-z_0-9]', '_', owner)}_{name}"
+    yield own
+    count = 2
+    while True:
+        yield f"{own}_{count}"
+        count += 1
+
+
+def _describe(place: Place, call: ModuleCall) -> str:
+    """What a dimension usually is: of images height and width, of ids and masks the sequence."""
+    tensor, number = call.tensors[place.tensor], place.dimension
+    spatial = _SPATIAL.get(tensor.dim(), ())
+    first = tensor.dim() - len(spatial)
+    if tensor.is_floating_point() and spatial and number >= first:
+        return spatial[number - first]
+    if tensor.dim() == 3:
+        return "length" if number == 2 else "sequence"
+    if number == 0:
+        return "rows"
+    return "length" if tensor.is_floating_point() else "sequence"
+
+
+def _find_declared(graph: onnx.GraphProto) -> Iterator[onnx.TensorShapeProto.Dimension]:
+    """The dimensions that a graph and the graphs in its nodes declare."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        yield from value.type.tensor_type.shape.dim
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _find_declared(inner)
