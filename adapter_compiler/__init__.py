@@ -15,6 +15,7 @@ if not getattr(_passes, "ADAPTER_COMPILER_PASSES", False):
 
 from adapter_compiler.compile import compile_with_adapters
 from adapter_compiler.config.adapter_config import AdapterConfig
+from adapter_compiler.config.progress import set_progress
 from adapter_compiler.errors import AdapterCompilerError
 from adapter_compiler.load_folder import load
 from adapter_compiler.model.adapted_model import AdaptedModel
@@ -86,6 +87,7 @@ __all__ = [
     "rediagonalize",
     "save_onnx_adapter",
     "save_training_state",
+    "set_progress",
 ]
 
 

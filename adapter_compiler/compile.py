@@ -23,6 +23,7 @@ from adapter_compiler.adapters.parameters.sharded import assert_whole
 from adapter_compiler.adapters.planning import match_plan, plan_adapters
 from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.config.attach_options import AttachOptions
+from adapter_compiler.config.progress import progress, tell
 from adapter_compiler.errors import AdapterCompilerError, CaptureError, ConfigError, SiteError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.model.capture.weight_use_analysis import analyze_weight_uses
@@ -78,6 +79,16 @@ def compile_with_adapters(
     config = AdapterConfig() if config is None else config
     example = _check_arguments(model, example_args, example_kwargs, config, plan)
     assert_not_lazy(model)
+    with progress(f"compile {type(model).__name__}"):
+        return _compile(model, example, config, plan)
+
+
+def _compile(
+    model: nn.Module,
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None,
+    config: AdapterConfig,
+    plan: AdapterPlan | None,
+) -> AdaptedModel:
     untied = _find_untied(model, config.untie)
     aliases = {**find_parameter_aliases(model), **{name: name for name in untied}}
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
@@ -102,14 +113,17 @@ def compile_with_adapters(
     if example is None:
         search = find_module_sites(viewed, config.selection)
     else:
+        tell("record a call")
         uses = _analyze(viewed, *_on_device_of(own, example), is_recorded=config.capture != "off")
         search = find_sites(uses, viewed, config.selection)
+    tell("plan adapters")
     planned = plan_adapters(search, config) if plan is None else match_plan(plan, viewed)
     planned = prepare_start(planned, config.start)
     computed = tuple(weight for weight in computed if weight.name in planned.by_weight)
     replace_by_values(own, computed, has_warnings=True)
     adapted = _assemble(own, search, planned, config, {**flags, **find_flags(computed, flags)}, attaching, computed)
     if config.quantize is not None and not is_without_memory(own):
+        tell(f"quantize to {config.quantize}")
         adapted.quantize_base(config.quantize)
     return adapted
 
@@ -151,7 +165,8 @@ def _assemble(
         )
     weights = dict(own.named_parameters())
     adapter_parameters = AdapterParameters(plan, {name: weight.device for name, weight in weights.items()})
-    for adapter in plan:
+    for done, adapter in enumerate(plan):
+        tell(f"start {adapter.site.name}", done, len(plan))
         start_adapter(adapter, adapter_parameters.parameters_of(adapter), weights[adapter.site.weight], config.start)
     logger.info("%d sites in %s, %d weights without adapter", len(plan), type(own).__name__, len(search.rejected))
     planned = plan.by_weight

@@ -1,1 +1,1 @@
-"""The user's options, as validated dataclasses; nothing here runs a model."""
+"""The user's options, as validated dataclasses, and how progress is told; nothing here runs a model."""

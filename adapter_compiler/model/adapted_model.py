@@ -20,7 +20,7 @@ from adapter_compiler.adapters.copies import detach_computed_attributes, share_u
 from adapter_compiler.adapters.named_adapters import add_adapter, remove_adapter, use_adapter
 from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
 from adapter_compiler.adapters.parameters.sharded import assert_whole
-from adapter_compiler.adapters.reports import FoldReport, QuantizationReport
+from adapter_compiler.adapters.reports import FoldReport, QuantizationReport, as_html
 from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.config.attach_options import AttachOptions
 from adapter_compiler.errors import ConfigError
@@ -37,7 +37,7 @@ from adapter_compiler.model.dispatch.scope import Token, calling, is_visible, wi
 from adapter_compiler.model.fold import copy_without_adapters, fold_module
 from adapter_compiler.model.interface.parameter_groups import make_parameter_groups
 from adapter_compiler.model.interface.peft_names import PeftNames
-from adapter_compiler.model.interface.show import describe_briefly, render_html
+from adapter_compiler.model.interface.show import describe_briefly
 from adapter_compiler.model.interface.signed_class import make_signed_class
 from adapter_compiler.model.interface.summary import AdapterReport, describe_adapters
 from adapter_compiler.model.interface.user_attributes import UserAttributes
@@ -406,7 +406,7 @@ class AdaptedModel(PeftNames, UserAttributes):
         return describe_briefly(self)
 
     def _repr_html_(self) -> str:
-        return render_html(self.report())
+        return as_html(str(self.report()))
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         """An independent model with copies of the adapters.

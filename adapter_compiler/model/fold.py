@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from adapter_compiler.adapters.copies import clone_parameter, copy_module, replace_parameter
+from adapter_compiler.config.progress import progress, tell
 from adapter_compiler.model.dispatch.attach import detach_adapters, find_slots, share_slots
 from passes.adapt.fold_adapters import merge_weight
 
@@ -32,12 +33,14 @@ def fold_module(module: nn.Module, gradient_flags: Mapping[str, bool]) -> tuple[
         if slot is None:
             return clone_parameter(parameter, requires_grad=flag)
         weight: torch.Tensor = parameter
+        tell(name, len(errors), len(slots))
         for adapter in slot.adapters:
             merged = merge_weight(weight, adapter.planned, adapter.bind().parameters)
             weight, errors[adapter.planned.site.name] = merged.weight, merged.rounding_error
         return replace_parameter(parameter, weight, requires_grad=flag)
 
-    return copy_without_adapters(module, merge), errors
+    with progress("fold"):
+        return copy_without_adapters(module, merge), errors
 
 
 def copy_without_adapters(module: nn.Module, make_parameter: Callable[[str, nn.Parameter], nn.Parameter]) -> nn.Module:

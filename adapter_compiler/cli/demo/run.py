@@ -27,6 +27,7 @@ from adapter_compiler.cli.demo.options import DemoOptions
 from adapter_compiler.cli.demo.result import DemoResult
 from adapter_compiler.cli.demo.show import show_files, show_result, show_task
 from adapter_compiler.cli.demo.training import BATCH_SIZE, Adaptation, Watcher, adapt, pretrain
+from adapter_compiler.config.progress import silence
 from adapter_compiler.errors import ConfigError
 
 
@@ -43,12 +44,12 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     upright, upright_test = load_digits(options.seed)
     changed, changed_test = rotate_and_invert(upright), rotate_and_invert(upright_test)
     show_task(console, upright, upright_test)
-    with _one_thread(), _progress_bars(console) as bars:
+    with _one_thread(), _progress_bars(console) as bars, silence():
         base = pretrain(upright, options, _add_bar(bars, "pre-training", options.pretraining_steps))
         first = judge(run_in_pytorch(base, upright_test.images), upright_test)
         before = judge(run_in_pytorch(base, changed_test.images), changed_test)
         adaptation = adapt(base, changed, options, _add_bar(bars, "AdaLoRA", options.steps))
-    with console.status("fold, export, verify on onnxruntime"):
+    with console.status("fold, export, verify on onnxruntime"), silence():
         result = _finish(base, adaptation, changed_test, options, first, before)
     show_result(console, result)
     assert_same_accuracy(result.adapted, result.folded, result.exported)

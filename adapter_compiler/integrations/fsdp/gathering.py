@@ -10,6 +10,7 @@ from torch import nn
 from adapter_compiler.adapters.copies import replace_parameter
 from adapter_compiler.adapters.parameters.sharded import gather_full, is_sharded
 from adapter_compiler.adapters.reports import FoldReport
+from adapter_compiler.config.progress import progress, tell
 from adapter_compiler.integrations.fsdp.agreement import Group, run_on_every_rank
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.model.fold import copy_without_adapters
@@ -42,9 +43,15 @@ def gather_folded(adapted: AdaptedModel, skeleton: nn.Module, group: Group, *, i
         group: the ranks.
         is_mine: whether this rank gets it; the others get ``None``.
     """
+    with progress("gather and fold"):
+        return _gather_folded(adapted, skeleton, group, is_mine=is_mine)
+
+
+def _gather_folded(adapted: AdaptedModel, skeleton: nn.Module, group: Group, *, is_mine: bool) -> nn.Module | None:
     merger = _Merger(adapted, skeleton) if is_mine else None
     failure: Exception | None = None
     for name, parameter in adapted.module.named_parameters():
+        tell(name)
         weight = gather_full(parameter.detach())  # also after a failure, as other ranks wait for this one
         if merger is None or failure is not None:
             continue

@@ -1,10 +1,6 @@
-"""The representations of an adapted model: text for an interpreter, a table for a notebook."""
+"""The representation of an adapted model in an interpreter."""
 
 from __future__ import annotations
-
-import html
-import io
-from typing import Any
 
 from torch import nn
 
@@ -27,15 +23,6 @@ def describe_briefly(adapted: AdapterState) -> str:
         f"(module): {_indent(adapted.module)}",
     ]
     return "AdaptedModel(\n" + "".join(f"  {line}\n" for line in lines) + ")"
-
-
-def render_html(renderable: Any) -> str:
-    """The text that rich prints, as HTML for a notebook."""
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=160, record=True)
-    console.print(renderable)
-    return f"<pre style='line-height:1.2'>{html.escape(console.export_text())}</pre>"
 
 
 def _indent(module: nn.Module) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from adapter_compiler.adapters.adapter_state import AdapterState
-from adapter_compiler.adapters.reports import QuantizationReport
+from adapter_compiler.adapters.reports import QuantizationReport, ShownInNotebooks
 from passes.quantize.packed_weights import count_bytes
 
 
@@ -44,7 +44,7 @@ class SiteRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterReport:
+class AdapterReport(ShownInNotebooks):
     """What :meth:`AdaptedModel.report` returns; ``str()`` gives a table.
 
     Attributes:

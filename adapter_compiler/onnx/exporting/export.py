@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from adapter_compiler.adapters.parameters.factors import assert_additive
+from adapter_compiler.config.progress import progress, tell
 from adapter_compiler.errors import ConfigError, ExportError, VerificationError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.onnx.exporting.casting import open_with_casts
@@ -87,6 +88,18 @@ def export_onnx(
     """
     check_opset(opset)
     _assert_adapters(adapted_or_model, adapters)
+    with progress(f"export {Path(path).name}"):
+        return _export(adapted_or_model, Path(path), example_args, example_kwargs, opset, adapters)
+
+
+def _export(
+    adapted_or_model: nn.Module,
+    path: Path,
+    example_args: Sequence[Any],
+    example_kwargs: Mapping[str, Any] | None,
+    opset: int | None,
+    adapters: str,
+) -> ExportReport:
     exporter, call = prepare_call(adapted_or_model, example_args, example_kwargs, merged=adapters == "merged")
     attempts: list[ExportAttempt] = []
     first: ExportError | None = None
@@ -114,7 +127,7 @@ def export_onnx(
                 first = first or error
                 continue
             attempts.append(ExportAttempt(strategy=result.strategy.name, reason=None))
-            return _report(task, Path(path), attempts, result)
+            return _report(task, path, attempts, result)
     assert first is not None
     others = [f"{a.strategy}: {a.reason}" for a in attempts[1:] if a.reason != attempts[0].reason]
     kind = VerificationError if isinstance(first, VerificationError) else ExportError
@@ -178,6 +191,7 @@ def _run_example(exporter: NamedOutputs, call: ModuleCall) -> list[tuple[str, to
 
 def _attempt(task: _Task, strategy: Strategy, draft: Path) -> _Result:
     """Write a file, verify it, and put its description into it."""
+    tell(f"write by {strategy.name}")
     written = write_draft(
         strategy, task.exporter, task.call, draft, task.inputs, task.outputs, opset=task.opset, sizes=task.sizes
     )

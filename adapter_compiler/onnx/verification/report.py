@@ -6,14 +6,13 @@ import dataclasses
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from adapter_compiler.adapters.reports import FoldReport
+from adapter_compiler.adapters.reports import FoldReport, ShownInNotebooks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class ExportAttempt:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportReport:
+class ExportReport(ShownInNotebooks):
     """The result of an export; ``print`` it or read its fields.
 
     Attributes:

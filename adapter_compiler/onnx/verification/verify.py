@@ -10,6 +10,7 @@ from pathlib import Path
 import onnxruntime
 import torch
 
+from adapter_compiler.config.progress import tell
 from adapter_compiler.errors import VerificationError
 from adapter_compiler.onnx.verification.cases import VerificationCase
 from adapter_compiler.onnx.verification.report import OutputError
@@ -96,6 +97,7 @@ def verify_cases(
     refused: list[VerificationCase] = []
     seen: set[tuple[torch.Size, ...]] = set()
     for case in cases:
+        tell(f"verify on {case.name}")
         usable = _find_usable_case(case, reference)
         if usable is None:
             refused.append(case)

@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from adapter_compiler.config.progress import progress as tell_progress
+from adapter_compiler.config.progress import tell
 from adapter_compiler.errors import CheckpointError, ConfigError
 from adapter_compiler.saving.folders.read_folder import read_saved_adapters
+from adapter_compiler.saving.folders.saved_adapters import SavedAdapters
 from adapter_compiler.saving.folding.base_checkpoint import INDEX_SUFFIX
 from adapter_compiler.saving.folding.fold_onnx import fold_onnx
 from adapter_compiler.saving.folding.fold_safetensors import Progress, fold_safetensors
@@ -43,7 +46,7 @@ def fold_files(
             too), or an ``.onnx`` file that :func:`~adapter_compiler.export_onnx` wrote of the base model.
         adapters: a folder from ``AdaptedModel.save``, or of PEFT.
         out: what to write: a file, or for a folder or a sharded checkpoint a folder.
-        progress: called after each weight.
+        progress: called after each weight, in place of what :func:`~adapter_compiler.set_progress` chose.
         base_weights: what to do about weights that were quantized while the adapters were trained, if the folder says
             so. ``"trained"`` quantizes those of the base in the same way and unpacks them, so that the result is that
             of ``AdaptedModel.fold``: the updates correct the errors of these values. ``"given"`` adds the updates to
@@ -66,6 +69,13 @@ def fold_files(
     saved = read_saved_adapters(adapters)
     if base_weights == "given":
         saved = saved.without_formats()
+    if progress is not None:
+        return _fold(base, saved, out, progress)
+    with tell_progress(f"fold into {base.name}"):
+        return _fold(base, saved, out, tell)
+
+
+def _fold(base: Path, saved: SavedAdapters, out: Path, progress: Progress) -> list[str]:
     file = _find_checkpoint(base)
     if file.suffix == ".onnx":
         with written_beside(out) as draft:

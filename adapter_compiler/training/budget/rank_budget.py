@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from adapter_compiler.adapters.compact import compact_adapters, forget_empty, forget_other_shapes
+from adapter_compiler.adapters.reports import ShownInNotebooks
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.training.budget.checks import (
     GradientWatch,
@@ -59,7 +60,7 @@ Module = TypeVar("Module", bound=nn.Module)
 _GAMMA = 0.1
 
 
-class RankBudget:
+class RankBudget(ShownInNotebooks):
     """Scores every triplet at each optimizer step and keeps the best b(t) of them (AdaLoRA, arXiv 2303.10512).
 
     Masking sets λ of the other triplets to zero. Their P and Q do not change, and λ can grow again until the next
@@ -126,6 +127,14 @@ class RankBudget:
         self._last_scores: torch.Tensor | None = None
         self._rounds = StepRounds(self._chains, begin=self._begin_step, take=self._take_gradients, end=self._end_step)
         adapted.add_follower(self)
+
+    def __repr__(self) -> str:
+        steps = f"step {self.step} of {self.schedule.total_steps}"
+        return f"RankBudget({steps}, {self.live_triplets} of {len(self._mask)} triplets live, budget {self.budget:,})"
+
+    def __str__(self) -> str:
+        rows = (f"{rank:6}  {name}" for name, rank in self.ranks().items())
+        return "\n".join([repr(self), "  live  weight", *rows])
 
     @property
     def gamma(self) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from adapter_compiler.config.progress import progress
 from adapter_compiler.config.validation import assert_choice, assert_integer
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.model.adapted_model import AdaptedModel
@@ -89,11 +90,12 @@ def allocate_ranks(
             f"the least and largest ranks of all {len(plan)} sites; change total, min_rank or max_rank"
         )
     collected = as_batches(batches)
-    if options.method == "gora":
-        ranks = share_out(total, _weigh(adapted, options, collected, loss), [1] * len(plan), low, high)
-    else:
-        find = _explain_inputs if options.method == "eva" else _find_singular_values
-        ranks = _take_best(find(adapted, options, collected, loss, high), total, low, high)
+    with progress(f"allocate ranks by {options.method}"):
+        if options.method == "gora":
+            ranks = share_out(total, _weigh(adapted, options, collected, loss), [1] * len(plan), low, high)
+        else:
+            find = _explain_inputs if options.method == "eva" else _find_singular_values
+            ranks = _take_best(find(adapted, options, collected, loss, high), total, low, high)
     adapters = [dataclasses.replace(a, rank=rank, form=a.form.core) for a, rank in zip(plan, ranks, strict=True)]
     return AdapterPlan(adapters=tuple(adapters))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapter_compiler.config.progress import tell
 from adapter_compiler.errors import ConfigError, SiteError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from passes.capture.module_state import restored_state
@@ -47,6 +48,7 @@ def find_weight_gradients(
     """
     collected = as_batches(batches)
     plan = list(adapted.plan)
+    loss = tell_batches(loss, -(-len(plan) // at_once) * len(collected))
     for start in range(0, len(plan), at_once):
         group = plan[start : start + at_once]
         weights = [adapted.base_weight(adapter.site.weight) for adapter in group]
@@ -59,6 +61,19 @@ def find_weight_gradients(
             gradient.div_(len(collected))
         for adapter in group:
             yield adapter, _check(adapter, gradients.pop(0))
+
+
+def tell_batches(loss: Loss, total: int) -> Loss:
+    """A loss that also tells how many of ``total`` batches have been run."""
+    done = 0
+
+    def told(model: nn.Module, batch: Any) -> Any:
+        nonlocal done
+        tell("run batches", done, total)
+        done += 1
+        return loss(model, batch)
+
+    return told
 
 
 def assert_adapted(adapted: object, function: str) -> None:

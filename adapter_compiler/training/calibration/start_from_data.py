@@ -18,12 +18,20 @@ from adapter_compiler.adapters.initializers import StartingFactors, write_start
 from adapter_compiler.adapters.initializers.eva import IncrementalSvd
 from adapter_compiler.adapters.initializers.gradient_svd import draw_gradient_svd
 from adapter_compiler.adapters.initializers.lora_ga import draw_lora_ga
+from adapter_compiler.adapters.reports import ShownInNotebooks
+from adapter_compiler.config.progress import progress
 from adapter_compiler.config.start_options import DATA_STARTS
 from adapter_compiler.config.validation import assert_boolean, assert_choice, assert_integer, assert_number
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.saving.adapters import adopt_starts
-from adapter_compiler.training.calibration.gradients import Loss, as_batches, assert_adapted, find_weight_gradients
+from adapter_compiler.training.calibration.gradients import (
+    Loss,
+    as_batches,
+    assert_adapted,
+    find_weight_gradients,
+    tell_batches,
+)
 from adapter_compiler.training.calibration.layer_inputs import watch_layer_inputs
 from passes.forms import with_offset
 from passes.planning.plan import AdapterPlan, PlannedAdapter
@@ -76,7 +84,7 @@ class SiteStart:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InitializationReport:
+class InitializationReport(ShownInNotebooks):
     """The result of :func:`initialize_adapters`.
 
     Attributes:
@@ -86,6 +94,14 @@ class InitializationReport:
 
     method: str
     sites: Mapping[str, SiteStart]
+
+    def __str__(self) -> str:
+        head = f"{self.method}: {len(self.sites)} sites; share left over, and the value of each rank"
+        rows = (
+            f"{found.left_over:7.1%}  {name}: {', '.join(f'{value:.3g}' for value in found.values)}"
+            for name, found in self.sites.items()
+        )
+        return "\n".join([head, *rows])
 
     def ranking(self) -> list[tuple[str, int, float]]:
         """All ranks of all sites as (site, index, value), with the largest value first."""
@@ -119,12 +135,13 @@ def initialize_adapters(
     assert_adapted(adapted, "initialize_adapters")
     collected = as_batches(batches)
     _give_forms(adapted, shifted=options.method == "lora_ga")
-    drawn = (_draw_from_inputs if options.method == "eva" else _draw_from_gradients)(adapted, options, collected, loss)
     sites = {}
-    for adapter, factors, found in drawn:
-        weight = adapted.base_weight(adapter.site.weight)
-        write_start(adapter, adapted.adapters.parameters_of(adapter), weight, factors)
-        sites[adapter.site.name] = found
+    with progress(f"start by {options.method}"):
+        draw = _draw_from_inputs if options.method == "eva" else _draw_from_gradients
+        for adapter, factors, found in draw(adapted, options, collected, loss):
+            weight = adapted.base_weight(adapter.site.weight)
+            write_start(adapter, adapted.adapters.parameters_of(adapter), weight, factors)
+            sites[adapter.site.name] = found
     logger.info("%s: initialized %d sites from %d batches", options.method, len(sites), len(collected))
     return InitializationReport(method=options.method, sites=sites)
 
@@ -188,6 +205,7 @@ def decompose_layer_inputs(
         counts: the number of vectors for each site; at least one is computed.
     """
     found = {adapter.site.name: IncrementalSvd(max(1, counts[adapter.site.name])) for adapter in adapted.plan}
+    call = tell_batches(call, len(batches))
     watch_layer_inputs(adapted, batches, call, lambda site, rows: found[site].add(rows))
     return found
 

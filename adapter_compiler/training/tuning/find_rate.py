@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from adapter_compiler.adapters.reports import ShownInNotebooks
 from adapter_compiler.errors import ConfigError, NonFiniteGradientError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.training.calibration.gradients import Loss, as_batches
@@ -27,7 +28,7 @@ _MOST_MORE = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RateSearch:
+class RateSearch(ShownInNotebooks):
     """The result of :func:`find_rate`.
 
     Attributes:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapter_compiler.adapters.reports import ShownInNotebooks
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.training.tuning.size_search import Score, find_error, read_score, show_error
 from adapter_compiler.training.tuning.subspace import SubspaceModel, frozen
@@ -41,7 +42,7 @@ class DimensionPoint:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IntrinsicDimension:
+class IntrinsicDimension(ShownInNotebooks):
     """The result of :func:`~adapter_compiler.measure_intrinsic_dimension`.
 
     Attributes:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from adapter_compiler.adapters.reports import ShownInNotebooks
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.model.adapted_model import AdaptedModel
 
@@ -79,7 +80,7 @@ class SizePoint:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SizeSearch:
+class SizeSearch(ShownInNotebooks):
     """The result of :func:`~adapter_compiler.find_smallest`.
 
     Attributes:
