@@ -3,9 +3,11 @@
     python examples/03_tabular.py
 
 The data are real: scikit-learn's breast cancer set gives ten measures of the cell nuclei in 569 samples, each as the
-mean over the nuclei and as the mean of the three largest ("worst"). The network learns to diagnose from the ten means.
-Then the laboratory reports the ten worst values instead, in the same columns and units. Nobody wants to train and
-approve a new network, so the old one gets adapters of rank 6, pruned to 2 on average.
+mean over the nuclei and as the mean of the three largest ("worst"). The network learns to diagnose from the ten means:
+it takes each as a number and as a category, the quantile that the number is in, which has an embedding. Then the
+laboratory reports the ten worst values instead, in the same columns and units. Nobody wants to train and approve a new
+network, so the old one gets adapters of rank 6 on all of its weights (``sites="auto"``: embeddings are not adapted by
+default), pruned to 2 on average.
 """
 
 from __future__ import annotations
@@ -24,14 +26,17 @@ from torch import Tensor, nn
 
 import adapter_compiler as ac
 
-STEPS = 300
+STEPS, QUANTILES = 300, 8
 
 
 class TabularNet(nn.Module):
-    """Ten measures in, two scores out; residual blocks with batch norm."""
+    """Ten measures in, two scores out; embeddings of their quantiles, and residual blocks with batch norm."""
 
-    def __init__(self, width: int = 48) -> None:
+    def __init__(self, edges: Tensor, width: int = 48) -> None:
         super().__init__()
+        self.register_buffer("edges", edges)  # between the quantiles of each measure, [10, quantiles - 1]
+        self.register_buffer("first", QUANTILES * torch.arange(10))
+        self.quantiles = nn.Embedding(10 * QUANTILES, width)
         self.stem = nn.Linear(10, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
@@ -40,7 +45,8 @@ class TabularNet(nn.Module):
         self.head = nn.Linear(width, 2)
 
     def forward(self, measures: Tensor) -> Tensor:
-        x = self.stem(measures)
+        codes = (measures.unsqueeze(-1) > self.edges).sum(-1) + self.first
+        x = self.stem(measures) + self.quantiles(codes).sum(1)
         for block in self.blocks:
             x = x + block(x)
         return self.head(x)
@@ -75,10 +81,11 @@ def main() -> None:
     def accuracy(logits: Tensor) -> float:
         return (logits.argmax(1) == y[held_out]).float().mean().item()
 
-    net = TabularNet()
+    shares = torch.linspace(0, 1, QUANTILES + 1)[1:-1]
+    net = TabularNet(means[for_training].quantile(shares, dim=0).T.contiguous())
     train(net, torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.1), means[for_training], y[for_training])
 
-    adapted = ac.compile_with_adapters(net, config=ac.AdapterConfig(rank=6, alpha=6))
+    adapted = ac.compile_with_adapters(net, (means[:4],), config=ac.AdapterConfig(rank=6, alpha=6, sites="auto"))
     optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=1e-2)
     budget = ac.RankBudget(adapted, optimizer, ac.BudgetSchedule(target_rank=2, total_steps=STEPS))
     train(adapted, optimizer, worst[for_training], y[for_training])
@@ -110,6 +117,7 @@ def main() -> None:
     before, after, folded, onnx = list(results.values())[1:]
     assert after > before + 0.05, "the adapters should win back what the change of input has cost"
     assert after == folded == onnx, "adapted, folded and exported must be the same classifier"
+    assert "quantiles.weight" in budget.ranks(), "the embeddings have an adapter"
     assert budget.live_triplets == 2 * len(adapted.sites), "the budget is met exactly"
 
 

@@ -50,8 +50,9 @@ def run_example(name: str, *arguments: str | Path, cwd: Path) -> subprocess.Comp
         ("02_custom_attention.py", "verified on onnxruntime: example, batch 5, dimension 1 of size 41"),
         ("03_tabular.py", "worst values, onnxruntime"),
         ("06_qlora.py", "times less memory than float32, for both tasks together"),
-        ("07_resume.py", "triplets: 15 at the stop, 9 at the end"),
+        ("07_resume.py", "the second after step 120"),
         ("08_fsdp2.py", "the same 27 triplets as in one process"),
+        ("09_time_series.py", "lstm.weight_hh_l0"),
     ],
 )
 def test_a_quick_example_holds_its_claims(name: str, line: str, tmp_path: Path) -> None:
@@ -67,6 +68,8 @@ def test_a_quick_example_holds_its_claims(name: str, line: str, tmp_path: Path) 
     [
         ("libraries/01_causal_lm_trainer.py", "accelerate", "ranks: 60 triplets at 15 weights"),
         ("libraries/02_lightning.py", "lightning", "rotated digits: "),
+        ("libraries/03_qlora_transformer.py", "bitsandbytes", "weights in nf4: "),
+        ("libraries/04_diffusion_unet.py", "diffusers", "mean of drawn pixels: "),
     ],
 )
 def test_an_example_of_a_library_holds_its_claims(name: str, needs: str, line: str, tmp_path: Path) -> None:
