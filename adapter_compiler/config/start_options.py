@@ -11,7 +11,7 @@ from adapter_compiler.errors import ConfigError
 STARTS = ("gaussian", "kaiming", "orthogonal", "pissa")
 
 #: The initializers that need batches of data, for :func:`~adapter_compiler.initialize_adapters`.
-DATA_STARTS = ("lora_ga", "gradient_svd", "eva")
+DATA_STARTS = ("lora_ga", "gradient_svd", "lora_one", "eva")
 
 #: ``pissa_niter_4`` is PiSSA with a randomized decomposition of 4 power iterations (the paper's fast SVD).
 PISSA_NAME = re.compile(r"^pissa(_niter_(?P<iterations>\d+))?$")

@@ -216,13 +216,15 @@ class AdaptedModel(PeftNames, UserAttributes):
         return [f"module.{name}" for name in find_packed_weights(self.module)]
 
     def parameter_groups(
-        self, lr: float, *, lora_plus_ratio: float = 1.0, weight_decay: float = 0.0
+        self, lr: float, *, lora_plus_ratio: float = 1.0, lam_ratio: float | str = 1.0, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer, with a larger learning rate for B or P (LoRA+).
+        """Parameter groups for an optimizer, with other learning rates for B or P (LoRA+) and for λ.
 
         See :mod:`adapter_compiler.model.interface.parameter_groups`.
         """
-        return make_parameter_groups(self, lr, lora_plus_ratio=lora_plus_ratio, weight_decay=weight_decay)
+        return make_parameter_groups(
+            self, lr, lora_plus_ratio=lora_plus_ratio, lam_ratio=lam_ratio, weight_decay=weight_decay
+        )
 
     def make_optimizer(self, lr: float, **options: Any) -> AdapterOptimizer:
         """An optimizer over all trainable parameters, made for adapters.

@@ -21,7 +21,7 @@ class StartingFactors:
         left: [out, r], the source of P or B; ``None`` for LoRA's start: B = 0, or P = 0 with λ = 1.
         right: [r, in], the source of Q or A.
         values: [r], such that ΔW = s · left diag(values) right at the start; ``None`` for ΔW = 0 (B = 0 or λ = 0).
-            Where ΔW is not zero, it is subtracted from the frozen weight (see :class:`passes.forms.OffsetForm`).
+            Where ΔW is not zero, the form may subtract it from the frozen weight (:class:`passes.forms.OffsetForm`).
     """
 
     left: torch.Tensor | None

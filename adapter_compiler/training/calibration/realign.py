@@ -14,6 +14,7 @@ subspace, ‖P PᵀG + G QᵀQ‖ < threshold · ‖G‖, they take the largest 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,6 +23,11 @@ import torch
 
 from adapter_compiler.errors import CheckpointError, ConfigError
 from adapter_compiler.model.adapted_model import AdaptedModel
+from adapter_compiler.training.calibration.carried_moments import (
+    FactorChange,
+    carry_moments,
+    restart_moments,
+)
 from adapter_compiler.training.calibration.gradients import Loss, as_batches, find_weight_gradients
 
 logger = logging.getLogger(__name__)
@@ -43,7 +49,9 @@ def rediagonalize(adapted: AdaptedModel, optimizer: torch.optim.Optimizer | None
 
     Args:
         adapted: the model; adapters without λ do not change.
-        optimizer: its state (moments) for changed parameters is deleted, because it belongs to other directions.
+        optimizer: its moments of changed parameters are carried along to the new directions
+            (:mod:`adapter_compiler.training.calibration.carried_moments`); states of an optimizer that keeps anything
+            else are deleted.
 
     Returns:
         The sites that were changed.
@@ -57,20 +65,24 @@ def rediagonalize(adapted: AdaptedModel, optimizer: torch.optim.Optimizer | None
             continue
         found = _diagonalize(P[:, live], lam[live], Q[live])
         if found is not None:
-            P[:, live], lam[live], Q[live] = found
+            P[:, live], lam[live], Q[live] = (factor.to(P.dtype) for factor in (found.P, found.values, found.Q))
             changed.append(site)
-            _delete_state(optimizer, (P, lam, Q))
+            if optimizer is not None:
+                carry_moments(optimizer, P, lam, Q, dataclasses.replace(found.change, live=live))
     return changed
 
 
-def _delete_state(optimizer: torch.optim.Optimizer | None, parameters: Iterable[torch.Tensor]) -> None:
-    for parameter in parameters if optimizer is not None else ():
-        optimizer.state.pop(parameter, None)  # type: ignore[union-attr]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Diagonal:
+    """The new factors, in float64, and what carries moments along."""
+
+    P: torch.Tensor
+    values: torch.Tensor
+    Q: torch.Tensor
+    change: FactorChange
 
 
-def _diagonalize(
-    P: torch.Tensor, lam: torch.Tensor, Q: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+def _diagonalize(P: torch.Tensor, lam: torch.Tensor, Q: torch.Tensor) -> _Diagonal | None:
     """The singular value decomposition of P diag(λ) Q, at a cost of O(r² (d1 + d2)); ``None`` if all values are zero.
 
     A negligible value is replaced by 1, and its column of P by zeros.
@@ -85,7 +97,15 @@ def _diagonalize(
     if bool(is_negligible.all()):
         return None
     left, values = (left @ X).masked_fill(is_negligible, 0), values.masked_fill(is_negligible, 1)
-    return left.to(P.dtype), values.to(lam.dtype), (Y @ right.mT).to(Q.dtype)
+    change = FactorChange(
+        live=torch.arange(len(lam), device=lam.device),
+        left=(upper.mT @ X).masked_fill(is_negligible, 0),
+        right=(Y @ lower).masked_fill(is_negligible.unsqueeze(1), 0),
+        P=left,
+        values=values,
+        starts=is_negligible,
+    )
+    return _Diagonal(P=left, values=values, Q=Y @ right.mT, change=change)
 
 
 def measure_alignment(P: torch.Tensor, Q: torch.Tensor, gradient: torch.Tensor) -> float:
@@ -220,7 +240,7 @@ class Realigner:
             alignment[site] = measure_alignment(*basis, wide)
             if alignment[site] < self.threshold and not bool(used.all()):
                 _realign_unused((P, lam, Q), ~used, basis, wide)
-                _delete_state(self._optimizer, (P, lam, Q))
+                restart_moments(self._optimizer, {"P": P, "lam": lam, "Q": Q}, ~used)
                 realigned.append(site)
         self.alignment = alignment
         logger.info("re-aligned %d of %d sites at step %d", len(realigned), len(alignment), self.step)

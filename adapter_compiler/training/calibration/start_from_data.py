@@ -1,7 +1,8 @@
-"""Initialize adapters from data: LoRA-GA, gradient SVD, EVA.
+"""Initialize adapters from data: LoRA-GA, gradient SVD, LoRA-One, EVA.
 
 lora_ga        both factors from the averaged gradient; the start is subtracted from the weight (arXiv 2407.05000)
 gradient_svd   P and Q from the averaged gradient, λ = 0; ΔW = 0
+lora_one       P and Q from the averaged gradient: the first step along it is taken (arXiv 2502.01235)
 eva            A or Q from the inputs of the layer; ΔW = 0 (arXiv 2410.07170)
 """
 
@@ -18,6 +19,7 @@ from adapter_compiler.adapters.initializers import StartingFactors, write_start
 from adapter_compiler.adapters.initializers.eva import IncrementalSvd
 from adapter_compiler.adapters.initializers.gradient_svd import draw_gradient_svd
 from adapter_compiler.adapters.initializers.lora_ga import draw_lora_ga
+from adapter_compiler.adapters.initializers.lora_one import draw_lora_one
 from adapter_compiler.adapters.reports import ShownInNotebooks
 from adapter_compiler.config.progress import progress
 from adapter_compiler.config.start_options import DATA_STARTS
@@ -44,10 +46,11 @@ class DataStart:
     """The options of initializing adapters from data.
 
     Attributes:
-        method: ``"lora_ga"``, ``"gradient_svd"`` or ``"eva"``.
+        method: ``"lora_ga"``, ``"gradient_svd"``, ``"lora_one"`` or ``"eva"``.
         at_once: the number of gradients in memory at once; with 1, each weight needs a pass over the batches.
         iterations: power iterations of a randomized decomposition of gradients; ``None`` for an exact decomposition.
         stable_gamma: γ of LoRA-GA, whose factors are multiplied by d_out^(1/4)/√γ (theorem 3.2).
+        step_size: for ``"lora_one"``, η: the largest singular value of ΔW / s at the start.
         use_sign: for ``"gradient_svd"``, decompose the sign of the gradient, the direction of Adam's first step.
 
     Raises:
@@ -58,6 +61,7 @@ class DataStart:
     at_once: int = 1
     iterations: int | None = None
     stable_gamma: float = 16.0
+    step_size: float = 0.1
     use_sign: bool = False
 
     def __post_init__(self) -> None:
@@ -66,6 +70,7 @@ class DataStart:
         if self.iterations is not None:
             assert_integer(self, "iterations", least=0)
         assert_number(self, "stable_gamma", above=0)
+        assert_number(self, "step_size", above=0)
         assert_boolean(self, "use_sign")
 
 
@@ -75,7 +80,7 @@ class SiteStart:
 
     Attributes:
         values: for each rank, the singular value σ of the gradient, or the share of the inputs' variance (EVA).
-        left_over: the share of ‖G‖² that the first step cannot follow (LoRA-GA, gradient SVD), or the share of the
+        left_over: the share of ‖G‖² that the first step cannot follow (from gradients), or the share of the
             inputs' variance that is outside the chosen directions (EVA).
     """
 
@@ -112,7 +117,7 @@ class InitializationReport(ShownInNotebooks):
 def initialize_adapters(
     adapted: AdaptedModel, start: DataStart | str, batches: Iterable[Any], loss: Loss
 ) -> InitializationReport:
-    """Initialize the adapters from data. Outputs are those of the base model within rounding.
+    """Initialize the adapters from data. Outputs are those of the base model within rounding, except after LoRA-One.
 
     Call it before training, because it overwrites what the adapters have learned. The Parameter objects stay the same,
     so an optimizer and a ``RankBudget`` may already exist.
@@ -170,6 +175,9 @@ def _draw_from_gradients(adapted: AdaptedModel, options: DataStart, batches: Any
                 adapter, wide, stable_gamma=options.stable_gamma, iterations=options.iterations
             )
             values = torch.linalg.vector_norm(wide @ factors.right.mT, dim=0)
+        elif options.method == "lora_one":
+            factors, values = draw_lora_one(adapter, wide, step_size=options.step_size, iterations=options.iterations)
+            left_over = _left_over(values, float(wide.square().sum()))
         else:
             wide = wide.sign() if options.use_sign else wide
             factors, values = draw_gradient_svd(adapter, wide, iterations=options.iterations)

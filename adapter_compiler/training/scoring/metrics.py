@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from adapter_compiler.adapters.parameters.flat_buffers import Key
+from adapter_compiler.adapters.parameters.sharded import gather_full
 from adapter_compiler.training.scoring.triplet_buffers import TripletBuffers
 from passes.compat import foreach_abs_, foreach_div_, foreach_lerp_, foreach_mul, foreach_sub_
 
@@ -121,15 +122,56 @@ class MagnitudeMetric(Metric):
         return triplets.measure_triplets()
 
 
+class SpectralMetric(Metric):
+    """The exact singular values of ΔW / s: the i-th largest triplet of a weight scores its i-th singular value.
+
+    Triplets that are not orthogonal to each other share directions, and |λ_i| ‖p_i‖ ‖q_i‖ then counts a direction
+    twice. With P = U_P R_P and Qᵀ = U_Q R_Q, the singular values are those of the r × r matrix R_P diag(λ) R_Qᵀ. Which
+    triplet of a weight is the i-th follows from :class:`MagnitudeMetric`; :class:`~adapter_compiler.Realigner` makes
+    triplets and singular vectors the same.
+    """
+
+    name = "spectral"
+
+    def __init__(self) -> None:
+        """Keep no statistics."""
+        self.buffers = {}
+
+    def update(self, triplets: TripletBuffers, gradients: Sequence[torch.Tensor], grad_scale: float = 1.0) -> None:
+        """Do nothing, because the scores depend only on the present values."""
+
+    @torch.no_grad()
+    def scores(self, triplets: TripletBuffers) -> torch.Tensor:
+        """The singular values, in the order of the magnitudes."""
+        sizes = triplets.measure_triplets()
+        parts = zip(triplets.sites, sizes.split(triplets.sizes), strict=True)
+        return torch.cat([_spread_values(triplets, site, part) for site, part in parts])
+
+
+def _spread_values(triplets: TripletBuffers, site: str, sizes: torch.Tensor) -> torch.Tensor:
+    """The singular values of one site, or of each matrix in its stack, for each of its triplets."""
+    P, lam, Q = (gather_full(triplets.parameters[site, name].detach()).to(sizes.dtype) for name in ("P", "lam", "Q"))
+    if not lam.numel():
+        return sizes
+    upper, lower = torch.linalg.qr(P).R, torch.linalg.qr(Q.mT).R
+    values = torch.linalg.svdvals((upper * lam.unsqueeze(-2)) @ lower.mT)
+    scores = sizes.new_zeros(lam.shape)
+    order = sizes.view(lam.shape).argsort(dim=-1, descending=True, stable=True)
+    scores.scatter_(-1, order[..., : values.shape[-1]], values)
+    return scores.reshape(-1)
+
+
 #: The values of ``Allocation(metric=...)``.
-METRICS = (SensitivityMetric.name, ImportanceMetric.name, MagnitudeMetric.name)
+METRICS = (SensitivityMetric.name, ImportanceMetric.name, MagnitudeMetric.name, SpectralMetric.name)
 
 
 def make_metric(name: str, triplets: TripletBuffers, beta1: float, beta2: float) -> Metric:
     """Make a metric by its name, one of :data:`METRICS`."""
     if name == SensitivityMetric.name:
         return SensitivityMetric(triplets, beta1, beta2)
-    return ImportanceMetric(triplets) if name == ImportanceMetric.name else MagnitudeMetric()
+    if name == ImportanceMetric.name:
+        return ImportanceMetric(triplets)
+    return SpectralMetric() if name == SpectralMetric.name else MagnitudeMetric()
 
 
 class GrowthTracker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,8 +58,116 @@ def test_rediagonalizing_keeps_the_function_and_makes_lambda_the_singular_values
         torch.testing.assert_close(p["Q"][live] @ p["Q"][live].mT, eye)
         sigma = torch.linalg.svdvals(adapter.form.delta(p, 1.0).detach())[: len(eye)]
         torch.testing.assert_close(p["lam"][live].detach(), sigma)
-        assert p["lam"] not in optimizer.state
+        assert set(optimizer.state[p["lam"]]) == {"step", "exp_avg", "exp_avg_sq"}
     assert torch.equal(adapted.adapters.get_parameter("0.weight.P")[:, 1], untouched)
+
+
+def rediagonalize_with(
+    adapted: ac.AdaptedModel, first: str, second: str | None
+) -> tuple[torch.optim.Optimizer, dict[str, dict[str, Tensor]]]:
+    """Re-diagonalize with the gradients as first moments and their squares as second ones; what they then were."""
+    optimizer = torch.optim.SGD(adapted.trainable_parameters(), lr=0.0)
+    loss(adapted, (X, Y)).backward()
+    before: dict[str, dict[str, Tensor]] = {}
+    for (site, name), p in adapted.adapters.keyed_parameters.items():
+        gradient = as_tensor(p.grad).clone()
+        optimizer.state[p] = {first: gradient.clone(), **({second: gradient.square()} if second else {})}
+        before.setdefault(site, {})[name] = p.detach().clone()
+        before[site][f"grad {name}"] = gradient
+    ac.rediagonalize(adapted, optimizer)
+    adapted.zero_grad()
+    loss(adapted, (X, Y)).backward()
+    return optimizer, before
+
+
+def as_tensor(found: Tensor | None) -> Tensor:
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("first", ["exp_avg", "momentum_buffer"])
+def test_first_moments_that_are_gradients_are_those_of_the_new_factors(first: str) -> None:
+    """ΔW does not change, so neither does the gradient of W, and autograd says what P, λ and Q then have."""
+    adapted = adapt()
+    disturb(adapted)
+    optimizer, _ = rediagonalize_with(adapted, first, None)
+    for p in adapted.adapters.parameters():
+        torch.testing.assert_close(optimizer.state[p][first], p.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_second_moments_are_sums_with_squared_coefficients() -> None:
+    adapted = adapt()
+    disturb(adapted)
+    optimizer, before = rediagonalize_with(adapted, "exp_avg", "exp_avg_sq")
+    for adapter in adapted.plan:
+        old, new = before[adapter.site.name], adapted.adapters.parameters_of(adapter)
+        # P' = P A and Q' = B Q; gradients are transformed by the inverse transposes.
+        A = torch.linalg.lstsq(old["P"], new["P"].detach()).solution
+        B = torch.linalg.lstsq(old["Q"].mT, new["Q"].detach().mT).solution.mT
+        T, S = torch.linalg.inv(A).mT, torch.linalg.inv(B).mT
+        v_P, v_Q = torch.zeros_like(old["P"]), torch.zeros_like(old["Q"])
+        for j in range(3):
+            for k in range(3):
+                v_P[:, j] += old["grad P"][:, k] ** 2 * T[k, j] ** 2
+                v_Q[j] += old["grad Q"][k] ** 2 * S[j, k] ** 2
+        v_lam = (new["P"].detach().square() * v_P).sum(0) / new["lam"].detach().square()
+        for name, expected in (("P", v_P), ("Q", v_Q), ("lam", v_lam)):
+            torch.testing.assert_close(optimizer.state[new[name]]["exp_avg_sq"], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_triplet_that_starts_again_has_no_momentum_and_the_mean_second_moment() -> None:
+    adapted = adapt()
+    disturb(adapted)
+    with torch.no_grad():
+        for site in ("0.weight", "2.weight"):  # two parallel triplets of three
+            adapted.adapters.get_parameter(f"{site}.P")[:, 2] = adapted.adapters.get_parameter(f"{site}.P")[:, 0]
+            adapted.adapters.get_parameter(f"{site}.Q")[2] = adapted.adapters.get_parameter(f"{site}.Q")[0]
+    optimizer, _ = rediagonalize_with(adapted, "exp_avg", "exp_avg_sq")
+    for adapter in adapted.plan:
+        new = adapted.adapters.parameters_of(adapter)
+        assert float(new["lam"].detach()[2]) == 1
+        assert not new["P"][:, 2].any()
+        for name, dim in (("P", 1), ("lam", 0), ("Q", 0)):
+            first, second = (optimizer.state[new[name]][key] for key in ("exp_avg", "exp_avg_sq"))
+            assert not first.select(dim, 2).any()
+            mean = second.index_select(dim, torch.tensor([0, 1])).mean(dim)
+            torch.testing.assert_close(second.select(dim, 2), mean)
+        # The others have their gradients.
+        torch.testing.assert_close(optimizer.state[new["P"]]["exp_avg"][:, :2], as_tensor(new["P"].grad)[:, :2])
+
+
+def test_pruned_triplets_keep_their_moments_and_unknown_states_are_deleted() -> None:
+    adapted = adapt()
+    disturb(adapted)
+    P, lam = (adapted.adapters.get_parameter(f"0.weight.{name}") for name in ("P", "lam"))
+    with torch.no_grad():
+        lam[1] = 0
+    optimizer, before = rediagonalize_with(adapted, "exp_avg", "exp_avg_sq")
+    assert torch.equal(optimizer.state[P]["exp_avg"][:, 1], before["0.weight"]["grad P"][:, 1])
+    optimizer.state[P]["exp_avg_factored"] = torch.zeros(3)
+    with torch.no_grad():
+        P.mul_(2)
+    ac.rediagonalize(adapted, optimizer)
+    assert P not in optimizer.state
+    assert lam not in optimizer.state
+    assert adapted.adapters.get_parameter("2.weight.P") in optimizer.state
+
+
+@pytest.mark.parametrize("rule", ["muon", "triplet"])
+def test_the_adapter_optimizers_go_on(rule: str) -> None:
+    adapted = adapt()
+    optimizer = ac.make_optimizer(adapted, 0.01, rule=rule)
+    realigner = ac.Realigner(adapted, optimizer, realign_every=2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        value = loss(adapted, (X, Y))
+        value.backward()
+        losses.append(float(value.detach()))
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(p in optimizer.state for p in adapted.adapters.parameters())
+    assert realigner.step == 30
 
 
 def find_gradients(adapted: ac.AdaptedModel) -> dict[str, float]:
@@ -302,6 +411,43 @@ def test_what_cannot_work_says_so() -> None:
         ac.Realigner(lora, torch.optim.SGD(lora.trainable_parameters(), lr=0.1), realign_every=1)
     with pytest.raises(ConfigError, match=r"lora_plus_ratio=0.5\): expected a number of at least 1"):
         adapted.parameter_groups(1e-3, lora_plus_ratio=0.5)
+
+
+def test_lambda_has_a_rate_of_its_own() -> None:
+    adapted = adapt()
+    rates = {}
+    for group in adapted.parameter_groups(1e-3, lam_ratio="sqrt", weight_decay=0.1):
+        rates.update({id(p): (group["lr"], group["weight_decay"]) for p in group["params"]})
+    found = {key: rates[id(p)] for key, p in adapted.adapters.keyed_parameters.items()}
+    assert found["0.weight", "lam"] == (pytest.approx(1e-3 * 3), 0.0)  # 9 rows
+    assert found["2.weight", "lam"] == (pytest.approx(1e-3 * 7**0.5), 0.0)  # 7 rows
+    assert {found[site, name] for site in ("0.weight", "2.weight") for name in "PQ"} == {(1e-3, 0.1)}
+    (group,) = [g for g in adapted.parameter_groups(1e-3, lam_ratio=5) if g["name"] == "lam"]
+    assert group["lr"] == pytest.approx(5e-3)
+    assert len(group["params"]) == 2
+    wrong: Any
+    for wrong in (-1.0, "root", None):
+        with pytest.raises(ConfigError, match=r"lam_ratio=.*\): expected a number of at least 0, or 'sqrt'"):
+            adapted.parameter_groups(1e-3, lam_ratio=wrong)
+
+
+def test_with_the_root_of_the_rows_a_first_step_of_lambda_is_as_long_as_one_of_a_factor() -> None:
+    """‖ΔW‖ after one step of Adam from λ = 0 between orthonormal factors, and from B = 0 with orthonormal A."""
+    lengths = {}
+    options: dict[str, Any]
+    for kind, options in (("svd", {"lam_ratio": "sqrt"}), ("lora", {})):
+        adapted = adapt(kind, init="orthogonal")
+        if kind == "svd":
+            ac.initialize_adapters(adapted, "gradient_svd", [(X, Y)], loss)
+        optimizer = torch.optim.Adam(adapted.parameter_groups(1e-3, **options))
+        for group in optimizer.param_groups:
+            group["lr"] *= group["name"] != "right"
+        loss(adapted, (X, Y)).backward()
+        optimizer.step()
+        (first,) = adapted.plan.by_weight["0.weight"]
+        lengths[kind] = float(first.delta(adapted.adapters.parameters_of(first)).norm().detach())
+    expected = pytest.approx(1e-3 * (9 * 3) ** 0.5, rel=1e-3)
+    assert lengths == {"svd": expected, "lora": expected}
 
 
 @pytest.mark.parametrize("kind", ["lora", "svd", "dora", "dora-svd"])

@@ -161,6 +161,43 @@ def test_gradient_svd_gives_lambda_the_singular_values_as_gradient(
     assert len(ranking) == 6
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "svd", "dora-svd"])
+def test_lora_one_takes_the_first_step_along_the_gradient(kind: str, net: nn.Module, batches: list[Batch]) -> None:
+    """ΔW = −s η G_r / S₀, from torch's decomposition of autograd's gradient; the frozen weights stay."""
+    gradients = find_exact_gradients(net, batches)
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    adapted = adapt(net, kind=kind)
+    start = ac.DataStart(method="lora_one", step_size=0.3)
+    report = ac.initialize_adapters(adapted, start, batches, loss)
+    for adapter in adapted.plan:
+        gradient = gradients[adapter.site.weight]
+        U, values, V = torch.linalg.svd(gradient, full_matrices=False)
+        expected = -adapter.scale * 0.3 * (U[:, :2] * (values[:2] / values[0])) @ V[:2]
+        parameters = adapted.adapters.parameters_of(adapter)
+        if "dora" not in kind:
+            torch.testing.assert_close(adapter.delta(parameters), expected, rtol=1e-10, atol=1e-12)
+        right = parameters["Q" if "svd" in kind else "A"]
+        torch.testing.assert_close(right @ right.mT, torch.eye(2).double(), rtol=1e-10, atol=1e-12)
+        found = report.sites[adapter.site.name]
+        assert list(found.values) == pytest.approx(values[:2].tolist())
+        assert found.left_over == pytest.approx(float(values[2:].square().sum() / values.square().sum()))
+    assert all(torch.equal(p, before[name]) for name, p in adapted.module.named_parameters())
+    assert float(sum(loss(adapted, batch) for batch in batches)) < float(sum(loss(net, batch) for batch in batches))
+
+
+def test_after_lora_one_a_budget_prunes(net: nn.Module, batches: list[Batch]) -> None:
+    adapted = adapt(net, kind="svd")
+    ac.initialize_adapters(adapted, "lora_one", batches, loss)
+    optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=1e-3)
+    budget = ac.RankBudget(adapted, optimizer, ac.BudgetSchedule(target_rank=1, total_steps=6, compact=True))
+    for _ in range(6):
+        loss(adapted, batches[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert budget.live_triplets == len(adapted.sites)
+    torch.testing.assert_close(adapted.fold()(batches[0][0]), adapted(batches[0][0]), rtol=1e-10, atol=1e-10)
+
+
 def test_a_randomized_decomposition_is_near_the_exact_one(net: nn.Module, batches: list[Batch]) -> None:
     exact = ac.initialize_adapters(adapt(net, kind="svd"), "gradient_svd", batches, loss)
     start = ac.DataStart(method="gradient_svd", iterations=8, at_once=3)

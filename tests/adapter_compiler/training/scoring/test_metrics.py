@@ -12,6 +12,7 @@ from adapter_compiler.training.scoring.metrics import (
     ImportanceMetric,
     MagnitudeMetric,
     SensitivityMetric,
+    SpectralMetric,
 )
 from adapter_compiler.training.scoring.triplet_buffers import TripletBuffers
 from tests.adapter_compiler.training.buffers import find_triplets, make_buffers
@@ -79,6 +80,28 @@ def test_importance_is_of_the_last_step_and_magnitude_is_of_the_update(flat: boo
         for i in range(len(lam))
     ]
     assert magnitude.scores(triplets).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_spectral_scores_are_the_singular_values_of_the_update(flat: bool) -> None:
+    triplets = make_buffers(SHAPES, flat=flat)
+    scores = SpectralMetric().scores(triplets).split(triplets.sizes)
+    sizes = MagnitudeMetric().scores(triplets).split(triplets.sizes)
+    for (lam, P, Q), score, size in zip(find_triplets(triplets), scores, sizes, strict=True):
+        values = torch.linalg.svdvals(P.detach() @ torch.diag(lam.detach()) @ Q.detach())[: len(lam)]
+        torch.testing.assert_close(score.sort(descending=True).values, values, rtol=1e-10, atol=1e-12)
+        assert torch.equal(score.argsort(descending=True), size.argsort(descending=True))
+
+
+def test_parallel_triplets_count_once_and_pruned_ones_are_last() -> None:
+    triplets = make_buffers(((5, 4, 3),))
+    ((lam, P, Q),) = find_triplets(triplets)
+    with torch.no_grad():
+        P[:, 1], Q[1] = P[:, 0], Q[0]
+        lam.copy_(torch.tensor([1.0, 2.0, 0.0]))
+    scores = SpectralMetric().scores(triplets)
+    assert float(scores[1]) == pytest.approx(float(3 * P[:, 0].norm() * Q[0].norm()))
+    torch.testing.assert_close(scores[[0, 2]], torch.zeros(2).double(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("flat", [True, False])
