@@ -55,8 +55,8 @@ def carry_moments(
     for key in _FIRST | _SECOND:
         power = 2 if key in _SECOND else 1
         left, right = change.left**power, change.right**power
-        new_P = _transform(states["P"], key, lambda old, t=left: old.index_select(1, change.live).to(t.dtype) @ t)  # type: ignore[misc]
-        new_Q = _transform(states["Q"], key, lambda old, t=right: t @ old.index_select(0, change.live).to(t.dtype))  # type: ignore[misc]
+        new_P = _transform(states["P"], key, lambda old, t=left: old.index_select(1, change.live).to(t.dtype) @ t)
+        new_Q = _transform(states["Q"], key, lambda old, t=right: t @ old.index_select(0, change.live).to(t.dtype))
         _store(states["P"], key, 1, new_P, change)
         _store(states["Q"], key, 0, new_Q, change)
         new_lam = None if new_P is None else (change.P**power * new_P).sum(0) / change.values**power

@@ -434,12 +434,12 @@ def test_lambda_has_a_rate_of_its_own() -> None:
 def test_with_the_root_of_the_rows_a_first_step_of_lambda_is_as_long_as_one_of_a_factor() -> None:
     """‖ΔW‖ after one step of Adam from λ = 0 between orthonormal factors, and from B = 0 with orthonormal A."""
     lengths = {}
-    options: dict[str, Any]
-    for kind, options in (("svd", {"lam_ratio": "sqrt"}), ("lora", {})):
+    ratios: dict[str, float | str] = {"svd": "sqrt", "lora": 1.0}
+    for kind, ratio in ratios.items():
         adapted = adapt(kind, init="orthogonal")
         if kind == "svd":
             ac.initialize_adapters(adapted, "gradient_svd", [(X, Y)], loss)
-        optimizer = torch.optim.Adam(adapted.parameter_groups(1e-3, **options))
+        optimizer = torch.optim.Adam(adapted.parameter_groups(1e-3, lam_ratio=ratio))
         for group in optimizer.param_groups:
             group["lr"] *= group["name"] != "right"
         loss(adapted, (X, Y)).backward()

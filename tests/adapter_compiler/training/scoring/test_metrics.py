@@ -95,10 +95,9 @@ def test_spectral_scores_are_the_singular_values_of_the_update(flat: bool) -> No
 
 def test_parallel_triplets_count_once_and_pruned_ones_are_last() -> None:
     triplets = make_buffers(((5, 4, 3),))
-    ((lam, P, Q),) = find_triplets(triplets)
-    with torch.no_grad():
-        P[:, 1], Q[1] = P[:, 0], Q[0]
-        lam.copy_(torch.tensor([1.0, 2.0, 0.0]))
+    lam, P, Q = (factor.detach() for factor in find_triplets(triplets)[0])
+    P[:, 1], Q[1] = P[:, 0], Q[0]
+    lam.copy_(torch.tensor([1.0, 2.0, 0.0]))
     scores = SpectralMetric().scores(triplets)
     assert float(scores[1]) == pytest.approx(float(3 * P[:, 0].norm() * Q[0].norm()))
     torch.testing.assert_close(scores[[0, 2]], torch.zeros(2).double(), rtol=0, atol=1e-12)
