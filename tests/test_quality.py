@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from adapter_compiler.cli.demo.model import DigitTransformer
 base: Any = importlib.import_module("benchmarks.quality.tasks.base")
 building: Any = importlib.import_module("benchmarks.quality.building")
 methods: Any = importlib.import_module("benchmarks.quality.methods")
+sizes: Any = importlib.import_module("benchmarks.quality.sizes")
 results: Any = importlib.import_module("benchmarks.quality.results")
 table: Any = importlib.import_module("benchmarks.quality.table")
 tasks: Any = importlib.import_module("benchmarks.quality.tasks")
@@ -186,3 +188,19 @@ def test_differences_are_paired_and_errors_clustered_by_pretraining(tmp_path: Pa
         "| dora | 0.1 (edge) | 7 | 58.0 ± 4.0 | +2.0 ± 1.0 | 52.0 | 4 of 2 |",
         "| lora | 0.1 | 7 | 56.0 ± 5.0 |  | 50.0 | 4 of 2 |",
     ]
+
+
+def test_sizes_are_searched_and_uniform_ranks_are_trained() -> None:
+    """On examples that it learns by heart; every way counts its steps."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        row = sizes.measure_sizes(make_task(), 40, 4, 0, has_dimension=False)
+    assert row["full"] > row["base"]
+    assert row["uniform steps"] == 6 * 40
+    assert row["searched 0.95 steps"] >= 40
+    per_rank = 4 * (16 + 16) + 2 * (16 + 24)
+    for name in ("searched 0.95", "uniform 0.95"):
+        assert math.isnan(row[name]) or 0 < row[name] <= 6 * per_rank
+    lines = sizes.write_lines([row, {**row, "base": row["base"] + 1}])
+    assert lines[2].startswith(f"| base | {row['base'] + 0.5:.1f} | {row['base']:.1f} to {row['base'] + 1:.1f} |")
+    assert any(line.startswith("| uniform 0.95 |") and line.endswith("| 240 |") for line in lines)
