@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -191,10 +192,13 @@ def test_differences_are_paired_and_errors_clustered_by_pretraining(tmp_path: Pa
 
 
 def test_sizes_are_searched_and_uniform_ranks_are_trained() -> None:
-    """On examples that it learns by heart; every way counts its steps."""
+    """Images of four brightnesses; every way counts its steps."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        row = sizes.measure_sizes(make_task(), 40, 4, 0, has_dimension=False)
+        labels = torch.arange(40) % 4
+        examples = ({"images": (labels / 4).view(-1, 1, 1).expand(40, 8, 8)}, labels)
+        task = dataclasses.replace(make_task(), train=examples, validation=examples, test=examples)
+        row = sizes.measure_sizes(task, 40, 4, 0, has_dimension=False)
     assert row["full"] > row["base"]
     assert row["uniform steps"] == 6 * 40
     assert row["searched 0.95 steps"] >= 40
