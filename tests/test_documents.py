@@ -177,6 +177,7 @@ def test_links_lead_to_files(document: str) -> None:
 
 def test_the_readme_shows_its_pictures() -> None:
     pictures = [link for link in find_links("README.md") if link.endswith((".svg", ".png"))]
-    assert pictures == ["docs/images/pipeline.svg", "docs/images/demo_report.png"]
+    names = ("pipeline.svg", "demo_report.png", "run_report.png")
+    assert pictures == [f"docs/images/{name}" for name in names]
     assert xml.etree.ElementTree.parse(ROOT / pictures[0]).getroot().tag == "{http://www.w3.org/2000/svg}svg"
-    assert (ROOT / pictures[1]).stat().st_size < 150_000
+    assert all((ROOT / picture).stat().st_size < 150_000 for picture in pictures[1:])
