@@ -1,9 +1,10 @@
 """A backend of ``torch.compile`` that compares the code it gets with eager mode before it is used.
 
 The first time that a compiled graph runs, it and the graph's own operators run on copies of the inputs, forward and
-backward. If they differ, a warning says by how much, and the graph stays in eager mode. The comparison costs one call
-of each, and memory for copies of what the graph reads, once for each graph. The model's Python does not run for it, so
-hooks, counters and caches notice nothing.
+backward. If they differ by more than rounding, a warning says by how much, and the graph stays in eager mode. How much
+rounding changes is measured: the operators also run on inputs that differ in their last digit. The comparison costs
+these three calls, and memory for copies of what the graph reads, once for each graph. The model's Python does not run
+for it, so hooks, counters and caches notice nothing.
 
 Graphs that draw random numbers (dropout in training) are not compared, because the compiler draws others than eager
 mode does; with its option ``fallback_random`` it draws the same, and they are compared too.
@@ -33,6 +34,8 @@ TOLERANCES: dict[torch.dtype, float] = {
     torch.float16: 2e-2,
     torch.bfloat16: 5e-2,
 }
+#: Accepted difference, as a multiple of what changing the inputs by rounding changes in eager mode.
+_NOISE_FACTOR = 16.0
 #: Gradients are sums with cancellation, so each counts as at least this fraction of the largest one.
 _LEAST_GRADIENT = 1e-2
 
@@ -99,11 +102,23 @@ def find_difference(compiled: Run, eager: Run, args: Sequence[Any]) -> str | Non
         torch.random.fork_rng(sorted(devices)),
         torch.autograd.graph.saved_tensors_hooks(_keep, _keep),
     ):
+        runs = []
         state = torch.random.get_rng_state()
-        expected = _observe(eager, args)
-        torch.random.set_rng_state(state)
-        found = _observe(compiled, args)
-    return _compare(found, expected)
+        for run, given in ((eager, args), (eager, [_round_otherwise(arg) for arg in args]), (compiled, args)):
+            torch.random.set_rng_state(state)
+            runs.append(_observe(run, given))
+    expected, rounded, found = runs
+    return _compare(found, expected, {name: _difference(rounded[name], want) for name, want in expected.items()})
+
+
+def _round_otherwise(arg: Any) -> Any:
+    """Values that differ in the last digit, half of them upwards."""
+    if not isinstance(arg, torch.Tensor) or arg.dtype not in TOLERANCES or arg.is_complex():
+        return arg
+    signs = torch.ones(arg.shape, dtype=arg.dtype, device=arg.device)
+    signs.view(-1)[::2] = -1
+    other = arg.detach() * (1 + signs * torch.finfo(arg.dtype).eps)
+    return other.requires_grad_(arg.requires_grad)
 
 
 def draws_random_numbers(graph_module: GraphModule) -> bool:
@@ -155,17 +170,18 @@ def _copy(arg: Any) -> Any:
     return arg.detach().clone().requires_grad_(arg.requires_grad)
 
 
-def _compare(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
+def _compare(found: dict[str, Any], expected: dict[str, Any], noise: dict[str, float]) -> str | None:
     sizes = [_size(value) for name, value in expected.items() if name.startswith("gradient")]
     least = _LEAST_GRADIENT * max(sizes, default=0.0)
     for name, want in expected.items():
-        problem = _compare_one(found.get(name), want, least if name.startswith("gradient") else 0.0)
+        own = least if name.startswith("gradient") else 0.0
+        problem = _compare_one(found.get(name), want, own, _NOISE_FACTOR * noise[name])
         if problem is not None:
             return f"{name} {problem}"
     return None
 
 
-def _compare_one(found: Any, want: Any, least: float) -> str | None:
+def _compare_one(found: Any, want: Any, least: float, noise: float) -> str | None:
     if not isinstance(want, torch.Tensor) or not isinstance(found, torch.Tensor):
         # An unused input has no gradient or one of zeros.
         same = found is want or (None not in (found, want) and found == want) or _size(found) == _size(want) == 0.0
@@ -174,12 +190,21 @@ def _compare_one(found: Any, want: Any, least: float) -> str | None:
         return f"is {_describe(found)}, expected {_describe(want)}"
     if not want.is_floating_point() and not want.is_complex():
         return None if torch.equal(found, want) else f"({_describe(want)}) has other values"
-    a, b = _widen(found), _widen(want)
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = float(torch.where(same, 0.0, (a - b).abs()).max()) if same.numel() else 0.0
-    allowed = TOLERANCES.get(want.dtype, 0.0) * max(_size(want), least)
+    difference = _difference(found, want)
+    allowed = max(TOLERANCES.get(want.dtype, 0.0) * max(_size(want), least), noise)
     # Not "difference > allowed": where only one has nan, the difference is nan.
     return None if difference <= allowed else f"differs by {difference:.3g}, expected at most {allowed:.3g}"
+
+
+def _difference(found: Any, want: Any) -> float:
+    """The largest difference of two tensors of floats of one shape; nan where only one has it; otherwise 0."""
+    if not isinstance(want, torch.Tensor) or not isinstance(found, torch.Tensor) or not want.numel():
+        return 0.0
+    if not (want.is_floating_point() or want.is_complex()) or found.shape != want.shape:
+        return 0.0
+    a, b = _widen(found), _widen(want)
+    same = (a == b) | (a.isnan() & b.isnan())
+    return float(torch.where(same, 0.0, (a - b).abs()).max())
 
 
 def _size(value: Any) -> float:

@@ -204,6 +204,27 @@ def test_inside_a_checkpoint_of_the_user(backend: str, caplog: pytest.LogCapture
     assert caplog.text == ""
 
 
+def narrow_forward(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+    """Rounds in other places than eager mode: computes in float32."""
+
+    def call(*args: Any) -> Any:
+        wide = [arg.float() if isinstance(arg, Tensor) and arg.dtype == torch.bfloat16 else arg for arg in args]
+        return tuple(output.to(torch.bfloat16) for output in graph.forward(*wide))
+
+    return call
+
+
+def test_other_rounding_in_half_precision_is_no_difference(caplog: pytest.LogCaptureFixture) -> None:
+    seed(1)
+    net, x = nn.Sequential(*[Block() for _ in range(3)]).to(torch.bfloat16), torch.randn(4096, WIDTH)
+    adapted = ac.compile_with_adapters(net, (x.to(torch.bfloat16),), config=ac.AdapterConfig(rank=2))
+    randomize(adapted, 0.2)
+    adapted.train().compile(backend=narrow_forward)
+    with caplog.at_level(logging.WARNING):
+        adapted(x.to(torch.bfloat16)).float().square().mean().backward()
+    assert caplog.text == ""
+
+
 def test_equal_backends_are_one() -> None:
     """Dynamo shares code between blocks whose backends are equal."""
     assert CheckedBackend() == CheckedBackend(backend="inductor")
