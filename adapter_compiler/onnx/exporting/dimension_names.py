@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 
 from adapter_compiler.onnx.translation.varying_sizes import VaryingSizes
-from adapter_compiler.onnx.verification.sizes import Place, size_of
+from adapter_compiler.onnx.verification.sizes import Place, find_places, size_of
 from passes.capture.calls import ModuleCall
 
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
@@ -38,7 +38,9 @@ def name_dimensions(draft: Path, sizes: VaryingSizes, inputs: Sequence[str]) -> 
     every = list(_find_declared(model.graph))
     others = {token for dimension in every for token in _SYMBOL.findall(dimension.dim_param)} - set(symbols.values())
     names: dict[str, str] = {}
-    for group in _group_symbols(symbols, sizes):
+    in_file = {value.name for value in model.graph.input}
+    left_out = {number for number, name in enumerate(inputs) if name not in in_file}
+    for group in _group_symbols(symbols, sizes, left_out):
         name = _choose_name(group, sizes, inputs, {*names.values(), *others})
         names |= dict.fromkeys((symbols[place] for place in group), name)
     rename: Callable[[re.Match[str]], str] = lambda found: names.get(found[0], found[0])  # noqa: E731
@@ -63,12 +65,14 @@ def _find_symbols(graph: onnx.GraphProto, inputs: Sequence[str]) -> dict[Place, 
     return dict(sorted(found.items(), key=lambda pair: (pair[0].dimension, pair[0].tensor)))
 
 
-def _group_symbols(symbols: Mapping[Place, str], sizes: VaryingSizes) -> list[frozenset[Place]]:
+def _group_symbols(
+    symbols: Mapping[Place, str], sizes: VaryingSizes, left_out: Collection[int]
+) -> list[frozenset[Place]]:
     """Dimensions of one symbol, and those of further symbols of the same number and size that only vary together."""
     groups: list[frozenset[Place]] = []
     for symbol in dict.fromkeys(symbols.values()):
         places = frozenset(place for place, one in symbols.items() if one == symbol)
-        partner = next((group for group in groups if _are_one(group, places, sizes)), None)
+        partner = next((group for group in groups if _are_one(group, places, sizes, left_out)), None)
         if partner is None:
             groups.append(places)
         else:
@@ -76,10 +80,25 @@ def _group_symbols(symbols: Mapping[Place, str], sizes: VaryingSizes) -> list[fr
     return groups
 
 
-def _are_one(first: frozenset[Place], second: frozenset[Place], sizes: VaryingSizes) -> bool:
-    """Whether the model takes other sizes of both together, but not of the second alone."""
-    kinds = ({(place.dimension, size_of(sizes.call, place)) for place in places} for places in (first, second))
-    return next(kinds) == next(kinds) and not sizes.accepts(second) and sizes.accepts(first | second)
+def _are_one(first: frozenset[Place], second: frozenset[Place], sizes: VaryingSizes, left_out: Collection[int]) -> bool:
+    """Whether the model takes other sizes of both together, but not of the second alone.
+
+    Labels that are left out of the file may have to follow in either case. Rows of a mask of ones are ignored by some
+    models, so those of the batch belong to it unless they change the shape of an output.
+    """
+    kinds, others = ({(place.dimension, size_of(sizes.call, place)) for place in places} for places in (first, second))
+    if kinds != others:
+        return False
+    follow = frozenset(
+        place
+        for place in find_places(sizes.call)
+        if place.tensor in left_out and (place.dimension, size_of(sizes.call, place)) in kinds
+    )
+    both = first | second
+    if first & sizes.batch and second & sizes.batch and not sizes.is_visible(second):
+        return True
+    is_alone = sizes.accepts(second) or sizes.accepts(second | follow)
+    return not is_alone and (sizes.accepts(both) or sizes.accepts(both | follow))
 
 
 def _choose_name(group: Collection[Place], sizes: VaryingSizes, inputs: Sequence[str], taken: Collection[str]) -> str:

@@ -75,6 +75,11 @@ class VaryingSizes:
         """Whether the model takes two other sizes of these dimensions, all others being those of the example."""
         return self._accepts(group)
 
+    def is_visible(self, group: Group) -> bool:
+        """Whether the model takes another size of these dimensions, and then gives an output of another shape."""
+        found = self._shapes(group, 1)
+        return found is not None and found != self._shapes(frozenset(), 0)
+
     def enlarge(self, groups: Sequence[Group]) -> ModuleCall:
         """The call with sizes of one made two, three and so on, one size for each group."""
         sizes = {place: number for number, group in enumerate(groups, 2) for place in group}

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import adapter_compiler as ac
 from adapter_compiler.onnx import verify_onnx
@@ -142,3 +143,17 @@ def test_a_model_that_gives_nothing_but_a_loss_keeps_it(tmp_path: Path) -> None:
     assert report.inputs == ("input_ids", "labels")
     assert report.left_out == ()
     assert report.sizes["labels"] == ("batch", "sequence")
+
+
+def test_dimensions_that_only_vary_together_have_one_name(tmp_path: Path) -> None:
+    """The exporter has a symbol of its own for the batch of a mask of ones, which the model ignores."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = BertForSequenceClassification(BertConfig(vocab_size=60, max_position_embeddings=32, **sizes)).eval()
+    example = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    report = ac.export_onnx(model, tmp_path / "model.onnx", example_kwargs=example)
+    assert report.sizes == dict.fromkeys(("input_ids", "attention_mask"), ("batch", "sequence"))
