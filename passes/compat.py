@@ -148,15 +148,6 @@ def version_of(tensor: torch.Tensor) -> int:
     return tensor._version
 
 
-_count_storage_users: Callable[[int], int] = find("_C._storage_Use_Count", "memory of gradients that is used again")
-
-
-def is_memory_shared(tensor: torch.Tensor) -> bool:
-    """Whether another tensor, numpy's arrays included, uses the memory of a tensor."""
-    storage = tensor.untyped_storage()
-    return _count_storage_users(storage._cdata) > 2  # the tensor, and ``storage``
-
-
 # --- autograd nodes -------------------------------------------------------------------------------------------------
 
 #: Whether torch shows the hooks of saved tensors. Without that, activations are kept instead of computed again.
@@ -207,6 +198,7 @@ foreach_copy_: Callable[..., Any] = find("_foreach_copy_", "gradients of triplet
 foreach_div_: Callable[..., Any] = find("_foreach_div_", "scores under a GradScaler")
 foreach_lerp_: Callable[..., Any] = find("_foreach_lerp_", "smoothed scores")
 foreach_sub_: Callable[..., Any] = find("_foreach_sub_", "smoothed scores")
+foreach_zero_: Callable[..., Any] = find("_foreach_zero_", "gradients of triplets")
 
 # --- modules --------------------------------------------------------------------------------------------------------
 
@@ -488,6 +480,7 @@ __all__ = [
     "foreach_lerp_",
     "foreach_mul",
     "foreach_sub_",
+    "foreach_zero_",
     "has_saved_tensor_hooks",
     "has_unreduced_gradients",
     "higher_order_name",
@@ -495,7 +488,6 @@ __all__ = [
     "is_changed_by_user_mode",
     "is_compiled",
     "is_in_dispatch_mode",
-    "is_memory_shared",
     "is_of_class",
     "is_saved_plainly",
     "is_transformed",

@@ -222,25 +222,11 @@ def test_kernels_over_lists() -> None:
         (compat.foreach_div_, (2.0,), [-1.0, 2.0]),
         (compat.foreach_lerp_, ([torch.zeros(2)], 0.5), [-1.0, 2.0]),
         (compat.foreach_sub_, ([torch.ones(2)],), [-3.0, 3.0]),
+        (compat.foreach_zero_, (), [0.0, 0.0]),
     ):
         values = make()
         kernel(values, *args)
         assert values[0].tolist() == expected
-
-
-def test_shared_memory() -> None:
-    buffer, parameter = torch.zeros(6), torch.nn.Parameter(torch.zeros(2))
-    assert not compat.is_memory_shared(buffer)
-    parameter.grad = buffer[:2]
-    assert compat.is_memory_shared(buffer)
-    kept, parameter.grad = parameter.grad.detach(), None
-    assert compat.is_memory_shared(buffer)
-    del kept
-    assert not compat.is_memory_shared(buffer)
-    array = buffer[2:].numpy()
-    assert compat.is_memory_shared(buffer)
-    del array
-    assert not compat.is_memory_shared(buffer)
 
 
 def test_arguments_of_to() -> None:

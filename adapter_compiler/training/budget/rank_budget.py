@@ -302,12 +302,11 @@ class RankBudget(ShownInNotebooks):
         self._has_followed = False
 
     @torch.no_grad()
-    def _take_gradients(self, scale: float | None, in_closure: bool) -> None:
+    def _take_gradients(self, scale: float | None) -> None:
         """Add the regularizer's gradient and update scores; with closures, this may run several times a step."""
         self._refresh()
         grad_scale = 1.0 if scale is None else scale
-        # Whether another optimizer's gradients are new is told by their identity, which a closure must not change.
-        gradients = self._triplets.gather_gradients(replace=not in_closure)
+        gradients = self._triplets.gather_gradients()
         if scale is None:
             self._finite.check(self._triplets, gradients, self.step + 1, self._find_others())
         self._watch.check(self._triplets, self.step + 1)
@@ -328,7 +327,6 @@ class RankBudget(ShownInNotebooks):
         if self.schedule.is_masking_step(number):
             self._finite.ask(self._triplets, self._find_others())
             self._allocate(number)
-        self._triplets.release_gradients()
         if self.schedule.is_masking_step(number) or number > self.schedule.freeze_step:
             self._apply_mask()
         if number == self.schedule.freeze_step and self.schedule.compact:

@@ -17,7 +17,7 @@ import torch
 from adapter_compiler.adapters.parameters.adapter_parameters import TRIPLETS, AdapterParameters
 from adapter_compiler.adapters.parameters.flat_buffers import FlatLayout, Key
 from adapter_compiler.adapters.parameters.sharded import gather_full
-from passes.compat import foreach_copy_, is_memory_shared
+from passes.compat import foreach_copy_, foreach_zero_
 
 
 class StackView(Protocol):
@@ -48,14 +48,6 @@ class LooseStack:
         return buffers[self.buffer].unsqueeze(0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _TakenGradients:
-    """Buffers of gradients, and a view of them for each parameter that has a gradient."""
-
-    buffers: list[torch.Tensor]
-    gradients: dict[Key, torch.Tensor | None]
-
-
 class TripletBuffers:
     """The parameters P, λ and Q of all sites that a budget prunes.
 
@@ -81,18 +73,19 @@ class TripletBuffers:
         flat = adapter_parameters.flat
         self._layout: FlatLayout | None = flat[0] if flat else None
         self.is_flat = flat is not None
-        self._taken: _TakenGradients | None = None
-        self._spare: list[torch.Tensor] = []
         if flat is None:
             self.values = [p.detach() for p in self.parameters.values()]
             self.stacks = tuple(LooseStack(name=key[1], buffer=i, keys=(key,)) for i, key in enumerate(self.parameters))
             self._indices = self._index_stacks()
+            self._gradients, self._gradient_views = [], {}
             return
         layout, buffers = flat
         self._triplet_layout = layout.select(TRIPLETS)
         self.values = [b for b, described in zip(buffers, layout.buffers, strict=True) if described.family == TRIPLETS]
         self.stacks = self._triplet_layout.stacks
         self._indices = self._index_stacks()
+        self._gradients = self._triplet_layout.allocate()
+        self._gradient_views = self._triplet_layout.views(self._gradients)
 
     @property
     def sizes(self) -> list[int]:
@@ -192,60 +185,35 @@ class TripletBuffers:
         return [tuple(sites) for sites in found]
 
     @torch.no_grad()
-    def gather_gradients(self, *, replace: bool = False) -> list[torch.Tensor]:
+    def gather_gradients(self) -> list[torch.Tensor]:
         """The gradients as buffers, with zeros for a parameter without gradient.
 
-        Call :meth:`scatter_gradients` to give changes of the buffers to the gradients.
-
-        Args:
-            replace: if the buffers are flat, let each gradient be a view of them from now on, with the same values, so
-                that :meth:`scatter_gradients` has nothing to copy. Call :meth:`release_gradients` after the step.
+        Call :meth:`scatter_gradients` to write changes of the buffers back to the gradients.
         """
         if not self.is_flat:
             parameters = self.parameters.values()
             return [torch.zeros_like(p) if p.grad is None else p.grad.to(p.dtype) for p in parameters]
-        if self._taken is not None and all(p.grad is self._taken.gradients[k] for k, p in self.parameters.items()):
-            return self._taken.buffers
-        taken = self._copy_gradients()
-        if replace:
-            for key, gradient in taken.gradients.items():
-                parameter = self.parameters[key]
-                if gradient is not None and parameter.grad is not None and parameter.grad.dtype == gradient.dtype:
-                    parameter.grad = gradient
-            self._taken = taken
-        return taken.buffers
-
-    def release_gradients(self) -> None:
-        """End the use of the buffers: the next gradients may be copied there if no one has kept these."""
-        if self._taken is not None:
-            self._spare, self._taken = self._taken.buffers, None
+        found = [(self._gradient_views[k], p.grad) for k, p in self.parameters.items() if p.grad is not None]
+        if len(found) < len(self.parameters):
+            foreach_zero_(self._gradients)
+        if found:
+            views, gradients = zip(*found, strict=True)
+            foreach_copy_(views, gradients)
+        return self._gradients
 
     @torch.no_grad()
     def scatter_gradients(self, buffers: Sequence[torch.Tensor], names: tuple[str, ...] = ("P", "lam", "Q")) -> None:
         """Write buffers from :meth:`gather_gradients` back to the parameters of these names that have a gradient."""
-        taken = self._taken
-        views = taken.gradients if taken is not None and buffers is taken.buffers else self.views(buffers)
-        named = ((p.grad, views[k]) for k, p in self.parameters.items() if k[1] in names)
-        found = [(g, view) for g, view in named if g is not None and view is not None and g is not view]
-        if self.is_flat and found:
+        views = self._gradient_views if buffers is self._gradients else self.views(buffers)
+        found = [(p.grad, views[k]) for k, p in self.parameters.items() if p.grad is not None and k[1] in names]
+        if not self.is_flat:
+            # Most sources are the gradients themselves, and DTensors have no foreach copy.
+            for gradient, source in found:
+                if gradient is not source:
+                    gradient.copy_(source)
+        elif found:
             gradients, sources = zip(*found, strict=True)
             foreach_copy_(gradients, sources)
-        elif found:  # DTensors have no foreach copy.
-            for gradient, source in found:
-                gradient.copy_(source)
-
-    def _copy_gradients(self) -> _TakenGradients:
-        spare, self._spare = self._spare, []
-        is_free = bool(spare) and not any(is_memory_shared(buffer) for buffer in spare)
-        buffers = spare if is_free else self._triplet_layout.allocate()
-        views = self._triplet_layout.views(buffers)
-        sources = {key: p.grad for key, p in self.parameters.items() if p.grad is not None}
-        for key in views.keys() - sources.keys():
-            views[key].zero_()
-        if sources:
-            foreach_copy_([views[key] for key in sources], list(sources.values()))
-        gradients = {key: views[key] if key in sources else None for key in self.parameters}
-        return _TakenGradients(buffers=buffers, gradients=gradients)
 
     def _index_stacks(self) -> list[torch.Tensor]:
         """For each stack, the indices of its triplets in a vector over all triplets."""

@@ -23,7 +23,7 @@ class StepRounds:
         chains: Sequence[Sequence[torch.optim.Optimizer]],
         *,
         begin: Callable[[], None],
-        take: Callable[[float | None, bool], None],
+        take: Callable[[float | None], None],
         end: Callable[[], None],
     ) -> None:
         """Register the hooks.
@@ -32,8 +32,7 @@ class StepRounds:
             chains: each optimizer, followed by the optimizers that wrap it.
             begin: called before the first step of a round.
             take: called before a step, when its gradients exist; with a closure, after each evaluation of it. It gets
-                the scale of the gradients if a fused optimizer unscales them itself, else ``None``, and whether this is
-                after an evaluation of a closure.
+                the scale of the gradients if a fused optimizer unscales them itself, else ``None``.
             end: called after the last step of a round.
         """
         self._chains = {id(chain[0]): chain for chain in chains}
@@ -65,9 +64,9 @@ class StepRounds:
         if is_first:
             self._begin()
         grad_scale = None if found_inf is None or scale is None else float(scale)
-        with_closure = call_after_closure(args, kwargs, lambda: self._take(grad_scale, True))
+        with_closure = call_after_closure(args, kwargs, lambda: self._take(grad_scale))
         if with_closure is None and is_first:
-            self._take(grad_scale, False)
+            self._take(grad_scale)
         if is_first:
             self._gradients = {key: _find_gradient(chain[0]) for key, chain in self._chains.items()}
         return with_closure
