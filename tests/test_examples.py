@@ -85,6 +85,13 @@ def test_every_example_has_a_test() -> None:
     assert [name for name in names if f'"{name}"' not in tests] == []
 
 
+def test_every_example_has_a_line_in_the_readme() -> None:
+    lines = re.findall(
+        r"^- `([\w/]+\.py)`: .+\.$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert lines == sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py"))
+
+
 def test_examples_are_numbered_in_reading_order() -> None:
     for folder in (EXAMPLES, EXAMPLES / "libraries"):
         files = [path for path in sorted(folder.iterdir()) if path.is_file()]
