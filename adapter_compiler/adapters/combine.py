@@ -7,7 +7,7 @@ Rᵀ = Q_R T_R, L R = Q_L (T_L T_Rᵀ) Q_Rᵀ. No matrix of the weight's size is
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -132,7 +132,7 @@ def _assert_weights(adapted: AdapterState, weights: object, rank: object) -> Non
         raise ConfigError(f"combine({weights!r}): expected weights by adapter, as in {{'a': 0.7, 'b': 0.3}}")
     for name, weight in weights.items():
         adapted.adapter_set.assert_known(name)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= sys.float_info.max:
             raise ConfigError(f"combine: the weight of {name!r} is {weight!r}, expected a finite number, such as 0.5")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"combine(rank={rank!r}): expected an integer of at least 1, or None for the exact sum")

@@ -85,7 +85,8 @@ def _fit_saved(
     if site.shape != planned.site.shape or site.transposed != planned.site.transposed:
         raise CheckpointError(
             f"{saved.path}: site {wanted} was saved for a weight of shape {planned.site.shape} (stored in×out: "
-            f"{planned.site.transposed}), this model has {site.shape} ({site.transposed})"
+            f"{planned.site.transposed}), this model has {site.shape} ({site.transposed}), expected the same; "
+            "load it into the model that it was trained with"
         )
     dtype = _find_dtype(saved, wanted, values)
     name = site.name + planned.site.name.removeprefix(planned.site.weight)

@@ -258,7 +258,9 @@ class FoldPeft(FoldFile):
             return  # which means another scale or another kind; see the tests of PEFT's options
         saved = load_file(folder / "peft" / "adapter_model.safetensors")
         lora_b, lora_a = (next(saved[key] for key in saved if f".lora_{part}." in key).double() for part in "BA")
-        expected = base["0.weight"].double() + lora_b @ lora_a
+        expected = base["0.weight"].double() + lora_b.flatten(1) @ lora_a.flatten(
+            1
+        )  # also of a shape with a 1 behind it
         torch.testing.assert_close(found["0.weight"], expected.float(), rtol=1e-5, atol=1e-6)
 
 

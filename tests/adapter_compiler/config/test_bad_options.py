@@ -40,6 +40,9 @@ VALUES: Mistakes = {
     "alpha as text": option("AdapterConfig", "alpha", "16", POSITIVE, "for example alpha=16.0"),
     "gamma negative": option("AdapterConfig", "gamma", -0.1, "a finite number >= 0", "for example gamma=0.1"),
     "start without noise": option("AdapterConfig", "init_std", 0, POSITIVE, "for example init_std=0.02"),
+    "start with noise beyond floats": option(
+        "AdapterConfig", "init_std", 10**400, POSITIVE, "for example init_std=0.02"
+    ),
     "dtype of integers": option("AdapterConfig", "dtype", torch.int8, "a floating-point", "as in dtype=torch.float32"),
     "dtype as text": option("AdapterConfig", "dtype", "float32", "a floating-point", "as in dtype=torch.float32"),
     "flag as text": option("AdapterConfig", "fused", "no", "True or False", "for example fused=True"),
