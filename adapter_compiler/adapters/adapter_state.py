@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from torch import nn
 
 from adapter_compiler.adapters.adapter_set import FIRST_NAME, AdapterSet
 from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
+from adapter_compiler.adapters.parameters.checksum import compute_checksum
 from adapter_compiler.adapters.parameters.match_ranks import match_ranks
 from adapter_compiler.adapters.reports import FoldReport, QuantizationReport
 from adapter_compiler.config.adapter_config import AdapterConfig
@@ -35,8 +35,7 @@ def checksum_buffers(buffers: Iterable[tuple[str, torch.Tensor]]) -> dict[str, s
     found = {}
     for name, buffer in buffers:
         if type(buffer) is torch.Tensor and not buffer.is_meta and buffer.layout is torch.strided:
-            values = buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            found[name] = f"{buffer.dtype} {hashlib.blake2b(values, digest_size=16).hexdigest()}"
+            found[name] = f"{buffer.dtype} {compute_checksum(buffer)}"
     return found
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from adapter_compiler.adapters.parameters.checksum import compute_checksum
 from adapter_compiler.adapters.parameters.sharded import gather_full
 from adapter_compiler.errors import ConfigError, DistributedError
 from adapter_compiler.integrations.fsdp.agreement import (
@@ -32,7 +33,6 @@ from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.onnx.exporting.export import export_onnx
 from adapter_compiler.onnx.verification.report import ExportReport
 from adapter_compiler.saving.adapters import find_saved_tensors, save_adapters
-from adapter_compiler.saving.primitives.checksum import compute_checksum
 from adapter_compiler.training.budget import RankBudget
 from adapter_compiler.training.resuming.state_file import Stateful
 

@@ -16,9 +16,9 @@ import onnx
 import torch
 
 from adapter_compiler.adapters.adapter_state import AdapterState
+from adapter_compiler.adapters.parameters.checksum import compute_checksum
 from adapter_compiler.errors import ExportError
 from adapter_compiler.saving.onnx_files.protobuf_fields import copy_range, read_range, walk_fields
-from adapter_compiler.saving.primitives.checksum import compute_checksum
 from passes.capture.calls import ModuleCall
 from passes.planning.json_schema import Source, parse_json
 

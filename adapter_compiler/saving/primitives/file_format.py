@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from adapter_compiler.adapters.parameters.checksum import compute_checksum
 from adapter_compiler.errors import CheckpointError
-from adapter_compiler.saving.primitives.checksum import compute_checksum
 from adapter_compiler.saving.primitives.safetensors_dtypes import DTYPE_NAMES, assert_storable
 from adapter_compiler.saving.primitives.safetensors_header import SafetensorsHeader, read_safetensors
 from passes.planning.json_schema import (

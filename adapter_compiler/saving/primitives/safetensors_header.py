@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from adapter_compiler.adapters.parameters.checksum import compute_checksum
 from adapter_compiler.errors import CheckpointError
-from adapter_compiler.saving.primitives.checksum import compute_checksum
 from adapter_compiler.saving.primitives.paths import open_file
 from adapter_compiler.saving.primitives.safetensors_dtypes import DTYPES
 from passes.planning.json_schema import (

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from adapter_compiler.adapters.named_adapters import find_module_tensors
+from adapter_compiler.adapters.parameters.checksum import compute_checksum
 from adapter_compiler.adapters.parameters.sharded import is_sharded
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.model.adapted_model import AdaptedModel
-from adapter_compiler.saving.primitives.checksum import compute_checksum
 
 
 def describe_base(adapted: AdaptedModel) -> dict[str, str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
+from adapter_compiler.adapters.parameters.checksum import format_checksum, sum_part
 from adapter_compiler.integrations.fsdp.agreement import Group, sum_integers
 from adapter_compiler.model.adapted_model import AdaptedModel
-from adapter_compiler.saving.primitives.checksum import format_checksum, sum_part
 from adapter_compiler.training.resuming.base_weights import describe_base, find_frozen
 
 

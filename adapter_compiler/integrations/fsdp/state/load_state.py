@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 
+from adapter_compiler.adapters.parameters.checksum import compute_checksum
 from adapter_compiler.errors import CheckpointError
 from adapter_compiler.integrations.fsdp.agreement import (
     Group,
@@ -33,7 +34,6 @@ from adapter_compiler.integrations.fsdp.state.layout import (
 from adapter_compiler.integrations.fsdp.state.reader import TensorReader
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.saving.adapters import assert_is_adapted
-from adapter_compiler.saving.primitives.checksum import compute_checksum
 from adapter_compiler.saving.primitives.file_format import read_file
 from adapter_compiler.training.budget import RankBudget
 from adapter_compiler.training.random_state import make_random_state

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from adapter_compiler.saving.primitives import checksum
-from adapter_compiler.saving.primitives.checksum import compute_checksum, format_checksum, sum_part
+from adapter_compiler.adapters.parameters import checksum
+from adapter_compiler.adapters.parameters.checksum import compute_checksum, format_checksum, sum_part
 
 
 def sum_by_hand(data: bytes) -> str:
