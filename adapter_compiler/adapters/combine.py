@@ -7,7 +7,6 @@ Rᵀ = Q_R T_R, L R = Q_L (T_L T_Rᵀ) Q_Rᵀ. No matrix of the weight's size is
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 
 import torch
@@ -17,6 +16,7 @@ from adapter_compiler.adapters.named_adapters import add_inactive, fill_paramete
 from adapter_compiler.adapters.parameters.factors import factor_triplets
 from adapter_compiler.errors import ConfigError
 from passes.forms import SvdForm
+from passes.planning.json_schema import is_finite
 from passes.planning.plan import AdapterPlan, PlannedAdapter
 from passes.planning.site import AdapterSite
 
@@ -132,7 +132,7 @@ def _assert_weights(adapted: AdapterState, weights: object, rank: object) -> Non
         raise ConfigError(f"combine({weights!r}): expected weights by adapter, as in {{'a': 0.7, 'b': 0.3}}")
     for name, weight in weights.items():
         adapted.adapter_set.assert_known(name)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= sys.float_info.max:
+        if not is_finite(weight):
             raise ConfigError(f"combine: the weight of {name!r} is {weight!r}, expected a finite number, such as 0.5")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"combine(rank={rank!r}): expected an integer of at least 1, or None for the exact sum")

@@ -10,11 +10,11 @@ import dataclasses
 import difflib
 import functools
 import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from adapter_compiler.errors import ConfigError
+from passes.planning.json_schema import is_finite
 
 T = TypeVar("T")
 
@@ -79,8 +79,7 @@ def assert_number(
 ) -> None:
     """Raise :class:`ConfigError` unless ``owner.name`` is finite, ``>= least``, ``> above`` and ``< below``."""
     value = getattr(owner, name)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if not is_number or value < least or value <= above or value >= below:
+    if not is_finite(value) or value < least or value <= above or value >= below:
         wanted = [f">= {least:g}"] if least > -math.inf else []
         wanted += [f"> {above:g}"] if above > -math.inf else []
         wanted += [f"< {below:g}"] if below < math.inf else []

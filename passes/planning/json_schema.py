@@ -207,8 +207,8 @@ def is_count(value: Any) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a number in the finite range of float; bools are not."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    """Whether a value is a number in the finite range of float; bools are not, numpy's float64 is."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
