@@ -72,8 +72,8 @@ class VaryingSizes:
         return any(group != self.batch for group in self.of_one)
 
     def accepts(self, group: Group) -> bool:
-        """Whether the model takes two other sizes of these dimensions, all others being those of the example."""
-        return self._accepts(group)
+        """Whether the model takes two other sizes of these dimensions; one alone may be right by coincidence."""
+        return self._shapes(group, 1) is not None and self._shapes(group, 2) is not None
 
     def is_visible(self, group: Group) -> bool:
         """Whether the model takes another size of these dimensions, and then gives an output of another shape."""
@@ -106,19 +106,15 @@ class VaryingSizes:
         """The dimensions that the model accepts other sizes of together with ``seed``, if any."""
         if self._shapes(frozenset(), 0) is None:
             return None
-        group = next((group for group in _propose(seed, alike) if self._accepts(group)), None)
+        group = next((group for group in _propose(seed, alike) if self.accepts(group)), None)
         if group is None or size_of(self.call, seed) > 1:
             return group
         # A size of one is broadcast, so others that mean the same are not missed: they are added while outputs agree.
         for place in alike:
             wider = group | {place}
-            if place not in group and self._accepts(wider) and self._shapes(wider, 1) == self._shapes(group, 1):
+            if place not in group and self.accepts(wider) and self._shapes(wider, 1) == self._shapes(group, 1):
                 group = wider
         return group
-
-    def _accepts(self, group: Group) -> bool:
-        """Whether the model accepts two other sizes; one alone may be right by coincidence."""
-        return self._shapes(group, 1) is not None and self._shapes(group, 2) is not None
 
     def _shapes(self, group: Group, more: int) -> list[torch.Size] | None:
         """The shapes of the outputs with larger sizes of a group; ``None`` where the model refuses them."""
