@@ -9,15 +9,18 @@ that were trained fully.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from adapter_compiler.adapters.copies import share_unpacked
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.saving.primitives.files import written_beside
+from passes.adapt.fold_adapters import merge_weight
+from passes.planning.plan import PlannedAdapter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,15 +57,18 @@ def measure_weight_changes(
             "module as it was before training as base="
         )
     transposed: set[str] = set()
+    before: dict[str, torch.Tensor] = {} if base is None else dict(base.named_parameters())
     if isinstance(trained, AdaptedModel):
-        sites = [adapter.site for adapter in trained.plan]
-        transposed = {site.weight for site in sites if site.transposed}
-        weights = tuple(dict.fromkeys(site.weight for site in sites)) if weights is None else weights
-        base = trained.copy_base() if base is None else base
-        trained = _fold_quietly(trained)
-    assert base is not None
-    before, after = dict(base.named_parameters()), dict(trained.named_parameters())
-    names = weights if weights is not None else tuple(name for name, p in after.items() if p.dim() >= 2)
+        planned = trained.plan.by_weight
+        transposed = {weight for weight, (adapter, *_) in planned.items() if adapter.site.transposed}
+        names = tuple(planned) if weights is None else weights
+        own = dict(trained.module.named_parameters())
+        frozen = {name: share_unpacked(own[name]) for name in names if name in own}
+        after = {name: _merge(trained, weight, planned.get(name, ())) for name, weight in frozen.items()}
+        before = before or dict(frozen)
+    else:
+        after = dict(trained.named_parameters())
+        names = tuple(name for name, p in after.items() if p.dim() >= 2) if weights is None else weights
     return {name: _compare(name, before, after, is_transposed=name in transposed) for name in names}
 
 
@@ -99,13 +105,11 @@ def plot_weight_changes(
     return path
 
 
-def _fold_quietly(adapted: AdaptedModel) -> nn.Module:
-    """The folded model; the report of the last fold stays the user's own."""
-    report = adapted.fold_report
-    try:
-        return adapted.fold()
-    finally:
-        adapted.fold_report = report
+def _merge(adapted: AdaptedModel, weight: torch.Tensor, adapters: Sequence[PlannedAdapter]) -> torch.Tensor:
+    """W + ΔW, as in the folded model."""
+    for adapter in adapters:
+        weight = merge_weight(weight, adapter, adapted.adapters.parameters_of(adapter)).weight
+    return weight
 
 
 def _compare(

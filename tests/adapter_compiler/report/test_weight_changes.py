@@ -96,6 +96,19 @@ def test_a_module_that_was_trained_fully_is_compared_with_its_base() -> None:
     assert (found["conv.weight"].magnitude, found["conv.weight"].direction) == pytest.approx((0, 0), abs=1e-12)
 
 
+def test_weights_that_a_parametrization_computes_are_measured() -> None:
+    torch.manual_seed(0)
+    layer: nn.Linear = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))
+    model, before = nn.Sequential(layer), layer.weight.detach().clone()
+    adapted = ac.compile_with_adapters(model, (torch.randn(3, 6),), config=ac.AdapterConfig(rank=2))
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    found = ac.measure_weight_changes(adapted)["0.weight"]
+    after = adapted.fold(parametrized="remove").get_parameter("0.weight").detach()
+    assert (found.magnitude, found.direction) == pytest.approx(expect(before, after), rel=1e-4)
+
+
 def test_rows_of_zeros_turn_by_nothing() -> None:
     base, trained = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
     with torch.no_grad():
