@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,8 @@ from adapter_compiler.errors import ConfigError, MissingDependencyError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.training.calibration.gradients import Loss, as_batches
 from adapter_compiler.training.random_state import read_random_state, write_random_state
+from passes.capture.module_state import restored_state
+from passes.planning.json_schema import is_finite
 
 #: The standard deviation of the first draws, as a share of the bound.
 _FIRST_SPREAD = 0.3
@@ -95,10 +96,12 @@ def find_combination(
     found = as_batches(batches)
     tried: dict[tuple[float, ...], float] = {}
 
-    def measure(weights: Sequence[float]) -> float:
-        key = tuple(float(weight) for weight in weights)
+    def measure(point: Sequence[float]) -> float:
+        key = tuple(float(weight) for weight in point)
         if key not in tried:
-            with _combined(adapted, dict(zip(names, key, strict=True)), name, rank, tensors_from):
+            weights = dict(zip(names, key, strict=True))
+            with _combined(adapted, weights, name, rank, tensors_from), restored_state(adapted.module):
+                adapted.eval()
                 tried[key] = sum(float(loss(adapted, batch)) for batch in found) / len(found)
         return tried[key] + l1 * sum(map(abs, key)) if math.isfinite(tried[key]) else math.inf
 
@@ -170,18 +173,14 @@ def _combined(
 
 @contextlib.contextmanager
 def _quiet(adapted: AdaptedModel) -> Iterator[None]:
-    """A context in eval mode without gradients, after which modes, gradients and random generators are as before."""
+    """A context without gradients, after which gradients and random generators are as before."""
     _import_cma()
     generators = read_random_state()
-    modes = {module: module.training for module in adapted.module.modules()}
     gradients = {parameter: parameter.grad for parameter in adapted.parameters()}
-    adapted.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         write_random_state(generators)
@@ -202,16 +201,12 @@ def _choose(adapted: AdaptedModel, adapters: Sequence[str] | None, name: str) ->
 
 
 def _assert_options(*, bound: Any, l1: Any, trials: object, fewest: int) -> None:
-    if not _is_number(bound) or bound <= 0:
+    if not is_finite(bound) or bound <= 0:
         raise ConfigError(f"find_combination(bound={bound!r}): expected a positive number, such as 1.5")
-    if not _is_number(l1) or l1 < 0:
+    if not is_finite(l1) or l1 < 0:
         raise ConfigError(f"find_combination(l1={l1!r}): expected a number of 0 or more, such as 0.05")
     if type(trials) is not int or trials < fewest:
         raise ConfigError(
             f"find_combination(trials={trials!r}): expected an integer of at least {fewest}, which tries no adapter, "
             "each alone, their mean and one more"
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

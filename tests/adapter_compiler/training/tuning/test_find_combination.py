@@ -118,6 +118,23 @@ def test_the_model_is_left_as_it_was() -> None:
     assert again == first
 
 
+def test_a_model_that_counts_its_calls_is_left_as_it_was() -> None:
+    adapted = make()
+    adapted.module.calls = 0  # type: ignore[assignment]
+    adapted.module.register_buffer("seen", torch.zeros(()))
+    batches = make_examples(adapted, {"default": 0.8})
+
+    def count(model: ac.AdaptedModel, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        inner: Any = model.module
+        inner.calls += 1
+        inner.seen.add_(1)
+        return loss(model, batch)
+
+    ac.find_combination(adapted, count, batches, name="found", trials=7)  # type: ignore[arg-type]
+    assert adapted.module.calls == 0
+    assert adapted.module.seen == 0
+
+
 def test_a_loss_that_fails_leaves_the_model_as_it_was() -> None:
     adapted = make().train()
 
