@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from adapter_compiler.errors import ConfigError, ExportError, VerificationError
 from adapter_compiler.model.adapted_model import AdaptedModel
-from adapter_compiler.onnx.exporting.runtime_adapters import verify_runtime_adapters
+from adapter_compiler.onnx.exporting.runtime_adapters import verify_runtime_adapters, verify_runtime_samples
 from adapter_compiler.onnx.translation.exportable import NamedOutputs, prepare_call
 from adapter_compiler.onnx.translation.fallbacks import find_strategies, write_draft
 from adapter_compiler.onnx.verification.bisect import describe_first_difference
@@ -22,7 +22,8 @@ from adapter_compiler.onnx.verification.cases import DRAWS, choose_variety, find
 from adapter_compiler.onnx.verification.compare_files import check_file
 from adapter_compiler.onnx.verification.fixed_draws import open_with_fixed_draws
 from adapter_compiler.onnx.verification.inputs import spell_names
-from adapter_compiler.onnx.verification.report import OutputError
+from adapter_compiler.onnx.verification.report import OutputError, SampleReport
+from adapter_compiler.onnx.verification.samples.compare import Metric, make_check, run_file, run_reference
 from adapter_compiler.onnx.verification.verify import MismatchError, open_session, verify_cases
 from adapter_compiler.saving.onnx_files.initializers import InitializerFile
 from adapter_compiler.saving.onnx_files.metadata import read_metadata
@@ -39,11 +40,13 @@ class FileVerification:
         path: the file.
         errors: one entry for each output on each input.
         not_verified: inputs that the model itself refuses.
+        samples: how the file does on the samples that were given; for run-time adapters, alone and with them.
     """
 
     path: Path
     errors: tuple[OutputError, ...]
     not_verified: tuple[str, ...]
+    samples: tuple[SampleReport, ...] = ()
 
 
 def verify_onnx(
@@ -53,6 +56,8 @@ def verify_onnx(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     draws: int = DRAWS,
+    samples: Iterable[Any] | None = None,
+    metric: Metric | None = None,
 ) -> FileVerification:
     """Compare an ONNX file with a model on the example, on other sizes of its open dimensions, and on random inputs.
 
@@ -66,6 +71,8 @@ def verify_onnx(
         example_args: positional arguments of one call.
         example_kwargs: keyword arguments of one call.
         draws: random inputs.
+        samples: your own data, as in ``export_onnx``.
+        metric: with ``samples``, a function ``metric(outputs, batch)``, as in ``export_onnx``.
 
     Raises:
         ExportError: the file is missing or damaged.
@@ -81,6 +88,7 @@ def verify_onnx(
     with canonical_kernels(), torch.no_grad():
         exporter, call = prepare_call(model, example_args, example_kwargs, merged=kind == "merged")
         inputs = spell_names(call.names)
+        check = make_check(samples, metric, call)
         left_out = record.get("left_out", {}).get("outputs", ())
         exporter = NamedOutputs(exporter.module, left_out)
         outputs = [name for name, _ in exporter.named_outputs(call)]
@@ -89,15 +97,23 @@ def verify_onnx(
         draws, factors = choose_variety(draws, is_traced=is_traced, is_frozen=bool(record.get("frozen")))
         cases = list(find_cases(call, _read_bounds(session, inputs, call), draws=draws, factors=factors))
         fixed_session, reference, _ = open_with_fixed_draws(path, session, exporter.named_outputs)
+        is_runtime = kind == "runtime" and isinstance(model, AdaptedModel)
+        found: list[SampleReport] = []
         try:
             verified = verify_cases(fixed_session, cases, inputs, reference)
+            if check is not None and not is_runtime:
+                found = [check.compare(run_file(fixed_session, inputs), run_reference(reference))]
         except MismatchError as error:
             culprit = _find_culprit(error, path, record, exporter, call, inputs, outputs)
             raise VerificationError(f"{path.name}: {error}{culprit}") from error
         if kind == "runtime" and isinstance(model, AdaptedModel):
             verified.errors.extend(verify_runtime_adapters(session, model, cases, inputs, left_out))
+            found = [] if check is None else verify_runtime_samples(session, model, check, inputs, left_out)
     return FileVerification(
-        path=path, errors=tuple(verified.errors), not_verified=tuple(case.name for case in verified.refused)
+        path=path,
+        errors=tuple(verified.errors),
+        not_verified=tuple(case.name for case in verified.refused),
+        samples=tuple(found),
     )
 
 

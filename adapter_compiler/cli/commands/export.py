@@ -9,7 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from adapter_compiler.cli.common.output import AsJson, WithTraceback, command_output
-from adapter_compiler.cli.common.target import TARGET_HELP, load_target, with_adapters
+from adapter_compiler.cli.common.target import (
+    DATA_HELP,
+    METRIC_HELP,
+    TARGET_HELP,
+    load_data,
+    load_target,
+    with_adapters,
+)
 
 
 def export(
@@ -21,6 +28,8 @@ def export(
     ] = False,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set, 7 to 25; default: the exporter's.")] = None,
     int8: Annotated[Path | None, typer.Option(help="Also write a file with int8 weights, to this path.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"Verify on your own data too. {DATA_HELP}")] = None,
+    metric: Annotated[str | None, typer.Option(help=METRIC_HELP)] = None,
     as_json: AsJson = False,
     with_traceback: WithTraceback = False,
 ) -> None:
@@ -41,7 +50,9 @@ def export(
         found = load_target(target)
         model = found.model if adapters is None else with_adapters(found.model, adapters)
         kind = "runtime" if runtime else "merged"
-        report = export_onnx(model, out, found.args, found.kwargs, opset=opset, adapters=kind)
+        samples, function = load_data(data, metric)
+        options = {"opset": opset, "adapters": kind, "samples": samples, "metric": function}
+        report = export_onnx(model, out, found.args, found.kwargs, **options)
         result: dict[str, Any] = report.to_dict()
         lines: list[Any] = [report]
         if runtime:

@@ -9,13 +9,22 @@ import importlib.util
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from adapter_compiler.errors import AdapterCompilerError, ConfigError
+
+#: What commands say of the options for data and a metric.
+DATA_HELP = (
+    "FILE.py:FUNCTION that returns batches of real inputs: a list, a generator, a DataLoader or a Dataset. A batch is "
+    "a tensor, a tuple or a dict of the model's arguments, or (inputs, labels)."
+)
+METRIC_HELP = (
+    "With --data: FILE.py:FUNCTION, called as metric(outputs, batch) with a dict of tensors and a whole batch."
+)
 
 #: What commands say of such an argument.
 TARGET_HELP = (
@@ -58,19 +67,47 @@ def call_function(spec: str, expected: str) -> Any:
     Raises:
         ConfigError: there is no such module or function, or the user's code raises.
     """
-    source, colon, name = spec.rpartition(":")
-    if not colon or not source or not name:
-        raise ConfigError(f"{spec!r}: expected package.module:function or file.py:function")
-    with _explained(spec):
-        factory = getattr(_import(source), name, None)
-    if not callable(factory):
-        raise ConfigError(f"{spec!r}: {source} has no function {name}; {expected}")
-    with _explained(spec):
+    factory = find_function(spec, expected)
+    with _explained(spec, expected):
         return factory()
 
 
+def find_function(spec: str, expected: str) -> Callable[..., Any]:
+    """Import the function that ``spec`` names.
+
+    Args:
+        spec: ``package.module:function`` or ``file.py:function``.
+        expected: what errors say that the function should be.
+
+    Raises:
+        ConfigError: there is no such module or function, or the user's code raises.
+    """
+    source, colon, name = spec.rpartition(":")
+    if not colon or not source or not name:
+        raise ConfigError(f"{spec!r}: expected package.module:function or file.py:function")
+    with _explained(spec, expected):
+        found = getattr(_import(source), name, None)
+    if not callable(found):
+        raise ConfigError(f"{spec!r}: {source} has no function {name}; {expected}")
+    return found  # type: ignore[no-any-return]
+
+
+def load_data(data: str | None, metric: str | None) -> tuple[Any, Callable[..., Any] | None]:
+    """The samples and the metric of the options ``--data`` and ``--metric``.
+
+    Raises:
+        ConfigError: there is a metric without data, no such function, or the user's code raises.
+    """
+    if data is None:
+        if metric is not None:
+            raise ConfigError("--metric is given without --data, expected samples to measure it on; give --data")
+        return None, None
+    found = None if metric is None else find_function(metric, "expected a function metric(outputs, batch)")
+    return call_function(data, "expected a function without arguments that returns batches"), found
+
+
 @contextlib.contextmanager
-def _explained(spec: str) -> Iterator[None]:
+def _explained(spec: str, expected: str) -> Iterator[None]:
     """Let an exception of the user's code say in one line where it comes from; those of this library say it already."""
     try:
         yield
@@ -79,7 +116,7 @@ def _explained(spec: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
         raise ConfigError(
-            f"{spec!r}: its code raises {reason} ({_find_place(error)}), expected it to return (model, args, kwargs); "
+            f"{spec!r}: its code raises {reason} ({_find_place(error)}); {expected}; "
             "run it by itself, or add --traceback to see the calls that led there"
         ) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,11 @@ from adapter_compiler.onnx.exporting.casting import open_with_casts
 from adapter_compiler.onnx.exporting.closed_sizes import close_sizes
 from adapter_compiler.onnx.exporting.dimension_names import name_dimensions
 from adapter_compiler.onnx.exporting.needless_inputs import LeftOut, leave_out_needless
-from adapter_compiler.onnx.exporting.runtime_adapters import add_runtime_adapters, verify_runtime_adapters
+from adapter_compiler.onnx.exporting.runtime_adapters import (
+    add_runtime_adapters,
+    verify_runtime_adapters,
+    verify_runtime_samples,
+)
 from adapter_compiler.onnx.exporting.unused_tensors import find_folded_tensors
 from adapter_compiler.onnx.exporting.weights import map_weights
 from adapter_compiler.onnx.translation.exportable import NamedOutputs, prepare_call
@@ -37,7 +41,14 @@ from adapter_compiler.onnx.verification.bisect import describe_first_difference
 from adapter_compiler.onnx.verification.cases import DRAWS, VerificationCase, choose_variety, find_cases
 from adapter_compiler.onnx.verification.fixed_draws import open_with_fixed_draws
 from adapter_compiler.onnx.verification.inputs import spell_names
-from adapter_compiler.onnx.verification.report import ExportAttempt, ExportReport, OutputError
+from adapter_compiler.onnx.verification.report import ExportAttempt, ExportReport, OutputError, SampleReport
+from adapter_compiler.onnx.verification.samples.compare import (
+    Metric,
+    SampleCheck,
+    make_check,
+    run_file,
+    run_reference,
+)
 from adapter_compiler.onnx.verification.verify import MismatchError, Verification, assert_comparable, verify_cases
 from adapter_compiler.saving.onnx_files.metadata import describe_file, describe_tensor, write_metadata
 from adapter_compiler.saving.primitives.files import written_beside
@@ -55,6 +66,8 @@ def export_onnx(
     *,
     opset: int | None = None,
     adapters: str = "merged",
+    samples: Iterable[Any] | None = None,
+    metric: Metric | None = None,
 ) -> ExportReport:
     """Export a model in eval mode to ONNX and verify the file.
 
@@ -77,6 +90,13 @@ def export_onnx(
             a default of rank 0, so that the file alone is the base model and
             :func:`~adapter_compiler.onnx.serving.adapter_file.save_onnx_adapter` writes files of adapters for it.
             What else training changes are inputs as well. DoRA is not possible.
+        samples: your own data, to compare onnxruntime with PyTorch on as well: a list, a generator, a DataLoader or a
+            Dataset. A batch is a tensor, a tuple of positional arguments, or a dict of arguments; labels may come after
+            them, as in ``(inputs, labels)``, and keys that the example does not have are not given to the model.
+            Single rows are put together into batches of the example's size.
+        metric: with ``samples``, a function ``metric(outputs, batch)`` of a dict of tensors (a bare tensor that the
+            model returns is called ``output``) and the whole batch, to a number or a dict of numbers. The report has
+            the mean over the batches, by their rows, of PyTorch and of onnxruntime.
 
     Returns:
         A report with ``path``, ``max_abs_error`` and the error of each output on each input.
@@ -89,7 +109,7 @@ def export_onnx(
     check_opset(opset)
     _assert_adapters(adapted_or_model, adapters)
     with progress(f"export {Path(path).name}"):
-        return _export(adapted_or_model, Path(path), example_args, example_kwargs, opset, adapters)
+        return _export(adapted_or_model, Path(path), example_args, example_kwargs, opset, adapters, samples, metric)
 
 
 def _export(
@@ -99,6 +119,8 @@ def _export(
     example_kwargs: Mapping[str, Any] | None,
     opset: int | None,
     adapters: str,
+    samples: Iterable[Any] | None,
+    metric: Metric | None,
 ) -> ExportReport:
     exporter, call = prepare_call(adapted_or_model, example_args, example_kwargs, merged=adapters == "merged")
     attempts: list[ExportAttempt] = []
@@ -114,6 +136,7 @@ def _export(
             outputs=outputs,
             opset=opset,
             adapters=adapters if isinstance(adapted_or_model, AdaptedModel) else "none",
+            check=make_check(samples, metric, call),
         )
         for strategy in find_strategies(exporter.module):
             if is_redundant(strategy, task.sizes):
@@ -146,6 +169,7 @@ class _Task:
     outputs: list[str]
     opset: int | None
     adapters: str
+    check: SampleCheck | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +183,7 @@ class _Result:
     drawing: int
     left_out: LeftOut
     sizes: Mapping[str, tuple[int | str, ...]]
+    samples: Sequence[SampleReport]
 
 
 def _assert_adapters(model: nn.Module, adapters: str) -> None:
@@ -214,6 +239,7 @@ def _attempt(task: _Task, strategy: Strategy, draft: Path) -> _Result:
     strategy = strategy if written.is_open else dataclasses.replace(strategy, dynamic="none")
     sizes = name_dimensions(draft, task.sizes, task.inputs)
     verified.errors.extend(_finish_file(task, strategy, written, draft, cases, left_out))
+    samples = [] if task.check is None else _verify_samples(task, task.check, draft, exporter, written.program)
     return _Result(
         strategy=strategy,
         written=written,
@@ -222,7 +248,23 @@ def _attempt(task: _Task, strategy: Strategy, draft: Path) -> _Result:
         drawing=drawing,
         left_out=left_out,
         sizes=sizes,
+        samples=samples,
     )
+
+
+def _verify_samples(
+    task: _Task, check: SampleCheck, draft: Path, exporter: NamedOutputs, program: Any
+) -> list[SampleReport]:
+    """Compare the finished file with PyTorch on the user's data."""
+    session = open_with_casts(draft)[0]
+    try:
+        if task.adapters == "runtime" and isinstance(task.model, AdaptedModel):
+            return verify_runtime_samples(session, task.model, check, task.inputs, exporter.left_out)
+        session, reference, _ = open_with_fixed_draws(draft, session, exporter.named_outputs)
+        return [check.compare(run_file(session, task.inputs), run_reference(reference))]
+    except MismatchError as error:
+        culprit = describe_first_difference(draft, program, task.inputs, error.tensors)
+        raise VerificationError(f"{error}{culprit}") from error
 
 
 def _finish_file(
@@ -275,4 +317,5 @@ def _report(task: _Task, path: Path, attempts: list[ExportAttempt], result: _Res
         casts=result.casts,
         drawing=result.drawing,
         adapters=task.adapters,
+        samples=tuple(result.samples),
     )

@@ -16,11 +16,12 @@ from adapter_compiler.adapters.copies import share_unpacked
 from adapter_compiler.errors import ExportError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.onnx.exporting.unused_tensors import change_tensor
-from adapter_compiler.onnx.serving.adapter_file import write_adapter_file
+from adapter_compiler.onnx.serving.adapter_file import find_adapter_tensors, write_adapter_file
 from adapter_compiler.onnx.serving.base_tensors import describe_base, find_trained_tensors
 from adapter_compiler.onnx.translation.exportable import NamedOutputs, prepare_base, prepare_merged
 from adapter_compiler.onnx.verification.cases import VerificationCase
-from adapter_compiler.onnx.verification.report import OutputError
+from adapter_compiler.onnx.verification.report import OutputError, SampleReport
+from adapter_compiler.onnx.verification.samples.compare import SampleCheck, run_file, run_reference
 from adapter_compiler.onnx.verification.verify import compare_outputs, verify_cases
 from adapter_compiler.saving.onnx_files.adapter_tensors import input_names
 from passes.export.insert_onnx_adapters import OnnxSite, insert_onnx_adapter
@@ -91,6 +92,32 @@ def verify_runtime_adapters(
     active = [_rename(case) for case in cases]
     errors += verify_cases(session, active, inputs, merged.named_outputs, options).errors
     return [*errors, *_verify_random_adapters(session, adapted, merged, cases[0], inputs)]
+
+
+def verify_runtime_samples(
+    session: onnxruntime.InferenceSession,
+    adapted: AdaptedModel,
+    check: SampleCheck,
+    inputs: Sequence[str],
+    left_out: Collection[str] = (),
+) -> list[SampleReport]:
+    """Compare the file alone with the base model, and with the adapter with the merged model, on the user's data.
+
+    Raises:
+        VerificationError: one of them differs.
+    """
+    adapter = find_adapter_tensors(adapted)
+    return [
+        check.compare(
+            run_file(session, inputs, tensors),
+            run_reference(NamedOutputs(model, left_out).named_outputs),
+            subject=subject,
+        )
+        for subject, model, tensors in (
+            ("base model", prepare_base(adapted), None),
+            ("adapter active", prepare_merged(adapted), adapter),
+        )
+    ]
 
 
 @torch.no_grad()

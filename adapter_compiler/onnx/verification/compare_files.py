@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import onnxruntime
 import torch
 
 from adapter_compiler.errors import ExportError, VerificationError
-from adapter_compiler.onnx.verification.report import OutputError
+from adapter_compiler.onnx.verification.report import OutputError, SampleReport
+from adapter_compiler.onnx.verification.samples.compare import Compare, Metric, make_check, run_file
 from adapter_compiler.onnx.verification.values import run_session
 from adapter_compiler.onnx.verification.verify import compare_values, measure_argmax_agreement, open_session
 from adapter_compiler.saving.onnx_files.initializers import InitializerFile
 from adapter_compiler.saving.onnx_files.metadata import read_metadata
+from passes.capture.calls import ModuleCall, split_call
 
 #: Share of ones in random flags; the first of each row is always one, so that no row is masked entirely.
 _SHARE_OF_FLAGS = 0.8
@@ -53,6 +55,46 @@ def verify_file(path: str | Path, *, against: str | Path | None = None, draws: i
             raise VerificationError(f"output {missing[0]} is in one of the two files only")
         errors += [compare_values(case, name, found[name], want) for name, want in expected.items()]
     return errors
+
+
+def compare_on_samples(
+    path: str | Path,
+    against: str | Path,
+    samples: Iterable[Any],
+    metric: Metric | None = None,
+    compare: Compare = compare_values,
+) -> SampleReport:
+    """Compare a file with another one on the user's data.
+
+    Args:
+        path: a file.
+        against: the file that it should agree with; one of them has a record of its inputs.
+        samples: batches as dicts by the names of the file's inputs, tuples in their order, or tensors.
+        metric: as in ``export_onnx``.
+        compare: the error of one output.
+
+    Raises:
+        ExportError: a file is damaged, or neither has a record of its inputs.
+        ConfigError: a batch does not fit, or the metric fails.
+        VerificationError: the files differ.
+    """
+    path, against = Path(path), Path(against)
+    check_file(path)
+    session, reference = open_session(path), open_session(against)
+    example = make_example(read_input_ranges(path, against), reference)
+    check = make_check(samples, metric, example)
+    assert check is not None
+    names = list(example.names)
+    return check.compare(run_file(session, names), run_file(reference, names), source=against.name, compare=compare)
+
+
+def make_example(ranges: Mapping[str, Any], session: onnxruntime.InferenceSession) -> ModuleCall:
+    """A call of the recorded sizes, of zeros, with the inputs in the file's order."""
+    names = [value.name for value in session.get_inputs() if value.name in ranges]
+    entries = {name: ranges[name] for name in (*names, *ranges)}
+    return split_call(
+        (), {name: torch.zeros(one["shape"], dtype=getattr(torch, one["dtype"])) for name, one in entries.items()}
+    )
 
 
 def check_file(path: Path) -> None:

@@ -36,6 +36,70 @@ class OutputError:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleError:
+    """The difference of one output over all samples.
+
+    Attributes:
+        output: the output's name.
+        max_abs: largest absolute difference.
+        mean_abs: mean absolute difference of all finite values.
+        max_rel: largest difference relative to the largest value of the output in its batch.
+        argmax_agreement: share of the rows whose largest entry along the last dimension is the same one;
+            ``None`` for outputs that are not rows of floating-point values.
+    """
+
+    output: str
+    max_abs: float
+    mean_abs: float
+    max_rel: float
+    argmax_agreement: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleMetric:
+    """A metric of the user's: its mean over the samples by the reference's outputs, and by those of the file."""
+
+    name: str
+    reference: float
+    found: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleReport:
+    """How a file does on the user's data.
+
+    Attributes:
+        subject: what of the file was compared, as in ``base model``; empty if there is one thing only.
+        reference: what it was compared with.
+        batches: their number.
+        rows: the sum of their sizes.
+        errors: one entry for each output.
+        metrics: one entry for each number that the user's metric gives.
+        not_given: parts of the batches that are no arguments of the model's call, such as labels.
+    """
+
+    subject: str
+    reference: str
+    batches: int
+    rows: int
+    errors: tuple[SampleError, ...]
+    metrics: tuple[SampleMetric, ...] = ()
+    not_given: tuple[str, ...] = ()
+
+    def describe(self) -> Iterator[str]:
+        """The report in a few lines."""
+        subject = f", {self.subject}" if self.subject else ""
+        yield f"on {self.rows} samples in {self.batches} batches{subject}, beside {self.reference}:"
+        for error in self.errors:
+            agreement = "" if error.argmax_agreement is None else f", argmax agrees on {error.argmax_agreement:.2%}"
+            yield f"  {error.output}: error up to {error.max_abs:.1e}, {error.mean_abs:.1e} on average{agreement}"
+        for metric in self.metrics:
+            yield f"  {metric.name}: {self.reference} {metric.reference:.6g}, the file {metric.found:.6g}"
+        if self.not_given:
+            yield f"  not given to the model: {', '.join(self.not_given)}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportAttempt:
     """One strategy that was tried, and why it failed; ``None`` for the one that wrote the file."""
 
@@ -66,6 +130,7 @@ class ExportReport(ShownInNotebooks):
         adapters: ``"merged"``, ``"runtime"``, or ``"none"`` for a model without adapters.
         sizes: the sizes of each input; those of open dimensions are names, such as ``"batch"``.
         left_out: inputs that no output depends on, and a loss with the labels that only it needs.
+        samples: how the file does on the samples that were given; for run-time adapters, alone and with them.
     """
 
     path: Path
@@ -84,6 +149,7 @@ class ExportReport(ShownInNotebooks):
     adapters: str = "none"
     sizes: Mapping[str, tuple[int | str, ...]] = dataclasses.field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    samples: tuple[SampleReport, ...] = ()
 
     @property
     def strategy(self) -> str:
@@ -93,17 +159,22 @@ class ExportReport(ShownInNotebooks):
     @property
     def max_abs_error(self) -> float:
         """Largest absolute difference between onnxruntime and PyTorch over all checks."""
-        return max((error.max_abs for error in self.errors), default=0.0)
+        return max((error.max_abs for error in self._all_errors()), default=0.0)
 
     @property
     def max_rel_error(self) -> float:
         """Largest difference relative to the largest value of its output, over all checks."""
-        return max((error.max_rel for error in self.errors), default=0.0)
+        return max((error.max_rel for error in self._all_errors()), default=0.0)
 
     @property
     def cases(self) -> tuple[str, ...]:
         """The inputs that the file was verified on."""
         return tuple(dict.fromkeys(error.case for error in self.errors))
+
+    def _all_errors(self) -> Iterator[OutputError | SampleError]:
+        yield from self.errors
+        for report in self.samples:
+            yield from report.errors
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
@@ -132,6 +203,8 @@ class ExportReport(ShownInNotebooks):
 
     def _describe(self) -> Iterator[str]:
         """The lines below the table."""
+        for report in self.samples:
+            yield from report.describe()
         yield f"exported by {self.strategy.partition(',')[0]}, opset {self.opset}"
         if not any(self.dynamic_axes.values()):
             yield "open dimensions: none; all have the example's size"

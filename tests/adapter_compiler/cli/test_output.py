@@ -112,7 +112,7 @@ def test_exporters_print_nothing(as_json: bool, target: str, tmp_path: Path) -> 
     [
         (
             "raises",
-            f"its code raises KeyError: 'missing key' ({find_line('missing key')}), expected it to return (model",
+            f"its code raises KeyError: 'missing key' ({find_line('missing key')}); expected a function",
         ),
         ("raises_in_torch", f"({find_line('nn.Linear(' + chr(34))})"),
         ("leaves", f"its code raises SystemExit: enough ({find_line('enough')})"),
