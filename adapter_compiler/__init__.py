@@ -21,28 +21,54 @@ from adapter_compiler.load_folder import load
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.model.optimizers import AdapterMuon, AdapterNormalized
 from adapter_compiler.onnx.lazy_imports import import_on_demand
-from adapter_compiler.report.ranks import plot_ranks
-from adapter_compiler.report.weight_changes import WeightChange, measure_weight_changes, plot_weight_changes
 from adapter_compiler.saving.adapters import load_adapters
-from adapter_compiler.training.budget import Allocation, BudgetSchedule, RankBudget
-from adapter_compiler.training.calibration.allocate_ranks import StaticAllocation, allocate_ranks
-from adapter_compiler.training.calibration.realign import Realigner, rediagonalize
-from adapter_compiler.training.calibration.start_from_data import DataStart, InitializationReport, initialize_adapters
-from adapter_compiler.training.make_optimizer import make_optimizer
-from adapter_compiler.training.training_state import load_training_state, save_training_state
-from adapter_compiler.training.tuning.find_combination import Combination, find_combination
-from adapter_compiler.training.tuning.find_rate import RateSearch, find_rate
-from adapter_compiler.training.tuning.find_smallest import find_smallest
-from adapter_compiler.training.tuning.intrinsic_dimension import IntrinsicDimension, measure_intrinsic_dimension
-from adapter_compiler.training.tuning.size_search import SizePoint, SizeSearch
 from passes.planning.plan import AdapterPlan
 from passes.planning.rules import AdapterRule
 
 if TYPE_CHECKING:
     from adapter_compiler.onnx import ExportReport, OnnxAdapters, export_onnx, save_onnx_adapter
+    from adapter_compiler.report.ranks import plot_ranks
+    from adapter_compiler.report.weight_changes import WeightChange, measure_weight_changes, plot_weight_changes
+    from adapter_compiler.training.budget import Allocation, BudgetSchedule, RankBudget
+    from adapter_compiler.training.calibration.allocate_ranks import StaticAllocation, allocate_ranks
+    from adapter_compiler.training.calibration.realign import Realigner, rediagonalize
+    from adapter_compiler.training.calibration.start_from_data import (
+        DataStart,
+        InitializationReport,
+        initialize_adapters,
+    )
+    from adapter_compiler.training.make_optimizer import make_optimizer
+    from adapter_compiler.training.training_state import load_training_state, save_training_state
+    from adapter_compiler.training.tuning.find_combination import Combination, find_combination
+    from adapter_compiler.training.tuning.find_rate import RateSearch, find_rate
+    from adapter_compiler.training.tuning.find_smallest import find_smallest
+    from adapter_compiler.training.tuning.intrinsic_dimension import IntrinsicDimension, measure_intrinsic_dimension
+    from adapter_compiler.training.tuning.size_search import SizePoint, SizeSearch
 else:
-    _ONNX = ("ExportReport", "OnnxAdapters", "export_onnx", "save_onnx_adapter")
-    __getattr__ = import_on_demand(__name__, dict.fromkeys(_ONNX, "adapter_compiler.onnx"))
+    # What a program that serves adapters, or only compiles, may never use.
+    __getattr__ = import_on_demand(
+        __name__,
+        {
+            name: f"adapter_compiler.{module}"
+            for module, names in {
+                "onnx": ("ExportReport", "OnnxAdapters", "export_onnx", "save_onnx_adapter"),
+                "report.ranks": ("plot_ranks",),
+                "report.weight_changes": ("WeightChange", "measure_weight_changes", "plot_weight_changes"),
+                "training.budget": ("Allocation", "BudgetSchedule", "RankBudget"),
+                "training.calibration.allocate_ranks": ("StaticAllocation", "allocate_ranks"),
+                "training.calibration.realign": ("Realigner", "rediagonalize"),
+                "training.calibration.start_from_data": ("DataStart", "InitializationReport", "initialize_adapters"),
+                "training.make_optimizer": ("make_optimizer",),
+                "training.training_state": ("load_training_state", "save_training_state"),
+                "training.tuning.find_combination": ("Combination", "find_combination"),
+                "training.tuning.find_rate": ("RateSearch", "find_rate"),
+                "training.tuning.find_smallest": ("find_smallest",),
+                "training.tuning.intrinsic_dimension": ("IntrinsicDimension", "measure_intrinsic_dimension"),
+                "training.tuning.size_search": ("SizePoint", "SizeSearch"),
+            }.items()
+            for name in names
+        },
+    )
 
 __version__ = "0.1.0"
 
