@@ -10,7 +10,6 @@ the fused functions do not, plain operators run instead.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +19,7 @@ from passes.adapt.emit_rescaled import emit_factor
 from passes.adapt.emit_updates import AdaptedUse, emit_update, fits_activations
 from passes.compat import is_transformed
 from passes.forms.base import OperatorCall, TensorEmitter
+from passes.fuse.autocast import without_autocast
 from passes.fuse.fused_ops import Recomputation, fused_linears, plain_linear
 from passes.planning.plan import PlannedAdapter
 
@@ -53,7 +53,7 @@ class BoundAdapter:
 
 def adapted_sum(weight: torch.Tensor, adapters: Sequence[BoundAdapter]) -> torch.Tensor:
     """W' for W and its adapters, in the shape and dtype of W, also under autocast."""
-    with _without_autocast(weight):
+    with without_autocast(weight):
         total = weight
         for adapter in adapters:
             total = adapter.planned.add_to(total, adapter.parameters)
@@ -120,9 +120,3 @@ def adapted_output(
         factor = emit_factor(_EMITTER, weight, planned, parameters) if planned.form.rescales else None
         total = total + emit_update(_EMITTER, use, planned, parameters, factor)
     return total
-
-
-def _without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    kind = tensor.device.type
-    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if is_on else contextlib.nullcontext()

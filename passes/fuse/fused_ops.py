@@ -13,13 +13,13 @@ formula, so that it can be differentiated again (models whose forward computes a
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import linear
 
+from passes.fuse.autocast import is_autocast, without_autocast
 from passes.fuse.differentiate import differentiate, is_plain_needed
 from passes.fuse.memory_efficient_ops import recompute_layer_norm, tanh_gelu
 from passes.fuse.stacked_factors import cast, join_factors, join_lambdas, split_ranks
@@ -58,10 +58,10 @@ def fused_linears(
     Returns:
         One tensor [..., out] per site.
     """
-    is_compiling, is_autocast = torch.compiler.is_compiling(), torch.is_autocast_enabled(x.device.type)
-    if not is_compiling and not is_autocast and x.numel() < _FEW_ROWS * x.shape[-1] and _is_of_one_dtype(x, operands):
+    is_compiling, is_cast = torch.compiler.is_compiling(), is_autocast(x)
+    if not is_compiling and not is_cast and x.numel() < _FEW_ROWS * x.shape[-1] and _is_of_one_dtype(x, operands):
         return _separate_linears(x, scales, operands)
-    if is_autocast or (not is_compiling and x.numel() < _SMALL):
+    if is_cast or (not is_compiling and x.numel() < _SMALL):
         recomputation = None
     return _FusedLinears.apply(x, tuple(scales), recomputation, *operands)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -102,7 +102,7 @@ class _FusedLinears(torch.autograd.Function):
         sites = _by_site(operands)
         rows = _as_rows(x)
         outputs = [linear(rows, W, b) for W, b, _, _, _ in sites]
-        with _without_autocast(x):
+        with without_autocast(x):
             hidden, lambdas = _update_(outputs, rows, sites, scales)
         sources = [x] if recomputation is None else [a for a in recomputation[1] if isinstance(a, torch.Tensor)]
         ctx.save_for_backward(hidden, lambdas, *operands, *sources)
@@ -174,7 +174,7 @@ class _FusedUpdate(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         total = _as_rows(y).clone()
-        with _without_autocast(x):
+        with without_autocast(x):
             hidden, lambdas = _update_([total], _as_rows(x), [(None, None, P, lam, Q)], (scale,))
         ctx.save_for_backward(x, hidden, lambdas, P, lam, Q)
         ctx.scale = scale
@@ -314,13 +314,7 @@ def _by_site(operands: Sequence[Any]) -> list[tuple[Any, Any, Any, Any, Any]]:
 
 def _compute_dtype(output: torch.Tensor, factor: torch.Tensor) -> torch.dtype:
     """The dtype of the adapters, or under autocast that of the output, which autocast has chosen."""
-    return output.dtype if torch.is_autocast_enabled(output.device.type) else factor.dtype
-
-
-def _without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A context without autocast; where autocast is off, a null context, because entering autocast takes time."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    return output.dtype if is_autocast(output) else factor.dtype
 
 
 def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from passes.fuse.autocast import is_autocast
 from passes.fuse.differentiate import differentiate, is_plain_needed
 
 aten = torch.ops.aten
@@ -66,7 +67,7 @@ def tanh_gelu(x: torch.Tensor, c: float, k: float) -> torch.Tensor:
 
     Backward is that of torch's ``gelu(x, approximate="tanh")``, which has c = √(2/π) and k = 0.044715.
     """
-    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+    if is_autocast(x) or torch.compiler.is_compiling():
         return (x * 0.5) * (torch.tanh((x + torch.pow(x, 3.0) * k) * c) + 1.0)
     return _TanhGelu.apply(x, c, k)  # type: ignore[no-any-return,no-untyped-call]
 

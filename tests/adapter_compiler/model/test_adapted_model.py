@@ -231,6 +231,17 @@ def test_the_whole_object_pickles(block: Block) -> None:
     assert not torch.equal(other(TOKENS), expected)
 
 
+@pytest.mark.parametrize("rows", [2, 512])  # one each for the two ways of computing few and many rows
+def test_a_model_without_memory_trains(rows: int) -> None:
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)), torch.empty(rows, 6)
+    adapted = ac.compile_with_adapters(model, config=ac.AdapterConfig(rank=2))
+    outputs = adapted(x)
+    assert outputs.is_meta and outputs.shape == (rows, 3)
+    outputs.sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in adapted.trainable_parameters())
+
+
 def test_another_dtype() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 6)
