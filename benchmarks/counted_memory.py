@@ -7,8 +7,9 @@
 The step runs on meta tensors, whose operators make no values; what is alive at a time is the size of their storages.
 Weights are counted as they lie on a device: NF4 has 4 bits a value, one byte for the scale of 64 values, and a float32
 for 256 such scales. With FSDP2 a device has 1/N of the frozen weights, two blocks that are put together at a time and,
-throughout the step, what belongs to no block; adapters, their gradients, optimizer and scores are whole on each, as
-``adapter_compiler.integrations.shard`` leaves them. What allocators lose between tensors is not counted.
+throughout the step, what belongs to no block. Adapters, their gradients, optimizer and scores are whole on each, as
+``adapter_compiler.integrations.shard`` leaves them; it refuses packed weights, which DDP has whole on each device. What
+allocators lose between tensors is not counted.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Counted:
         rest: frozen weights that belong to no block.
         adapters: adapters, AdamW's two moments and a budget's two statistics in float32.
         step: the most that forward and backward have at a time beside these; gradients are among it.
+        can_shard: whether frozen weights may be sharded; packed ones are whole on each device.
     """
 
     blocks: int
@@ -88,10 +90,11 @@ class Counted:
     rest: int
     adapters: int
     step: int
+    can_shard: bool
 
     def on_each_of(self, devices: int) -> int:
-        """What each of several devices needs under FSDP2, each with a batch of its own."""
-        if devices == 1:
+        """What each of several devices needs, each with a batch of its own: under FSDP2, or DDP where it must be."""
+        if devices == 1 or not self.can_shard:
             return self.blocks + self.rest + self.adapters + self.step
         together = self.rest + 2 * self.block
         return (self.blocks + self.rest) // devices + together + self.adapters + self.step
@@ -133,6 +136,7 @@ def count(
         rest=sum(frozen.values()) - sum(blocks.values()),
         adapters=3 * own + (8 * sum(p.numel() for p in trained) if has_budget else 0),
         step=live.peak + dense,
+        can_shard=storage == "dense",
     )
 
 
