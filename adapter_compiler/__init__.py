@@ -26,7 +26,14 @@ from passes.planning.plan import AdapterPlan
 from passes.planning.rules import AdapterRule
 
 if TYPE_CHECKING:
-    from adapter_compiler.onnx import ExportReport, OnnxAdapters, export_onnx, save_onnx_adapter
+    from adapter_compiler.onnx import (
+        ExportReport,
+        OnnxAdapters,
+        OnnxDecoder,
+        export_decoder,
+        export_onnx,
+        save_onnx_adapter,
+    )
     from adapter_compiler.report.ranks import plot_ranks
     from adapter_compiler.report.weight_changes import WeightChange, measure_weight_changes, plot_weight_changes
     from adapter_compiler.training.budget import Allocation, BudgetSchedule, RankBudget
@@ -51,7 +58,14 @@ else:
         {
             name: f"adapter_compiler.{module}"
             for module, names in {
-                "onnx": ("ExportReport", "OnnxAdapters", "export_onnx", "save_onnx_adapter"),
+                "onnx": (
+                    "ExportReport",
+                    "OnnxAdapters",
+                    "OnnxDecoder",
+                    "export_decoder",
+                    "export_onnx",
+                    "save_onnx_adapter",
+                ),
                 "report.ranks": ("plot_ranks",),
                 "report.weight_changes": ("WeightChange", "measure_weight_changes", "plot_weight_changes"),
                 "training.budget": ("Allocation", "BudgetSchedule", "RankBudget"),
@@ -88,6 +102,7 @@ __all__ = [
     "InitializationReport",
     "IntrinsicDimension",
     "OnnxAdapters",
+    "OnnxDecoder",
     "RankBudget",
     "RateSearch",
     "Realigner",
@@ -97,6 +112,7 @@ __all__ = [
     "WeightChange",
     "allocate_ranks",
     "compile_with_adapters",
+    "export_decoder",
     "export_onnx",
     "find_combination",
     "find_rate",

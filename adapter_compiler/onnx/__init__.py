@@ -7,16 +7,22 @@ from typing import TYPE_CHECKING
 from adapter_compiler.onnx.lazy_imports import import_on_demand
 
 if TYPE_CHECKING:
+    from adapter_compiler.onnx.decoders.export_decoder import export_decoder
+    from adapter_compiler.onnx.decoders.genai_config import write_genai_config
     from adapter_compiler.onnx.exporting.export import export_onnx
     from adapter_compiler.onnx.serving.adapter_file import save_onnx_adapter
+    from adapter_compiler.onnx.serving.decoding import OnnxDecoder
     from adapter_compiler.onnx.serving.session import OnnxAdapters
     from adapter_compiler.onnx.verification.report import ExportAttempt, ExportReport, OutputError
     from adapter_compiler.onnx.verify_model import FileVerification, verify_onnx
 else:
     _MODULES = {
         "serving.adapter_file": ("save_onnx_adapter",),
+        "decoders.export_decoder": ("export_decoder",),
+        "decoders.genai_config": ("write_genai_config",),
         "exporting.export": ("export_onnx",),
         "verification.report": ("ExportAttempt", "ExportReport", "OutputError"),
+        "serving.decoding": ("OnnxDecoder",),
         "serving.session": ("OnnxAdapters",),
         "verify_model": ("FileVerification", "verify_onnx"),
     }
@@ -28,8 +34,11 @@ __all__ = [
     "ExportReport",
     "FileVerification",
     "OnnxAdapters",
+    "OnnxDecoder",
     "OutputError",
+    "export_decoder",
     "export_onnx",
     "save_onnx_adapter",
     "verify_onnx",
+    "write_genai_config",
 ]

@@ -107,8 +107,8 @@ def verify_onnx(
             culprit = _find_culprit(error, path, record, exporter, call, inputs, outputs)
             raise VerificationError(f"{path.name}: {error}{culprit}") from error
         if kind == "runtime" and isinstance(model, AdaptedModel):
-            verified.errors.extend(verify_runtime_adapters(session, model, cases, inputs, left_out))
-            found = [] if check is None else verify_runtime_samples(session, model, check, inputs, left_out)
+            verified.errors.extend(verify_runtime_adapters(session, model, cases, inputs, exporter))
+            found = [] if check is None else verify_runtime_samples(session, model, check, inputs, exporter)
     return FileVerification(
         path=path,
         errors=tuple(verified.errors),

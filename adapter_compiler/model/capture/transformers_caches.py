@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from adapter_compiler.errors import ConfigError
 from passes.compat import pytree
 
 logger = logging.getLogger(__name__)
@@ -39,6 +43,25 @@ def register_caches() -> None:
             serialized_type_name=f"{EncoderDecoderCache.__module__}.{EncoderDecoderCache.__name__}",
             flatten_with_keys_fn=_flatten_pair_with_keys,
         )
+
+
+def make_cache(layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """A cache of transformers that holds the keys and values [batch, heads, tokens, head size] of these layers.
+
+    Raises:
+        ConfigError: transformers is not installed, or has no ``DynamicCache`` with layers.
+    """
+    try:
+        from transformers import DynamicCache
+    except ImportError as error:
+        raise ConfigError(
+            f"a decoder is exported with the caches of transformers, which cannot be imported: {error}; install "
+            "adapter-compiler[hf]"
+        ) from error
+    cache = DynamicCache()
+    for number, (keys, values) in enumerate(layers):
+        cache.update(keys, values, number)
+    return cache
 
 
 def _flatten_pair(cache: Any) -> tuple[list[Any], None]:

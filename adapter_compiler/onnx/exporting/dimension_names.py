@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx
 
+from adapter_compiler.errors import ExportError
 from adapter_compiler.onnx.translation.varying_sizes import VaryingSizes
 from adapter_compiler.onnx.verification.sizes import Place, find_places, size_of
 from passes.capture.calls import ModuleCall
@@ -50,6 +51,44 @@ def name_dimensions(draft: Path, sizes: VaryingSizes, inputs: Sequence[str]) -> 
     onnx.save(model, draft)
     declared = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
     return {name: tuple(d.dim_param or d.dim_value for d in declared[name]) for name in inputs if name in declared}
+
+
+def set_dimension_names(draft: Path, names: Mapping[str, Sequence[str | None]]) -> dict[str, tuple[int | str, ...]]:
+    """Give open dimensions of inputs and outputs these names, in place.
+
+    Args:
+        draft: the file.
+        names: by input and output, the name of each dimension; ``None`` for one that has a number.
+
+    Returns:
+        By input of the file, its sizes; those that are open by their names.
+
+    Raises:
+        ExportError: a dimension that must be open has a number.
+    """
+    model = onnx.load(draft, load_external_data=False)
+    renamed: dict[str, str] = {}
+    for value in (*model.graph.input, *model.graph.output):
+        dimensions = value.type.tensor_type.shape.dim
+        for number, (dimension, name) in enumerate(zip(dimensions, names.get(value.name, ()), strict=False)):
+            if name is None:
+                continue
+            if dimension.HasField("dim_value"):
+                raise ExportError(
+                    f"dimension {number} of {value.name} is {dimension.dim_value} in the exported file, expected it to "
+                    f"be open ({name}): the model's code fixes it"
+                )
+            renamed.setdefault(dimension.dim_param, name)
+            dimension.dim_param = name
+    for dimension in _find_declared(model.graph):
+        if dimension.dim_param:
+            dimension.dim_param = _SYMBOL.sub(lambda found: renamed.get(found[0], found[0]), dimension.dim_param)
+    onnx.save(model, draft)
+    return {
+        value.name: tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in model.graph.input
+        if value.name in names
+    }
 
 
 def _find_symbols(graph: onnx.GraphProto, inputs: Sequence[str]) -> dict[Place, str]:

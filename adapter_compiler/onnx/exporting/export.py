@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapter_compiler.adapters.parameters.factors import assert_additive
 from adapter_compiler.config.progress import progress, tell
-from adapter_compiler.errors import ConfigError, ExportError, VerificationError
+from adapter_compiler.errors import ExportError, VerificationError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.onnx.exporting.casting import open_with_casts
 from adapter_compiler.onnx.exporting.closed_sizes import close_sizes
-from adapter_compiler.onnx.exporting.dimension_names import name_dimensions
+from adapter_compiler.onnx.exporting.dimension_names import name_dimensions, set_dimension_names
 from adapter_compiler.onnx.exporting.needless_inputs import LeftOut, leave_out_needless
 from adapter_compiler.onnx.exporting.runtime_adapters import (
     add_runtime_adapters,
     verify_runtime_adapters,
     verify_runtime_samples,
 )
+from adapter_compiler.onnx.exporting.task import ExportTask, assert_adapters, make_task
 from adapter_compiler.onnx.exporting.unused_tensors import find_folded_tensors
 from adapter_compiler.onnx.exporting.weights import map_weights
 from adapter_compiler.onnx.translation.exportable import NamedOutputs, prepare_call
@@ -31,16 +31,13 @@ from adapter_compiler.onnx.translation.fallbacks import (
     Strategy,
     WrittenDraft,
     find_strategies,
-    find_varying_sizes,
     is_redundant,
     write_draft,
 )
 from adapter_compiler.onnx.translation.opsets import check_opset
-from adapter_compiler.onnx.translation.varying_sizes import VaryingSizes
 from adapter_compiler.onnx.verification.bisect import describe_first_difference
 from adapter_compiler.onnx.verification.cases import DRAWS, VerificationCase, choose_variety, find_cases
 from adapter_compiler.onnx.verification.fixed_draws import open_with_fixed_draws
-from adapter_compiler.onnx.verification.inputs import spell_names
 from adapter_compiler.onnx.verification.report import ExportAttempt, ExportReport, OutputError, SampleReport
 from adapter_compiler.onnx.verification.samples.compare import (
     Metric,
@@ -49,10 +46,9 @@ from adapter_compiler.onnx.verification.samples.compare import (
     run_file,
     run_reference,
 )
-from adapter_compiler.onnx.verification.verify import MismatchError, Verification, assert_comparable, verify_cases
+from adapter_compiler.onnx.verification.verify import MismatchError, Verification, verify_cases
 from adapter_compiler.saving.onnx_files.metadata import describe_file, describe_tensor, write_metadata
 from adapter_compiler.saving.primitives.files import written_beside
-from passes.capture.calls import ModuleCall, describe_refusal
 from passes.capture.module_state import canonical_kernels
 
 logger = logging.getLogger(__name__)
@@ -107,7 +103,7 @@ def export_onnx(
         VerificationError: the file does not load or differs from PyTorch; no file is left.
     """
     check_opset(opset)
-    _assert_adapters(adapted_or_model, adapters)
+    assert_adapters(adapted_or_model, adapters)
     with progress(f"export {Path(path).name}"):
         return _export(adapted_or_model, Path(path), example_args, example_kwargs, opset, adapters, samples, metric)
 
@@ -123,22 +119,22 @@ def _export(
     metric: Metric | None,
 ) -> ExportReport:
     exporter, call = prepare_call(adapted_or_model, example_args, example_kwargs, merged=adapters == "merged")
+    check = make_check(samples, metric, call)
+    task = make_task(adapted_or_model, exporter, call, opset=opset, adapters=adapters, check=check)
+    return export_task(task, path, find_strategies(exporter.module))
+
+
+def export_task(task: ExportTask, path: Path, strategies: Sequence[Strategy]) -> ExportReport:
+    """Try strategies until the file of one is verified.
+
+    Raises:
+        ExportError: none writes a file.
+        VerificationError: the first one writes a file that differs, and no other a right one.
+    """
     attempts: list[ExportAttempt] = []
     first: ExportError | None = None
     with canonical_kernels(), torch.no_grad():
-        outputs = [name for name, _ in _run_example(exporter, call)]
-        task = _Task(
-            model=adapted_or_model,
-            exporter=exporter,
-            call=call,
-            sizes=find_varying_sizes(exporter, call),
-            inputs=spell_names(call.names),
-            outputs=outputs,
-            opset=opset,
-            adapters=adapters if isinstance(adapted_or_model, AdaptedModel) else "none",
-            check=make_check(samples, metric, call),
-        )
-        for strategy in find_strategies(exporter.module):
+        for strategy in strategies:
             if is_redundant(strategy, task.sizes):
                 continue
             try:
@@ -158,21 +154,6 @@ def _export(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Task:
-    """What is exported, and how its file is to be."""
-
-    model: nn.Module
-    exporter: NamedOutputs
-    call: ModuleCall
-    sizes: VaryingSizes
-    inputs: list[str]
-    outputs: list[str]
-    opset: int | None
-    adapters: str
-    check: SampleCheck | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Result:
     """What one strategy wrote, and how it was verified."""
 
@@ -186,45 +167,16 @@ class _Result:
     samples: Sequence[SampleReport]
 
 
-def _assert_adapters(model: nn.Module, adapters: str) -> None:
-    if adapters not in ("merged", "runtime"):
-        raise ConfigError(f"export_onnx(adapters={adapters!r}): expected 'merged' or 'runtime'")
-    if adapters == "runtime" and not isinstance(model, AdaptedModel):
-        raise ConfigError(
-            f"export_onnx(adapters='runtime') got a {type(model).__name__}, expected an AdaptedModel; "
-            "compile_with_adapters makes one"
-        )
-    if adapters == "runtime" and isinstance(model, AdaptedModel):
-        assert_additive(model.plan)
-
-
-def _run_example(exporter: NamedOutputs, call: ModuleCall) -> list[tuple[str, torch.Tensor]]:
-    """The example's outputs; without finite values no file could be verified, so nothing is exported."""
-    try:
-        expected = exporter.named_outputs(call)
-    except Exception as error:  # the model's own code raises what it likes
-        raise ExportError(describe_refusal(exporter.module, *call.rebuild(call.tensors), error)) from error
-    if not expected:
-        raise ExportError(
-            f"{type(exporter.module).__name__} returns no tensor that a file could give; expected a tensor, or tuples, "
-            "dicts or dataclasses of some; return one, or register the class with torch.utils._pytree"
-        )
-    for name, tensor in expected:
-        assert_comparable("example", name, tensor)
-    return expected
-
-
-def _attempt(task: _Task, strategy: Strategy, draft: Path) -> _Result:
+def _attempt(task: ExportTask, strategy: Strategy, draft: Path) -> _Result:
     """Write a file, verify it, and put its description into it."""
     tell(f"write by {strategy.name}")
     written = write_draft(
         strategy, task.exporter, task.call, draft, task.inputs, task.outputs, opset=task.opset, sizes=task.sizes
     )
     left_out = leave_out_needless(draft)
-    exporter = NamedOutputs(task.exporter.module, left_out.outputs)
+    exporter = task.exporter.around(task.exporter.module, left_out.outputs)
     session, casts = open_with_casts(draft)
-    draws, factors = choose_variety(DRAWS, is_traced=written.program is None, is_frozen=bool(written.frozen))
-    cases = list(find_cases(task.call, written.bounds, draws=draws, factors=factors))
+    cases = _choose_cases(task, written)
     session, reference, drawing = open_with_fixed_draws(draft, session, exporter.named_outputs)
     try:
         verified = verify_cases(session, cases, task.inputs, reference)
@@ -237,8 +189,13 @@ def _attempt(task: _Task, strategy: Strategy, draft: Path) -> _Result:
     ]
     written = dataclasses.replace(written, frozen=(*written.frozen, *kept))
     strategy = strategy if written.is_open else dataclasses.replace(strategy, dynamic="none")
-    sizes = name_dimensions(draft, task.sizes, task.inputs)
-    verified.errors.extend(_finish_file(task, strategy, written, draft, cases, left_out))
+    if task.contract is None:
+        sizes = name_dimensions(draft, task.sizes, task.inputs)
+    else:
+        sizes = set_dimension_names(draft, task.contract.dimensions)
+        if task.adapters != "runtime":  # there the finished file is checked
+            verified.errors.extend(task.contract.check(session, exporter, None))
+    verified.errors.extend(_finish_file(task, exporter, strategy, written, draft, cases, left_out))
     samples = [] if task.check is None else _verify_samples(task, task.check, draft, exporter, written.program)
     return _Result(
         strategy=strategy,
@@ -253,13 +210,13 @@ def _attempt(task: _Task, strategy: Strategy, draft: Path) -> _Result:
 
 
 def _verify_samples(
-    task: _Task, check: SampleCheck, draft: Path, exporter: NamedOutputs, program: Any
+    task: ExportTask, check: SampleCheck, draft: Path, exporter: NamedOutputs, program: Any
 ) -> list[SampleReport]:
     """Compare the finished file with PyTorch on the user's data."""
     session = open_with_casts(draft)[0]
     try:
         if task.adapters == "runtime" and isinstance(task.model, AdaptedModel):
-            return verify_runtime_samples(session, task.model, check, task.inputs, exporter.left_out)
+            return verify_runtime_samples(session, task.model, check, task.inputs, exporter)
         session, reference, _ = open_with_fixed_draws(draft, session, exporter.named_outputs)
         return [check.compare(run_file(session, task.inputs), run_reference(reference))]
     except MismatchError as error:
@@ -267,8 +224,16 @@ def _verify_samples(
         raise VerificationError(f"{error}{culprit}") from error
 
 
+def _choose_cases(task: ExportTask, written: WrittenDraft) -> list[VerificationCase]:
+    if task.contract is not None:
+        return list(task.contract.cases)
+    draws, factors = choose_variety(DRAWS, is_traced=written.program is None, is_frozen=bool(written.frozen))
+    return list(find_cases(task.call, written.bounds, draws=draws, factors=factors))
+
+
 def _finish_file(
-    task: _Task,
+    task: ExportTask,
+    exporter: NamedOutputs,
     strategy: Strategy,
     written: WrittenDraft,
     draft: Path,
@@ -291,10 +256,11 @@ def _finish_file(
         return []
     description |= add_runtime_adapters(draft, task.model, weights, unused)
     write_metadata(draft, description)
-    return verify_runtime_adapters(open_with_casts(draft)[0], task.model, cases, task.inputs, left_out.outputs)
+    check = None if task.contract is None else task.contract.check
+    return verify_runtime_adapters(open_with_casts(draft)[0], task.model, cases, task.inputs, exporter, check)
 
 
-def _report(task: _Task, path: Path, attempts: list[ExportAttempt], result: _Result) -> ExportReport:
+def _report(task: ExportTask, path: Path, attempts: list[ExportAttempt], result: _Result) -> ExportReport:
     model, bounds, left_out = task.model, result.written.bounds, result.left_out
     return ExportReport(
         path=path,

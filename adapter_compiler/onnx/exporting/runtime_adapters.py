@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ from adapter_compiler.onnx.verification.verify import compare_outputs, verify_ca
 from adapter_compiler.saving.onnx_files.adapter_tensors import input_names
 from passes.export.insert_onnx_adapters import OnnxSite, insert_onnx_adapter
 from passes.planning.plan import PlannedAdapter
+
+#: A check of a session against a model, with run options for an active adapter.
+FurtherCheck = Callable[
+    [onnxruntime.InferenceSession, NamedOutputs, onnxruntime.RunOptions | None], Sequence[OutputError]
+]
 
 #: Rank of the random adapters that a file is verified with, and their values' standard deviation.
 _RANDOM_RANK, _RANDOM_SCALE = 2, 0.1
@@ -71,18 +76,24 @@ def verify_runtime_adapters(
     adapted: AdaptedModel,
     cases: Sequence[VerificationCase],
     inputs: Sequence[str],
-    left_out: Collection[str] = (),
+    exporter: NamedOutputs,
+    further: FurtherCheck | None = None,
 ) -> list[OutputError]:
     """Compare the file alone with the base model, with the adapter with the merged model, and with random adapters.
 
-    Outputs of the names ``left_out`` are not in the file.
+    Args:
+        session: the file, opened.
+        adapted: the model.
+        cases: the inputs.
+        inputs: names of the file's inputs, in the order of the call's tensors.
+        exporter: how the base model is called, and which of its outputs are in the file.
+        further: one more check, of the file alone and of the file with the adapter.
 
     Raises:
         VerificationError: one of them differs.
     """
-    base = NamedOutputs(prepare_base(adapted), left_out)
+    base, merged = (exporter.around(one(adapted), exporter.left_out) for one in (prepare_base, prepare_merged))
     errors = verify_cases(session, cases, inputs, base.named_outputs).errors
-    merged = NamedOutputs(prepare_merged(adapted), left_out)
     with tempfile.TemporaryDirectory() as folder:
         file = write_adapter_file(adapted, Path(folder) / "check.onnx_adapter")
         loaded = onnxruntime.LoraAdapter()  # must live as long as the options, which keep a bare pointer to it
@@ -91,6 +102,8 @@ def verify_runtime_adapters(
     options.add_active_adapter(loaded)
     active = [_rename(case) for case in cases]
     errors += verify_cases(session, active, inputs, merged.named_outputs, options).errors
+    if further is not None:
+        errors += [*further(session, base, None), *further(session, merged, options)]
     return [*errors, *_verify_random_adapters(session, adapted, merged, cases[0], inputs)]
 
 
@@ -99,7 +112,7 @@ def verify_runtime_samples(
     adapted: AdaptedModel,
     check: SampleCheck,
     inputs: Sequence[str],
-    left_out: Collection[str] = (),
+    exporter: NamedOutputs,
 ) -> list[SampleReport]:
     """Compare the file alone with the base model, and with the adapter with the merged model, on the user's data.
 
@@ -110,7 +123,7 @@ def verify_runtime_samples(
     return [
         check.compare(
             run_file(session, inputs, tensors),
-            run_reference(NamedOutputs(model, left_out).named_outputs),
+            run_reference(exporter.around(model, exporter.left_out).named_outputs),
             subject=subject,
         )
         for subject, model, tensors in (

@@ -32,8 +32,16 @@ class NamedOutputs(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         """The flat outputs. An argument that is returned is copied: in a file, an output is no input."""
         given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
-        outputs = _distinct_tensors(self.module(*args, **kwargs)).values()
+        outputs = _distinct_tensors(self.compute(*args, **kwargs)).values()
         return tuple(tensor.clone() if id(tensor) in given else tensor for tensor in outputs)
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns."""
+        return self.module(*args, **kwargs)
+
+    def around(self, module: nn.Module, left_out: Collection[str] = ()) -> NamedOutputs:
+        """The same for another copy of the module."""
+        return NamedOutputs(module, left_out)
 
     def named_outputs(self, call: ModuleCall) -> list[tuple[str, torch.Tensor]]:
         """The outputs for a call, named after the keys of what the module returns; the call leaves no trace.
@@ -43,7 +51,7 @@ class NamedOutputs(nn.Module):
         args, kwargs = call.rebuild(call.tensors)
         taken = set(spell_names(call.names))
         with restored_state(self.module):
-            outputs = _distinct_tensors(self.module(*args, **kwargs))
+            outputs = _distinct_tensors(self.compute(*args, **kwargs))
         named = [(f"output.{name}" if name in taken else name, tensor) for name, tensor in outputs.items()]
         return [(name, tensor) for name, tensor in named if name not in self.left_out]
 
@@ -52,7 +60,7 @@ class NamedOutputs(nn.Module):
         args, kwargs = call.rebuild(call.tensors)
         before = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
         with restored_state(self.module):
-            self.module(*args, **kwargs)
+            self.compute(*args, **kwargs)
             after = dict(self.module.named_buffers())
             return [name for name, old in before.items() if not is_identical(old, after.get(name))]
 

@@ -28,6 +28,7 @@ from passes.compat import ONNX_LOGGER, without_onnx_log
 from passes.export.decompose_exports import decompose_for_export
 from passes.export.fold_constant_sizes import FoldConstantSizesPass
 from passes.export.lift_attention import LiftAttentionPass
+from passes.export.zero_masked_rows import ZeroMaskedRowsPass
 
 _FOLDING_ROUNDS = 2
 
@@ -42,6 +43,7 @@ def translate_program(
     """
     FoldConstantSizesPass()(program.graph_module)
     LiftAttentionPass()(program.graph_module)
+    ZeroMaskedRowsPass()(program.graph_module)
     with quiet_exporter(), torch.enable_grad():
         try:
             program = decompose_for_export(program)

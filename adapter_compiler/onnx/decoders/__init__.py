@@ -1,0 +1,1 @@
+"""Decoders: causal language models whose files take and return the key-value cache."""
