@@ -85,12 +85,17 @@ class ModuleCall:
 def split_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModuleCall:
     """Flatten the arguments of a call.
 
+    Dataclasses among them that torch does not know as containers are registered with
+    :func:`torch.export.register_dataclass`, for the process, so that torch's exporters take them apart as well.
+
     Raises:
         CaptureError: an argument is neither a tensor, nor a plain constant, nor a container of these that
             ``torch.utils._pytree`` can flatten.
     """
     tree = (tuple(args), dict(kwargs))
     leaves, spec = _flatten(tree, "the arguments")
+    while _register_dataclasses(leaves):
+        leaves, spec = _flatten(tree, "the arguments")
     positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
     constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     if any(not isinstance(leaf, CONSTANT_TYPES) for leaf in constants):
@@ -101,6 +106,18 @@ def split_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModuleCall:
         positions=positions,
         spec=spec,
     )
+
+
+def _register_dataclasses(leaves: Sequence[Any]) -> bool:
+    """Register the classes of leaves that are dataclasses; whether there were any.
+
+    Those with fields that their constructor does not take cannot be rebuilt, and are left.
+    """
+    found = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)}
+    rebuilt = [one for one in found if all(field.init for field in dataclasses.fields(one))]
+    for one in rebuilt:
+        torch.export.register_dataclass(one)
+    return bool(rebuilt)
 
 
 def sort_keywords(kwargs: Mapping[str, Any]) -> dict[str, Any]:

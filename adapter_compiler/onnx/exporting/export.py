@@ -14,6 +14,7 @@ from torch import nn
 from adapter_compiler.config.progress import progress, tell
 from adapter_compiler.errors import ExportError, VerificationError
 from adapter_compiler.model.adapted_model import AdaptedModel
+from adapter_compiler.onnx.exporting.branches import find_untaken_branches
 from adapter_compiler.onnx.exporting.casting import open_with_casts
 from adapter_compiler.onnx.exporting.closed_sizes import close_sizes
 from adapter_compiler.onnx.exporting.dimension_names import name_dimensions, set_dimension_names
@@ -165,6 +166,7 @@ class _Result:
     left_out: LeftOut
     sizes: Mapping[str, tuple[int | str, ...]]
     samples: Sequence[SampleReport]
+    untaken: tuple[str, ...]
 
 
 def _attempt(task: ExportTask, strategy: Strategy, draft: Path) -> _Result:
@@ -197,6 +199,8 @@ def _attempt(task: ExportTask, strategy: Strategy, draft: Path) -> _Result:
             verified.errors.extend(task.contract.check(session, exporter, None))
     verified.errors.extend(_finish_file(task, exporter, strategy, written, draft, cases, left_out))
     samples = [] if task.check is None else _verify_samples(task, task.check, draft, exporter, written.program)
+    names = {error.case for error in verified.errors}
+    untaken = find_untaken_branches(draft, cases, task.inputs, names) if written.has_branches else ()
     return _Result(
         strategy=strategy,
         written=written,
@@ -206,6 +210,7 @@ def _attempt(task: ExportTask, strategy: Strategy, draft: Path) -> _Result:
         left_out=left_out,
         sizes=sizes,
         samples=samples,
+        untaken=untaken,
     )
 
 
@@ -227,7 +232,8 @@ def _verify_samples(
 def _choose_cases(task: ExportTask, written: WrittenDraft) -> list[VerificationCase]:
     if task.contract is not None:
         return list(task.contract.cases)
-    draws, factors = choose_variety(DRAWS, is_traced=written.program is None, is_frozen=bool(written.frozen))
+    is_traced = written.program is None or written.has_branches
+    draws, factors = choose_variety(DRAWS, is_traced=is_traced, is_frozen=bool(written.frozen) or written.has_branches)
     return list(find_cases(task.call, written.bounds, draws=draws, factors=factors))
 
 
@@ -282,6 +288,7 @@ def _report(task: ExportTask, path: Path, attempts: list[ExportAttempt], result:
         frozen=result.written.frozen,
         casts=result.casts,
         drawing=result.drawing,
+        untaken=result.untaken,
         adapters=task.adapters,
         samples=tuple(result.samples),
     )

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -36,6 +37,8 @@ from passes.capture.calls import ModuleCall, split_call
 from passes.capture.capture import ExportedCall, export_call
 from passes.capture.module_state import runs_more_than_forward
 from passes.capture.recording import record_call
+
+_BRANCHES = (torch.ops.higher_order.cond, torch.ops.higher_order.while_loop)
 
 _OPENNESS = {
     "all": "all dimensions open",
@@ -94,6 +97,11 @@ class WrittenDraft:
     def is_open(self) -> bool:
         """Whether any dimension of any input is open."""
         return any(bound.symbol is not None for bounds in self.bounds for bound in bounds)
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether the model itself uses ``torch.cond`` or ``torch.while_loop``, so that values choose what runs."""
+        return self.program is not None and any(node.target in _BRANCHES for node in self.program.graph.nodes)
 
 
 def write_draft(

@@ -131,6 +131,7 @@ class ExportReport(ShownInNotebooks):
         sizes: the sizes of each input; those of open dimensions are names, such as ``"batch"``.
         left_out: inputs that no output depends on, and a loss with the labels that only it needs.
         samples: how the file does on the samples that were given; for run-time adapters, alone and with them.
+        untaken: branches on values (``torch.cond``) that no input takes that the file was verified on.
     """
 
     path: Path
@@ -150,6 +151,7 @@ class ExportReport(ShownInNotebooks):
     sizes: Mapping[str, tuple[int | str, ...]] = dataclasses.field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     samples: tuple[SampleReport, ...] = ()
+    untaken: tuple[str, ...] = ()
 
     @property
     def strategy(self) -> str:
@@ -214,6 +216,7 @@ class ExportReport(ShownInNotebooks):
             yield f"left out, because inference does not need them: {', '.join(self.left_out)}"
         yield from (f"tried before: {a.strategy}: {a.reason}" for a in self.attempts if a.reason is not None)
         yield from (f"not verified on {case}: the model itself refuses it" for case in self.not_verified)
+        yield from (f"not verified: {branch}; no input takes it" for branch in self.untaken)
         yield from (f"frozen: {what}" for what in self.frozen)
         if self.casts:
             yield f"run in float32, because onnxruntime has no other kernel: {', '.join(self.casts)}"

@@ -57,7 +57,32 @@ def test_differences_that_change_the_key(other: Any) -> None:
 
 @dataclasses.dataclass
 class Unregistered:
+    """Cannot be rebuilt from its fields."""
+
     x: torch.Tensor
+    size: int = dataclasses.field(init=False, default=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    ids: torch.Tensor
+    scale: float = 2.0
+
+
+@dataclasses.dataclass
+class Outer:
+    inner: list[Inner]
+    x: torch.Tensor
+
+
+def test_dataclasses_are_taken_apart_and_put_together() -> None:
+    call = split_call((Outer([Inner(X.long()), Inner(X.long(), 3.0)], X),), {})
+    assert call.names == ("args[0].inner[0].ids", "args[0].inner[1].ids", "args[0].x")
+    args, _ = call.rebuild([tensor + 1 for tensor in call.tensors])
+    assert isinstance(args[0], Outer)
+    assert torch.equal(args[0].inner[1].ids, X.long() + 1)
+    assert [one.scale for one in args[0].inner] == [2.0, 3.0]
+    assert key(Outer([Inner(X)], X)) != key(Outer([Inner(X, 3.0)], X))
 
 
 @pytest.mark.parametrize("where", ["args[1]", "batch"])
