@@ -15,6 +15,7 @@ if not getattr(_passes, "ADAPTER_COMPILER_PASSES", False):
 
 from adapter_compiler.compile import compile_with_adapters
 from adapter_compiler.config.adapter_config import AdapterConfig
+from adapter_compiler.config.mixture import Mixture
 from adapter_compiler.config.progress import set_progress
 from adapter_compiler.errors import AdapterCompilerError
 from adapter_compiler.load_folder import load
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         initialize_adapters,
     )
     from adapter_compiler.training.make_optimizer import make_optimizer
+    from adapter_compiler.training.router_balance import RouterBalance, load_balancing_loss, measure_routing
     from adapter_compiler.training.training_state import load_training_state, save_training_state
     from adapter_compiler.training.tuning.find_combination import Combination, find_combination
     from adapter_compiler.training.tuning.find_rate import RateSearch, find_rate
@@ -68,6 +70,7 @@ else:
                 ),
                 "report.ranks": ("plot_ranks",),
                 "report.weight_changes": ("WeightChange", "measure_weight_changes", "plot_weight_changes"),
+                "training.router_balance": ("RouterBalance", "load_balancing_loss", "measure_routing"),
                 "training.budget": ("Allocation", "BudgetSchedule", "RankBudget"),
                 "training.calibration.allocate_ranks": ("StaticAllocation", "allocate_ranks"),
                 "training.calibration.realign": ("Realigner", "rediagonalize"),
@@ -101,11 +104,13 @@ __all__ = [
     "ExportReport",
     "InitializationReport",
     "IntrinsicDimension",
+    "Mixture",
     "OnnxAdapters",
     "OnnxDecoder",
     "RankBudget",
     "RateSearch",
     "Realigner",
+    "RouterBalance",
     "SizePoint",
     "SizeSearch",
     "StaticAllocation",
@@ -120,9 +125,11 @@ __all__ = [
     "initialize_adapters",
     "load",
     "load_adapters",
+    "load_balancing_loss",
     "load_training_state",
     "make_optimizer",
     "measure_intrinsic_dimension",
+    "measure_routing",
     "measure_weight_changes",
     "plot_ranks",
     "plot_weight_changes",

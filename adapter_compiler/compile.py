@@ -20,7 +20,7 @@ from adapter_compiler.adapters.copies import (
 from adapter_compiler.adapters.initializers import prepare_start, start_adapter
 from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
 from adapter_compiler.adapters.parameters.sharded import assert_whole
-from adapter_compiler.adapters.planning import match_plan, plan_adapters
+from adapter_compiler.adapters.planning import match_plan, plan_adapters, plan_mixture
 from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.config.attach_options import AttachOptions
 from adapter_compiler.config.progress import progress, tell
@@ -117,7 +117,10 @@ def _compile(
         uses = _analyze(viewed, *_on_device_of(own, example), is_recorded=config.capture != "off")
         search = find_sites(uses, viewed, config.selection)
     tell("plan adapters")
-    planned = plan_adapters(search, config) if plan is None else match_plan(plan, viewed)
+    if plan is None:
+        planned = plan_mixture(plan_adapters(search, config), config.mixture, attaching.regions)
+    else:
+        planned = match_plan(plan, viewed)
     planned = prepare_start(planned, config.start)
     computed = tuple(weight for weight in computed if weight.name in planned.by_weight)
     replace_by_values(own, computed, has_warnings=True)

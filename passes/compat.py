@@ -62,6 +62,7 @@ _top_saved_tensor_hooks: Callable[[bool], Any] = find(
 )
 
 _functorch_is_active: Callable[[], bool] = find("_C._are_functorch_transforms_active", "torch.func and vmap")
+_current_backward: Callable[[], int] = find("_C._current_graph_task_id", "gates and masks in a backward")
 _is_tracing: Callable[[], bool] = find("_C._is_tracing", "torch.jit.trace")
 _count_function_modes: Callable[[], int] = find("_C._len_torch_function_stack", "modes that change torch's functions")
 _count_dispatch_modes: Callable[[], int] = find("_C._len_torch_dispatch_stack", "modes that change operators")
@@ -92,6 +93,11 @@ def make_wrapper(cls: type, shape: Sequence[int], **options: Any) -> Any:
 def has_saved_tensor_hooks() -> bool:
     """Whether saved-tensor hooks are active, as in an activation checkpoint."""
     return _top_saved_tensor_hooks(True) is not None
+
+
+def find_backward_number() -> int:
+    """A number that identifies the backward that runs in this thread; -1 if none does."""
+    return -1 if torch.compiler.is_compiling() else _current_backward()
 
 
 def is_transformed() -> bool:

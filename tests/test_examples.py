@@ -53,6 +53,7 @@ def run_example(name: str, *arguments: str | Path, cwd: Path) -> subprocess.Comp
         ("07_resume.py", "the second after step 120"),
         ("08_fsdp2.py", "the same 27 triplets as in one process"),
         ("09_time_series.py", "lstm.weight_hh_l0"),
+        ("10_mixture_of_experts.py", "largest error of the file with its router on onnxruntime"),
     ],
 )
 def test_a_quick_example_holds_its_claims(name: str, line: str, tmp_path: Path) -> None:

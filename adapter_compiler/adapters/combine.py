@@ -1,4 +1,4 @@
-"""Weighted sums of adapters: Σ w_i ΔW_i as one adapter, exactly or to a given rank.
+"""Adapters made from others: weighted sums Σ w_i ΔW_i, exact or to a given rank, and mixtures under fixed gates.
 
 ΔW_i = L_i R_i, so the sum is [w_1 L_1, w_2 L_2, …] [R_1; R_2; …], whose rank is the sum of the ranks. Its
 truncated singular value decomposition (Eckart-Young) comes from that of a small matrix: with L = Q_L T_L and
@@ -7,7 +7,8 @@ Rᵀ = Q_R T_R, L R = Q_L (T_L T_Rᵀ) Q_Rᵀ. No matrix of the weight's size is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -15,13 +16,16 @@ from adapter_compiler.adapters.adapter_state import AdapterState
 from adapter_compiler.adapters.named_adapters import add_inactive, fill_parameters, find_module_tensors
 from adapter_compiler.adapters.parameters.factors import factor_triplets
 from adapter_compiler.errors import ConfigError
-from passes.forms import SvdForm
+from passes.forms import MixtureForm, SvdForm
 from passes.planning.json_schema import is_finite
 from passes.planning.plan import AdapterPlan, PlannedAdapter
 from passes.planning.site import AdapterSite
 
 #: P [out, r], λ [r] multiplied by the scale and by the weight w_i, and Q [r, in].
 Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+#: Gates of the experts of every router, or those of each router by the name of its site.
+Gates = Sequence[float] | Mapping[str, Sequence[float]]
 
 
 def combine_adapters(
@@ -139,8 +143,60 @@ def _assert_weights(adapted: AdapterState, weights: object, rank: object) -> Non
 
 
 def _assert_additive(adapter: PlannedAdapter, name: str) -> None:
+    if adapter.form.is_routed:
+        raise ConfigError(
+            f"adapter {name!r} has the form {adapter.form.name!r} at {adapter.site.name}, whose update depends on the "
+            "call; expected forms whose updates can be added, such as svd and lora; for a mixture under fixed gates, "
+            "call fix_routing(gates, name=...) and combine the adapter that it adds"
+        )
     if adapter.form.rescales:
         raise ConfigError(
             f"adapter {name!r} has the form {adapter.form.name!r} at {adapter.site.name}, whose update depends on the "
             "frozen weight; expected forms whose updates can be added, such as svd and lora"
         )
+
+
+def fix_routing(adapted: AdapterState, gates: Gates, *, name: str) -> None:
+    """Add an inactive adapter with the update of the active mixture under fixed gates; see ``AdaptedModel``.
+
+    Raises:
+        ConfigError: the active adapter is no mixture, the name is not valid or taken, or gates are missing.
+    """
+    adapted.adapter_set.assert_free(name)
+    mixtures = [adapter for adapter in adapted.plan if isinstance(adapter.form, MixtureForm)]
+    if not mixtures:
+        raise ConfigError(
+            f"fix_routing: the adapter {adapted.active_adapter!r} is no mixture, expected one of "
+            "AdapterConfig(mixture=...); use(...) it first"
+        )
+    chosen = {adapter.site.name: _find_gates(adapter, gates) for adapter in mixtures}
+    adapters = tuple(_fix_form(adapter) for adapter in adapted.plan)
+    values = {}
+    for adapter in adapted.plan:
+        own = {key: p.detach().clone() for key, p in adapted.adapters.parameters_of(adapter).items()}
+        if (given := chosen.get(adapter.site.name)) is not None:
+            columns = given.to(own.get("lam", own.get("B"))).repeat_interleave(adapter.rank // len(given))
+            key = "lam" if "lam" in own else "B"
+            own[key] = own[key] * columns
+        values[adapter.site.name] = own
+    plan = AdapterPlan(adapters=adapters)
+    fill_parameters(add_inactive(adapted, name, plan, find_module_tensors(adapted)), plan, values)
+
+
+def _fix_form(adapter: PlannedAdapter) -> PlannedAdapter:
+    form = adapter.form
+    return dataclasses.replace(adapter, form=form.inner) if isinstance(form, MixtureForm) else adapter
+
+
+def _find_gates(adapter: PlannedAdapter, gates: Gates) -> torch.Tensor:
+    form = adapter.form
+    assert isinstance(form, MixtureForm)
+    router = form.leader or adapter.site.name
+    given = gates.get(router) if isinstance(gates, Mapping) else gates
+    is_list = isinstance(given, Sequence) and not isinstance(given, str)
+    if given is None or not is_list or len(given) != form.experts or not all(map(is_finite, given)):
+        raise ConfigError(
+            f"fix_routing: the gates of the router at {router} are {given!r}, expected {form.experts} finite numbers, "
+            "one for each expert; give a list for all routers, or a dict of lists by the names of their sites"
+        )
+    return torch.tensor([float(gate) for gate in given], dtype=torch.float64)

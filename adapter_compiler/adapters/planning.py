@@ -1,16 +1,19 @@
-"""Choose the adapter of each site: kind, rank, scale and dtype."""
+"""Choose the adapter of each site: kind, rank, scale and dtype, and its experts and router."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
 from torch import nn
 
 from adapter_compiler.config.adapter_config import AdapterConfig
+from adapter_compiler.config.mixture import Mixture
 from adapter_compiler.errors import SiteError
 from passes.analysis.weight_uses import find_parameter_aliases
-from passes.forms import FORMS
+from passes.forms import FORMS, MixtureForm
+from passes.forms.routed import ROUTABLE
 from passes.planning.find_sites import SiteSearch
 from passes.planning.plan import AdapterPlan, PlannedAdapter
 from passes.planning.rules import AdapterRule
@@ -83,3 +86,69 @@ def match_plan(plan: AdapterPlan, model: nn.Module) -> AdapterPlan:
         found = dataclasses.replace(site, name=name, aliases=others, dtype=weight.dtype)
         adapters.append(dataclasses.replace(adapter, site=found))
     return AdapterPlan(adapters=tuple(adapters))
+
+
+def plan_mixture(plan: AdapterPlan, mixture: Mixture | None, regions: Sequence[str]) -> AdapterPlan:
+    """The plan with a mixture of experts at each site; without a mixture, the plan itself.
+
+    Args:
+        plan: one adapter for each site.
+        mixture: the options.
+        regions: the qualified names of the blocks of the model.
+
+    Raises:
+        SiteError: a weight is used by other operators than products, it is too small for a rank for each expert, its
+            rule asks for another kind, or there are no blocks to share routers in.
+    """
+    if mixture is None:
+        return plan
+    leaders: dict[str, str] = {}
+    adapters = []
+    for adapter in plan:
+        group = _find_group(adapter, mixture, regions)
+        leader = leaders.setdefault(group, adapter.site.name)
+        adapters.append(_mix(adapter, mixture, "" if leader == adapter.site.name else leader))
+    return AdapterPlan(adapters=tuple(adapters))
+
+
+def _find_group(adapter: PlannedAdapter, mixture: Mixture, regions: Sequence[str]) -> str:
+    """The name of what shares a router: the site, its block, or the whole model."""
+    if mixture.router == "shared":
+        return ""
+    if mixture.router == "site":
+        return adapter.site.name
+    if "" in regions:
+        raise SiteError(
+            "Mixture(router='block') found no repeated blocks in the model, expected some; name them by "
+            "AdapterConfig(regions=...), or use router='site' or 'shared'"
+        )
+    inside = [region for region in regions if adapter.site.weight.startswith(f"{region}.")]
+    return max(inside, key=len, default=adapter.site.name)
+
+
+def _mix(adapter: PlannedAdapter, mixture: Mixture, leader: str) -> PlannedAdapter:
+    site, k = adapter.site, mixture.experts
+    if adapter.form.name not in ROUTABLE:
+        raise SiteError(
+            f"site {site.name} has the form {adapter.form.name!r} by a rule, expected one of "
+            f"{', '.join(map(repr, ROUTABLE))} for the experts of a mixture; change the rule or exclude the site"
+        )
+    if site.op != "linear" or len(site.shape) != 2:
+        raise SiteError(
+            f"site {site.name} is a weight of shape {site.shape} for {site.op}, expected a matrix that is used by "
+            "matrix products only, because a mixture has no ΔW that another operator could use; exclude the site"
+        )
+    rank = adapter.rank // k * k
+    if not rank:
+        raise SiteError(
+            f"site {site.name}: its rank is {adapter.rank} (a weight of {site.out_features} × {site.in_features}), "
+            f"expected at least 1 for each of {k} experts; raise the rank, use fewer experts, or exclude the site"
+        )
+    form = MixtureForm(
+        adapter.form,
+        experts=k,
+        top_k=mixture.top_k or 0,
+        per_example=mixture.per == "example",
+        leader=leader,
+    )
+    return dataclasses.replace(adapter, form=form, rank=rank)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from adapter_compiler.config.attach_options import AttachOptions
+from adapter_compiler.config.mixture import Mixture
 from adapter_compiler.config.peft_options import translate_peft_options
-from adapter_compiler.config.start_options import StartOptions, assert_known_start
+from adapter_compiler.config.start_options import PISSA_NAME, StartOptions, assert_known_start
 from adapter_compiler.config.validation import (
     accept_aliases,
     assert_boolean,
@@ -22,6 +23,7 @@ from adapter_compiler.config.validation import (
 from adapter_compiler.errors import ConfigError
 from passes.capture.submodules import find_named_modules, find_repeated_modules
 from passes.forms import FORMS
+from passes.forms.routed import ROUTABLE
 from passes.planning.rules import AdapterRule
 from passes.planning.selection import ALL_LINEAR, SiteSelection
 from passes.planning.site import AdapterSite
@@ -89,6 +91,7 @@ class AdapterConfig:
         quantize: keep the frozen weight under each adapter in ``"nf4"`` (about 4 bits a value, double quantization)
             or ``"int8"``, with bitsandbytes. The given model keeps its own weights: delete it to free their memory, or
             adapt it ``inplace``.
+        mixture: experts and routers in place of one adapter at each weight, see :class:`~adapter_compiler.Mixture`.
 
     Raises:
         ConfigError: an option is unknown, or its value cannot work.
@@ -114,6 +117,7 @@ class AdapterConfig:
     regions: tuple[str | type[nn.Module], ...] = ()
     checkpoint: bool = False
     quantize: str | None = None
+    mixture: Mixture | None = dataclasses.field(default=None, metadata={"example": Mixture()})
 
     def __post_init__(self) -> None:
         assert_choice(self, "kind", tuple(FORMS))
@@ -136,6 +140,7 @@ class AdapterConfig:
                 f"AdapterConfig(dtype={self.dtype!r}): expected a floating-point torch.dtype or None, "
                 "as in dtype=torch.float32"
             )
+        self._assert_routable()
         for name in ("exclude", "trainable", "untie"):
             object.__setattr__(self, name, _as_globs(self, name))
         object.__setattr__(self, "regions", _as_regions(self.regions))
@@ -146,6 +151,29 @@ class AdapterConfig:
             raise ConfigError(
                 f"AdapterConfig(sites={self.sites!r}) selects nothing; expected 'all-linear', 'auto' or globs, "
                 "as in sites='*.query'"
+            )
+
+    def _assert_routable(self) -> None:
+        if self.mixture is None:
+            return
+        if not isinstance(self.mixture, Mixture):
+            raise ConfigError(
+                f"AdapterConfig(mixture={self.mixture!r}): expected a Mixture or None, as in mixture=Mixture(experts=4)"
+            )
+        if self.kind not in ROUTABLE:
+            raise ConfigError(
+                f"AdapterConfig(kind={self.kind!r}, mixture=...): expected one of {', '.join(map(repr, ROUTABLE))} for "
+                "the experts, because the others rescale the whole weight; for example kind='lora'"
+            )
+        if self.rank % (experts := self.mixture.experts):
+            raise ConfigError(
+                f"AdapterConfig(rank={self.rank}) is the rank of all {experts} experts together; expected a multiple "
+                f"of {experts}, as in rank={experts * (self.rank // experts + 1)}"
+            )
+        if self.init is not None and PISSA_NAME.match(self.init):
+            raise ConfigError(
+                f"AdapterConfig(init={self.init!r}, mixture=...): expected a start at ΔW = 0, such as 'kaiming', "
+                "because a start that depends on the call cannot be subtracted from the weight; leave init out"
             )
 
     @property
@@ -169,7 +197,7 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The options that are plain data, for JSON: all but those that a plan replaces, and ``inplace``."""
-        left_out = {"rank", "rules", "dtype", "inplace", "regions"}
+        left_out = {"rank", "rules", "dtype", "inplace", "regions", "mixture"}
         fields = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
         options = {name: getattr(self, name) for name in fields}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}

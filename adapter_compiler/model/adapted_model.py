@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from adapter_compiler.adapters.combine import combine_adapters
+from adapter_compiler.adapters.combine import Gates, combine_adapters, fix_routing
 from adapter_compiler.adapters.copies import detach_computed_attributes, share_unpacked
 from adapter_compiler.adapters.named_adapters import add_adapter, remove_adapter, use_adapter
 from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
@@ -304,6 +304,35 @@ class AdaptedModel(PeftNames, UserAttributes):
             ConfigError: a name or weight cannot be used, or an update depends on the frozen weight (DoRA).
         """
         combine_adapters(self, weights, name=name, rank=rank, tensors_from=tensors_from)
+
+    def fix_routing(self, gates: Gates, *, name: str) -> None:
+        """Add an inactive adapter that is the active mixture of experts with fixed gates, Σ g_i ΔW_i, exactly.
+
+        It is an ordinary adapter of the same rank, which can be folded, exported at run time and combined. It keeps the
+        model's present values of fully trained parameters and buffers.
+
+        Args:
+            gates: g_i of every expert, for all routers; or by the name of the site that has the router (the first
+                adapted weight of a block with ``Mixture(router="block")``). One expert of four is ``[0, 1, 0, 0]``.
+            name: the name of the new adapter.
+
+        Raises:
+            ConfigError: the active adapter is no mixture, the name is not valid or taken, or gates are missing.
+        """
+        fix_routing(self, gates, name=name)
+
+    def record_routing(self, recorder: Callable[..., None] | None) -> Callable[..., None] | None:
+        """Let routers tell what they choose; for :class:`~adapter_compiler.RouterBalance` and the like.
+
+        Args:
+            recorder: called at each run of a router with the name of its site, its inputs, its weights, its
+                probabilities and the chosen experts; ``None`` for nobody.
+
+        Returns:
+            The recorder that was called until now.
+        """
+        before, self._token.recorder = self._token.recorder, recorder
+        return before
 
     def disable_adapters(self) -> contextlib.AbstractContextManager[None]:
         """A context in which this thread runs the user's module without adapters; other threads are not affected."""

@@ -18,6 +18,7 @@ import torch
 
 from passes.adapt.emit_rescaled import emit_rescaled, emit_without_bias, shape_factor
 from passes.forms.base import Call, Emitter, Value
+from passes.forms.routed import ROUTER
 from passes.planning.plan import PlannedAdapter
 from passes.planning.site import AdapterSite
 
@@ -48,6 +49,8 @@ def fits_activations(kind: str, adapter: PlannedAdapter, *, reverse: bool) -> bo
     if adapter.rank == 0 and kind == "convolution":
         return False
     is_reverse = kind == "product" and reverse
+    if adapter.form.is_routed and (kind != "product" or (is_reverse and ROUTER in adapter.parameter_shapes)):
+        return False  # a router reads x [..., in], and gates belong to tokens
     if kind == "lookup" and reverse:
         return False  # PEFT's DoRA of embeddings: its rows are the columns of the stored weight
     if adapter.form.rescales:

@@ -61,8 +61,11 @@ class InsertAdaptersPass(GraphPass):
 
         Raises:
             PreconditionError: a weight or a parameter is missing or has another shape.
+            SiteError: an update depends on the call (a mixture, a mask), which a graph of nodes does not have.
         """
         super().requires(graph_module)
+        for adapter in self.plan:
+            adapter.assert_matrix()
         used = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
         targets: dict[str, list[str]] = {}
         for name, first in self.aliases.items():

@@ -13,6 +13,7 @@ from passes.forms.base import AdapterForm, Call, Emitter, NodeEmitter, OperatorC
 from passes.forms.dora import DoraForm
 from passes.forms.lora import LoraForm
 from passes.forms.offset import OffsetForm
+from passes.forms.routed import MaskedForm, MixtureForm, RoutedForm
 from passes.forms.svd import SvdForm
 
 #: The forms by the names that configurations use.
@@ -21,20 +22,38 @@ FORMS: Mapping[str, AdapterForm] = {
 }
 
 _OFFSET = re.compile(r"^(?P<form>.+)-offset(?P<rank>\d+)$")
+_MIXTURE = re.compile(
+    r"^(?P<form>svd|lora)-experts(?P<k>\d+)(-top(?P<top>\d+))?(?P<example>-example)?(@(?P<leader>.+))?$"
+)
+_MASKED = re.compile(r"^(?P<form>svd|lora)-masked@(?P<argument>[^\W\d]\w*)$")
 
 
 def find_form(name: str) -> AdapterForm:
-    """The form with this name, as in ``svd`` or ``lora-offset8``.
+    """The form with this name, as in ``svd``, ``lora-offset8`` or ``lora-experts4-top2``.
 
     Raises:
         KeyError: no form has this name.
     """
     if name in FORMS:
         return FORMS[name]
+    if (mixture := _MIXTURE.match(name)) is not None:
+        return _read_mixture(mixture)
+    if (masked := _MASKED.match(name)) is not None:
+        return MaskedForm(FORMS[masked["form"]], masked["argument"])
     matched = _OFFSET.match(name)
     if matched is None:
         raise KeyError(name)
     return with_offset(FORMS[matched["form"]], int(matched["rank"]))
+
+
+def _read_mixture(found: re.Match[str]) -> AdapterForm:
+    experts, top = int(found["k"]), int(found["top"] or 0)
+    if not (experts > 1 and top < experts):
+        raise KeyError(found[0])
+    leader = found["leader"] or ""
+    return MixtureForm(
+        FORMS[found["form"]], experts=experts, top_k=top, per_example=bool(found["example"]), leader=leader
+    )
 
 
 def with_offset(form: AdapterForm, start_rank: int) -> AdapterForm:
@@ -51,9 +70,12 @@ __all__ = [
     "DoraForm",
     "Emitter",
     "LoraForm",
+    "MaskedForm",
+    "MixtureForm",
     "NodeEmitter",
     "OffsetForm",
     "OperatorCall",
+    "RoutedForm",
     "SvdForm",
     "TensorEmitter",
     "Value",

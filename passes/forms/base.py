@@ -117,6 +117,16 @@ class AdapterForm(abc.ABC):
         return False
 
     @property
+    def is_routed(self) -> bool:
+        """Whether the update depends on the call and is no matrix (:mod:`passes.forms.routed`)."""
+        return False
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of equal size that the triplets are in; the rank is a multiple of it."""
+        return 1
+
+    @property
     def core(self) -> AdapterForm:
         """The form without the starting values that an initializer added to it."""
         return self

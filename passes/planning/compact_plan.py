@@ -30,7 +30,8 @@ def compact_plan(plan: AdapterPlan, kept: Kept) -> AdapterPlan:
         kept: the triplets to keep; sites that it does not name keep all.
 
     Raises:
-        SiteError: a site is not in the plan, or indices are not ascending or not below the site's rank.
+        SiteError: a site is not in the plan, indices are not ascending or not below the site's rank, or a mixture would
+            lose triplets.
     """
     if unknown := sorted(kept.keys() - {adapter.site.name for adapter in plan}):
         raise SiteError(f"no adapter is planned for {', '.join(unknown)}; expected sites of the plan")
@@ -39,6 +40,7 @@ def compact_plan(plan: AdapterPlan, kept: Kept) -> AdapterPlan:
         indices = kept.get(adapter.site.name)
         if indices is not None:
             _assert_indices(adapter, indices.tolist())
+            _assert_ungrouped(adapter, len(indices))
             adapter = dataclasses.replace(adapter, rank=len(indices))
         adapters.append(adapter)
     return AdapterPlan(adapters=tuple(adapters))
@@ -60,4 +62,13 @@ def _assert_indices(adapter: PlannedAdapter, indices: list[int]) -> None:
     if indices != sorted(set(indices)) or any(not 0 <= i < adapter.rank for i in indices):
         raise SiteError(
             f"site {adapter.site.name}: cannot keep triplets {indices}; expected ascending indices below {adapter.rank}"
+        )
+
+
+def _assert_ungrouped(adapter: PlannedAdapter, rank: int) -> None:
+    if adapter.form.groups > 1 and rank != adapter.rank:
+        raise SiteError(
+            f"site {adapter.site.name}: the {adapter.rank} triplets of {adapter.form.name!r} belong to "
+            f"{adapter.form.groups} experts of equal rank, so {adapter.rank - rank} of them cannot be removed; "
+            "expected all to stay; leave pruned ones in memory (compact=False)"
         )

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from passes.base import SiteError
-from passes.forms import AdapterForm
+from passes.forms import AdapterForm, MixtureForm
+from passes.forms.routed import FIXED
 from passes.planning.plan_json import read_plan, write_plan
 from passes.planning.site import AdapterSite
 
@@ -27,7 +28,8 @@ class PlannedAdapter:
         dtype: dtype of its parameters.
 
     Raises:
-        SiteError: the rank does not fit the weight, or the form does not fit a site that covers only some rows.
+        SiteError: the rank does not fit the weight or the form's groups, or the form does not fit a site that covers
+            only some rows.
     """
 
     site: AdapterSite
@@ -41,6 +43,11 @@ class PlannedAdapter:
             raise SiteError(
                 f"site {self.site.name}: rank {self.rank} does not fit a weight of {self.site.out_features} × "
                 f"{self.site.in_features}; expected 0 to {self.site.largest_rank}"
+            )
+        if self.rank % self.form.groups:
+            raise SiteError(
+                f"site {self.site.name}: rank {self.rank} cannot be shared out among {self.form.groups} experts of "
+                f"{self.form.name!r}; expected a multiple of {self.form.groups}"
             )
         if self.site.rows is not None and self.form.rescales:
             raise SiteError(
@@ -58,8 +65,21 @@ class PlannedAdapter:
         """Shapes of the adapter's parameters by name."""
         return self.form.parameter_shapes(self.site.out_features, self.site.in_features, self.rank)
 
+    def assert_matrix(self) -> None:
+        """Raise :class:`SiteError` if the update depends on the call, so that no ΔW can be added to the weight."""
+        if self.form.is_routed:
+            raise SiteError(
+                f"site {self.site.name} has the form {self.form.name!r}, whose update depends on the call and is no "
+                f"matrix, so only matrix products x Wᵀ with the weight can use it; {FIXED}, or exclude the site"
+            )
+
     def delta(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """ΔW in the shape and layout of the weight, in the parameters' dtype; 0 in rows outside the site."""
+        """ΔW in the shape and layout of the weight, in the parameters' dtype; 0 in rows outside the site.
+
+        Raises:
+            SiteError: the update depends on the call.
+        """
+        self.assert_matrix()
         return self.site.from_matrix(self.form.delta(parameters, self.scale))
 
     def add_to(
@@ -90,7 +110,8 @@ class AdapterPlan:
     """The adapters of a model, in model order, at most one for each row of a weight.
 
     Raises:
-        SiteError: two adapters have the same site, or cover the same row of a weight.
+        SiteError: two adapters have the same site or cover the same row of a weight, or a mixture takes its gates from
+            a site without a router.
     """
 
     adapters: tuple[PlannedAdapter, ...]
@@ -102,6 +123,7 @@ class AdapterPlan:
             raise SiteError(f"more than one adapter planned for {', '.join(doubled)}; expected one per weight")
         for weight, adapters in self.by_weight.items():
             _assert_disjoint(weight, adapters)
+        _assert_leaders(self.adapters)
 
     def __iter__(self) -> Iterator[PlannedAdapter]:
         return iter(self.adapters)
@@ -145,3 +167,19 @@ def _assert_disjoint(weight: str, adapters: Sequence[PlannedAdapter]) -> None:
     ends = [0, *(end for _, end in ranges)]
     if any(not before <= first < end for before, (first, end) in zip(ends, ranges, strict=False)):
         raise SiteError(f"the adapters planned for {weight} cover rows {ranges}; expected ranges that do not overlap")
+
+
+def _assert_leaders(adapters: Sequence[PlannedAdapter]) -> None:
+    mixtures = {a.site.name: a.form for a in adapters if isinstance(a.form, MixtureForm)}
+    for name, form in mixtures.items():
+        leader = mixtures.get(form.leader, None if form.leader else form)
+        if leader is None or leader.leader or _gating(leader) != _gating(form):
+            raise SiteError(
+                f"site {name} takes the gates of {form.leader}, which has "
+                f"{'no mixture' if leader is None else f'the form {leader.name!r}'} in this plan; expected a site with "
+                "a router for as many experts, which chooses them in the same way; plan again"
+            )
+
+
+def _gating(form: MixtureForm) -> tuple[int, int, bool]:
+    return form.experts, form.top_k, form.per_example

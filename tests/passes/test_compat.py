@@ -99,6 +99,17 @@ def test_hooks_on_saved_tensors_are_seen() -> None:
     assert not compat.has_saved_tensor_hooks()
 
 
+def test_a_backward_has_a_number_of_its_own() -> None:
+    seen: list[int] = []
+    x = torch.ones(2, requires_grad=True)
+    for _ in range(2):
+        y = x * 2
+        y.register_hook(lambda gradient: seen.append(compat.find_backward_number()))
+        y.sum().backward()
+    assert compat.find_backward_number() == -1
+    assert len({*seen, -1}) == 3
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_transforms_are_seen() -> None:
     seen: list[bool] = []

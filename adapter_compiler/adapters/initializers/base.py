@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -10,7 +11,11 @@ import torch
 from adapter_compiler.config.start_options import StartOptions
 from passes.forms.dora import MAGNITUDE, measure_rows
 from passes.forms.offset import START
+from passes.forms.routed import ROUTER
 from passes.planning.plan import PlannedAdapter
+
+#: The variance of a router's weights at the start times the number of inputs (Switch Transformer, section 2.4).
+_ROUTER_VARIANCE = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +76,7 @@ def write_start(
     weight: torch.Tensor,
     factors: StartingFactors | None,
 ) -> None:
-    """Write the factors into an adapter's parameters, then the parameters that derive from the factors or the weight.
+    """Write the factors into an adapter's parameters, then routers and what derives from factors or the weight.
 
     Args:
         adapter: the plan for the site; its form must keep the start if ``factors.values`` is not ``None``.
@@ -84,6 +89,8 @@ def write_start(
     for name, parameter in parameters.items():
         if name.endswith(START):
             parameter.copy_(parameters[name.removesuffix(START)])
+        elif name == ROUTER:
+            parameter.normal_(std=math.sqrt(_ROUTER_VARIANCE / parameter.shape[1]))
         elif name == MAGNITUDE:
             parameter.copy_(measure_rows(adapter.site.to_matrix(weight.detach()).to(parameter.dtype)))
 

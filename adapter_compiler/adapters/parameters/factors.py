@@ -32,7 +32,12 @@ def factor_update(adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor
 def factor_triplets(
     adapter: PlannedAdapter, parameters: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """P [out, r], λ [r] and Q [r, in] with ΔW = s P diag(λ) Q, in float64 on the CPU; see :func:`factor_update`."""
+    """P [out, r], λ [r] and Q [r, in] with ΔW = s P diag(λ) Q, in float64 on the CPU; see :func:`factor_update`.
+
+    Raises:
+        SiteError: the update depends on the call.
+    """
+    adapter.assert_matrix()
     wide = {name: value.detach().to("cpu", torch.float64) for name, value in parameters.items()}
     wide.pop(MAGNITUDE, None)
     start = {name.removesuffix(START): wide.pop(name) for name in list(wide) if name.endswith(START)}
@@ -47,6 +52,12 @@ def factor_triplets(
 def assert_additive(plan: AdapterPlan) -> None:
     """Raise :class:`ConfigError` if a site's adapted weight is not the sum of W and a low-rank matrix."""
     for adapter in plan:
+        if adapter.form.is_routed:
+            raise ConfigError(
+                f"site {adapter.site.name} has the form {adapter.form.name!r}, whose update depends on the call; "
+                "expected a form that adds one matrix to the weight (svd, lora); for an adapter with fixed gates, call "
+                "adapted.fix_routing(gates, name=...); a mixture itself is exported with adapters='merged'"
+            )
         if adapter.form.rescales:
             raise ConfigError(
                 f"site {adapter.site.name} has the form {adapter.form.name!r}, which rescales the weight; expected a "

@@ -62,7 +62,10 @@ def capture_adapted(
 
     Raises:
         CaptureError: the call cannot be captured as one graph that computes the same.
+        SiteError: an update depends on the call.
     """
+    for adapter in plan:
+        adapter.assert_matrix()
     register_caches()
     with base_weights():
         captured = capture_call(module, split_call(args, sort_keywords(kwargs)))

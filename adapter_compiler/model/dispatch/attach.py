@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
 from adapter_compiler.config.attach_options import AttachOptions
+from adapter_compiler.errors import ConfigError, SiteError
 from adapter_compiler.model.dispatch.classes import AdaptedModule, find_restored_class, make_adapted_class, set_class
 from adapter_compiler.model.dispatch.hooks import WeightHooks
 from adapter_compiler.model.dispatch.memory import find_memory_efficient_forward
 from adapter_compiler.model.dispatch.scope import Token
 from adapter_compiler.model.dispatch.slots import SLOTS, AttachedAdapter, Slot
+from adapter_compiler.model.dispatch.weights.routed import MASKING, make_masked_forward
 from passes.analysis.weight_uses import find_parameter_aliases
 from passes.compat import renew_flat_weights
+from passes.forms import MaskedForm, MixtureForm
 from passes.planning.plan import AdapterPlan, PlannedAdapter
 
 #: Modules that, without gradients, check their weights and may use a fused inference path in C++.
@@ -33,15 +38,24 @@ def attach_adapters(
         adapter_parameters: the parameters of the adapters.
         token: the model's token, for ``disable_adapters``.
         options: how the adapted weights compute.
+
+    Raises:
+        ConfigError: ``forward`` has no argument for the mask of the adapters.
+        SiteError: a weight is in a module that swaps tokens and examples, and its gates belong to either.
     """
     live = plan.live.by_weight
-    with_fast_path = _find_inside_fast_path(module)
+    has_routed = any(adapter.form.is_routed for adapter in plan.live)
+    swapped = _find_inside(module, nn.MultiheadAttention) if has_routed else ()
+    leaders = {adapter.form.leader for adapter in plan.live if isinstance(adapter.form, MixtureForm)}
+    with_fast_path = _find_inside(module, _WITH_FAST_PATH)
     hooks = {slot.weight: slot.hooks for slot in find_slots(module).values()}
     wanted: dict[nn.Module, dict[str, Slot]] = {}
     for name, first in find_parameter_aliases(module).items():
         if first in live:
             path, _, leaf = name.rpartition(".")
             owner = module.get_submodule(path)
+            for adapter in live[first] if owner in swapped else ():
+                _assert_routable(adapter, is_followed=adapter.site.name in leaders)
             wanted.setdefault(owner, {})[leaf] = _make_slot(
                 first,
                 live[first],
@@ -50,11 +64,15 @@ def attach_adapters(
                 hooks.setdefault(first, WeightHooks()),
                 options,
                 has_fast_path=owner in with_fast_path,
+                leaders=leaders,
             )
+    masks = {a.form.argument for a in plan.live if isinstance(a.form, MaskedForm)}
     checkpointed = {module.get_submodule(name) for name in options.checkpointed}
     for child in module.modules():
         cls = _find_users_class(child)
         forward = find_memory_efficient_forward(cls) if options.fused and options.recompute else None
+        if child is module and masks:
+            forward = _make_masked_forward(module, cls, masks, token)
         if child in wanted or child in checkpointed or forward is not None:
             slots = wanted.get(child, {})
             child.__dict__[SLOTS] = slots  # set before the class, so that other threads find them when they read
@@ -157,9 +175,17 @@ def _make_slot(
     options: AttachOptions,
     *,
     has_fast_path: bool,
+    leaders: Collection[str],
 ) -> Slot:
+    is_routed = any(adapter.form.is_routed for adapter in adapters)
     attached = tuple(
-        AttachedAdapter(planned, adapter_parameters.get_submodule(planned.site.name), tuple(planned.parameter_shapes))
+        AttachedAdapter(
+            planned,
+            adapter_parameters.get_submodule(planned.site.name),
+            tuple(planned.parameter_shapes),
+            routing=token if planned.form.is_routed else None,
+            is_followed=planned.site.name in leaders,
+        )
         for planned in adapters
     )
     return Slot(
@@ -170,13 +196,42 @@ def _make_slot(
         hooks=hooks,
         fused=options.fused,
         recompute=options.fused and options.recompute,
-        is_summed_without_grad=has_fast_path,
+        is_summed_without_grad=has_fast_path and not is_routed,
+        is_routed=is_routed,
     )
 
 
-def _find_inside_fast_path(module: nn.Module) -> Collection[nn.Module]:
-    """The modules whose weights a fused inference path may read."""
-    outer: Iterable[nn.Module] = (child for child in module.modules() if isinstance(child, _WITH_FAST_PATH))
+def _make_masked_forward(module: nn.Module, cls: type[nn.Module], masks: Collection[str], token: Token) -> Any:
+    """The ``forward`` of the whole model, which keeps the mask among its arguments.
+
+    Raises:
+        ConfigError: ``forward`` has no argument of this name.
+    """
+    (argument, *others) = masks
+    known = list(inspect.signature(cls.forward).parameters)[1:]
+    if others or argument not in known:
+        raise ConfigError(
+            f"token_mask={argument!r} is no argument of {cls.__name__}.forward; expected one of "
+            f"{', '.join(map(repr, known)) or 'none'}; give the model an argument for the mask"
+        )
+    module.__dict__[MASKING] = token
+    return make_masked_forward(cls.forward, argument)
+
+
+def _assert_routable(adapter: PlannedAdapter, *, is_followed: bool) -> None:
+    form = adapter.form
+    is_alone = isinstance(form, MixtureForm) and not (form.per_example or form.leader or is_followed)
+    if form.is_routed and not is_alone:
+        raise SiteError(
+            f"site {adapter.site.name} has the form {form.name!r} in an nn.MultiheadAttention, which swaps examples "
+            "and tokens inside; expected a router of its own for each token; use Mixture(router='site', per='token'), "
+            "or exclude it"
+        )
+
+
+def _find_inside(module: nn.Module, classes: Any) -> Collection[nn.Module]:
+    """The modules of these classes, and all modules inside them."""
+    outer: Iterable[nn.Module] = (child for child in module.modules() if isinstance(child, classes))
     return {inner for child in outer for inner in child.modules()}
 
 
@@ -189,5 +244,6 @@ def _restore(module: nn.Module) -> None:
         return
     set_class(module, find_restored_class(type(module)))
     module.__dict__.pop(SLOTS, None)
+    module.__dict__.pop(MASKING, None)
     if isinstance(module, nn.RNNBase):
         renew_flat_weights(module)

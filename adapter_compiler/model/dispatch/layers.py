@@ -74,6 +74,10 @@ def call_linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     slot: Slot | None = module.__dict__.get(SLOTS, {}).get("weight")
     adapters = None if slot is None or weight is None else slot.bind(module, "weight", weight)
     is_plain = _is_plain(input) and F.linear is _LINEAR and not input.is_nested and not is_changed_by_user_mode()
+    if (
+        not is_plain and slot is not None and slot.is_routed
+    ):  # there is no other way, so modes see the adapter's operators
+        is_plain = F.linear is _LINEAR
     if adapters is None or slot is None or weight is None or not is_plain or slot.hooks.belong_to(weight):
         return F.linear(input, module.weight, module.bias)
     assert_gathered(weight, slot.weight)

@@ -10,12 +10,13 @@ import contextvars
 import dataclasses
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 
-from passes.compat import has_saved_tensor_hooks
+from passes.compat import find_backward_number, has_saved_tensor_hooks
 
 T = TypeVar("T")
 
@@ -27,11 +28,13 @@ class Token:
         hidden: the number of contexts that hide the adapters at present, over all threads. torch.compile guards this
             number. While it is not 0, each read checks whether its own thread is inside such a context.
         used: the weights whose adapters were used, while this is recorded; otherwise ``None``.
+        recorder: called with what routers choose, while somebody records it; otherwise ``None``.
     """
 
     def __init__(self) -> None:
         self.hidden = 0
         self.used: set[str] | None = None
+        self.recorder: Callable[..., None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Token:
         return Token()
@@ -52,6 +55,10 @@ class _Call:
 
 _hidden: contextvars.ContextVar[tuple[Token, ...]] = contextvars.ContextVar("hidden", default=())
 _calls: contextvars.ContextVar[tuple[_Call, ...]] = contextvars.ContextVar("calls", default=())
+#: Gates and masks that this thread has for the weights that it reads, by token and name.
+_gates: contextvars.ContextVar[Mapping[tuple[Token, str], Any]] = contextvars.ContextVar(
+    "gates", default=types.MappingProxyType({})
+)
 _lock = threading.Lock()
 #: Identifies the adapters of all models.
 _ALL_MODELS = Token()
@@ -76,13 +83,13 @@ def _read_hidden(token: Token) -> bool:
     return token in _hidden.get() or _ALL_MODELS in _hidden.get()
 
 
-def _run_uncompiled(read: Callable[..., bool], *args: Any) -> bool:
+def _run_uncompiled(read: Callable[..., T], *args: Any) -> T:
     """Read a thread-local value, which Dynamo cannot guard."""
     if not torch.compiler.is_compiling():
         return read(*args)
     from adapter_compiler.model.dispatch import uncompiled
 
-    found: bool = uncompiled.run_uncompiled(read, *args)
+    found: T = uncompiled.run_uncompiled(read, *args)
     return found
 
 
@@ -103,21 +110,58 @@ def same_scope() -> contextlib.AbstractContextManager[None]:
 
     It can be entered several times, also by several threads at once.
     """
-    return _Recomputation(_hidden.get())
+    return _Recomputation(_hidden.get(), _gates.get())
 
 
 class _Recomputation(contextlib.AbstractContextManager[None]):
-    def __init__(self, tokens: tuple[Token, ...]) -> None:
+    def __init__(self, tokens: tuple[Token, ...], gates: Mapping[tuple[Token, str], Any]) -> None:
         self._tokens = tokens
+        self._gates = gates
         self._entered = threading.local()
 
     def __enter__(self) -> None:
-        context = _hiding(self._tokens)
+        is_forward = find_backward_number() < 0  # the gates that it computes are for all of the call
+        context = _hiding(self._tokens) if is_forward else _scope(self._tokens, self._gates)
         context.__enter__()
         self._entered.contexts = [*getattr(self._entered, "contexts", ()), context]
 
     def __exit__(self, *exception: Any) -> bool | None:
         return self._entered.contexts.pop().__exit__(*exception)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _scope(tokens: tuple[Token, ...], gates: Mapping[tuple[Token, str], Any]) -> Iterator[None]:
+    number = find_backward_number()
+    before = _gates.get()
+    _gates.set({key: (number, value) for key, (_, value) in gates.items()})
+    try:
+        with _hiding(tokens):
+            yield
+    finally:
+        _gates.set(before)
+
+
+def note_gates(token: Token, name: str, gates: Any) -> None:
+    """Keep gates or a mask for the weights that this thread reads next, until the present call of the model ends."""
+    _run_uncompiled(_write_gates, token, name, gates)
+
+
+def _write_gates(token: Token, name: str, gates: Any) -> None:
+    _gates.set({**_gates.get(), (token, name): (find_backward_number(), gates)})
+
+
+def find_gates(token: Token, name: str) -> Any:
+    """The gates or the mask of this name; ``None`` if there are none.
+
+    Those of a call are not found in its backward, where another call may have run in between. A recomputation of
+    ``AdapterConfig(checkpoint=True)`` has them again.
+    """
+    return _run_uncompiled(_read_gates, token, name)
+
+
+def _read_gates(token: Token, name: str) -> Any:
+    number, gates = _gates.get().get((token, name), (-1, None))
+    return gates if number == find_backward_number() else None
 
 
 @contextlib.contextmanager
@@ -144,12 +188,14 @@ def calling(token: Token, replaced: frozenset[tuple[int, str]]) -> Iterator[None
         token: the model's token.
         replaced: the weights that were replaced by plain tensors when the call began: module id and parameter name.
     """
-    before = _calls.get()
+    before, gates = _calls.get(), _gates.get()
     _calls.set((*before, _Call(token, replaced)))
     try:
         yield
     finally:
         _calls.set(before)
+        if _gates.get() is not gates:
+            _gates.set(gates)
 
 
 def is_replaced_in_call(token: Token, module: object, leaf: str) -> bool:

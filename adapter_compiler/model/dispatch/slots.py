@@ -19,6 +19,19 @@ SLOTS = "_adapter_compiler_slots"
 
 
 @dataclasses.dataclass(frozen=True)
+class RoutedAdapter(BoundAdapter):
+    """An adapter whose update depends on the call, bound to a read of its weight.
+
+    Attributes:
+        token: the model's token, under which gates and masks of a call are kept.
+        is_followed: whether other sites use its gates.
+    """
+
+    token: Token
+    is_followed: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class AttachedAdapter:
     """An adapter and the module that has its parameters, which may be replaced at any time.
 
@@ -26,16 +39,23 @@ class AttachedAdapter:
         planned: the adapter.
         owner: the module that has its parameters.
         names: the names of the parameters.
+        routing: the model's token if the update depends on the call, else ``None``.
+        is_followed: whether other sites use its gates.
     """
 
     planned: PlannedAdapter
     owner: nn.Module
     names: tuple[str, ...]
+    routing: Token | None = None
+    is_followed: bool = False
 
     def bind(self) -> BoundAdapter:
         """The adapter with the tensors that are its parameters now."""
         registered = self.owner._parameters
-        return BoundAdapter(self.planned, {name: registered[name] for name in self.names})  # type: ignore[misc]
+        parameters: dict[str, torch.Tensor] = {name: registered[name] for name in self.names}  # type: ignore[misc]
+        if self.routing is not None:
+            return RoutedAdapter(self.planned, parameters, self.routing, self.is_followed)
+        return BoundAdapter(self.planned, parameters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +70,7 @@ class Slot:
         hooks: what users registered on the gradient of W + ΔW; all names of the weight share it.
         fused: whether an adapter and its base layer may run as one function with its own backward.
         recompute: whether these functions may recompute cheap activations in backward.
+        is_routed: whether an update depends on the call, so that W + ΔW does not exist.
         is_summed_without_grad: whether a read must give W + ΔW as a plain tensor if it needs no gradient, because the
             module then checks its weights and passes them to C++.
     """
@@ -62,6 +83,7 @@ class Slot:
     fused: bool = True
     recompute: bool = True
     is_summed_without_grad: bool = False
+    is_routed: bool = False
 
     def bind(self, module: nn.Module, leaf: str, weight: torch.Tensor) -> tuple[BoundAdapter, ...] | None:
         """The adapters with their present parameters, or ``None`` if no ΔW is to be added.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ def prepare_call(
 
 
 def prepare_merged(model: nn.Module) -> nn.Module:
-    """A copy of the model with merged adapters, in eval mode on the CPU.
+    """A copy of the model with merged adapters, in eval mode on the CPU; routers and masks stay beside the weights.
 
     It is frozen: with gradients, PyTorch traces another attention kernel, whose layout the exporter cannot always
     translate.
@@ -105,6 +106,8 @@ def prepare_merged(model: nn.Module) -> nn.Module:
             f"export_onnx(adapted_or_model=...) is a {type(model).__name__}, expected an AdaptedModel or a "
             "torch.nn.Module; give the model itself"
         )
+    if isinstance(model, AdaptedModel) and any(adapter.form.is_routed for adapter in model.plan):
+        return copy.deepcopy(model).eval().cpu().requires_grad_(False)
     if isinstance(model, AdaptedModel):
         return model.fold(parametrized="remove").eval().cpu().requires_grad_(False)
     return prepare_base(model)

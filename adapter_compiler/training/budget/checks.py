@@ -149,6 +149,11 @@ def assert_fits(adapted: AdaptedModel, optimizers: Sequence[torch.optim.Optimize
             f"the adapters are of the kind {kinds}, which has no λ and cannot be pruned, expected triplets P, λ, Q at "
             "one site or more; compile with AdapterConfig(kind='svd') or kind='dora-svd', or train without a RankBudget"
         )
+    if schedule.compact and (grouped := [adapter for adapter in prunable if adapter.form.groups > 1]):
+        raise BudgetError(
+            f"BudgetSchedule(compact=True) would leave the {grouped[0].form.groups} experts of {grouped[0].site.name} "
+            "with different ranks, expected compact=False for a mixture, in which pruned triplets stay in memory"
+        )
     names = {adapter.site.name for adapter in prunable}
     if others := [adapter.site.name for adapter in adapted.plan if adapter.site.name not in names]:
         logger.warning(

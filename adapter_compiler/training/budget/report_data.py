@@ -88,9 +88,9 @@ def collect_run(
 
 
 def find_singular_values(adapted: AdaptedModel, name: str, adapter: PlannedAdapter) -> tuple[float, ...]:
-    """The singular values of ΔW, as many as the rank; nothing for stacks of matrices."""
+    """The singular values of ΔW, as many as the rank; nothing for stacks of matrices and mixtures."""
     parameters = adapted.parameters_of_adapter(name).parameters_of(adapter)
-    if not adapter.rank or any(parameter.dim() > 2 for parameter in parameters.values()):
+    if not adapter.rank or adapter.form.is_routed or any(parameter.dim() > 2 for parameter in parameters.values()):
         return ()
     P, lam, Q = factor_triplets(adapter, parameters)
     _, values, _ = compress_triplets((P, lam * adapter.scale, Q), adapter.rank)

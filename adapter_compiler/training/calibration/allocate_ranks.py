@@ -18,7 +18,13 @@ from adapter_compiler.config.progress import progress
 from adapter_compiler.config.validation import assert_choice, assert_integer
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.model.adapted_model import AdaptedModel
-from adapter_compiler.training.calibration.gradients import Loss, as_batches, assert_adapted, find_weight_gradients
+from adapter_compiler.training.calibration.gradients import (
+    Loss,
+    as_batches,
+    assert_adapted,
+    assert_matrices,
+    find_weight_gradients,
+)
 from adapter_compiler.training.calibration.start_from_data import decompose_layer_inputs
 from adapter_compiler.training.scoring.allocator import Request, allocate_best, share_out
 from passes.planning.plan import AdapterPlan
@@ -77,6 +83,7 @@ def allocate_ranks(
     """
     options = allocation if isinstance(allocation, StaticAllocation) else StaticAllocation(method=allocation)
     assert_adapted(adapted, "allocate_ranks")
+    assert_matrices(adapted, "allocate_ranks")
     plan = list(adapted.plan)
     total = sum(adapter.rank for adapter in plan) if options.total is None else options.total
     high = [

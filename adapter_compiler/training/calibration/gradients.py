@@ -85,6 +85,16 @@ def assert_adapted(adapted: object, function: str) -> None:
         )
 
 
+def assert_matrices(adapted: AdaptedModel, function: str) -> None:
+    """Raise :class:`ConfigError` if an update depends on the call: the gradient of the weight says nothing of it."""
+    for adapter in adapted.plan:
+        if adapter.form.is_routed:
+            raise ConfigError(
+                f"{function}: site {adapter.site.name} has the form {adapter.form.name!r}, whose update depends on the "
+                "call, expected a form that adds one matrix to the weight (svd, lora); leave this call out"
+            )
+
+
 def as_batches(batches: Iterable[Any]) -> Sequence[Any]:
     """The batches as a sequence.
 

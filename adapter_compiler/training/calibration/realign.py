@@ -28,7 +28,7 @@ from adapter_compiler.training.calibration.carried_moments import (
     carry_moments,
     restart_moments,
 )
-from adapter_compiler.training.calibration.gradients import Loss, as_batches, find_weight_gradients
+from adapter_compiler.training.calibration.gradients import Loss, as_batches, assert_matrices, find_weight_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def rediagonalize(adapted: AdaptedModel, optimizer: torch.optim.Optimizer | None
     Returns:
         The sites that were changed.
     """
+    assert_matrices(adapted, "rediagonalize")
     changed = []
     parameters = adapted.adapters.keyed_parameters
     for site in adapted.adapters.prunable_sites:
@@ -162,6 +163,7 @@ class Realigner:
             raise ConfigError(f"Realigner(realign_every={realign_every!r}): expected an integer of at least 1")
         if (batches is None) != (loss is None):
             raise ConfigError("Realigner got one of batches and loss, expected both or none; give the other too")
+        assert_matrices(adapted, "Realigner")
         if not adapted.adapters.prunable_sites:
             raise ConfigError("no adapter has a λ to re-diagonalize; compile with AdapterConfig(kind='svd')")
         self.every = realign_every

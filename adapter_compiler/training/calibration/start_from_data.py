@@ -31,6 +31,7 @@ from adapter_compiler.training.calibration.gradients import (
     Loss,
     as_batches,
     assert_adapted,
+    assert_matrices,
     find_weight_gradients,
     tell_batches,
 )
@@ -138,6 +139,7 @@ def initialize_adapters(
     """
     options = start if isinstance(start, DataStart) else DataStart(method=start)
     assert_adapted(adapted, "initialize_adapters")
+    assert_matrices(adapted, "initialize_adapters")
     collected = as_batches(batches)
     _give_forms(adapted, shifted=options.method == "lora_ga")
     sites = {}

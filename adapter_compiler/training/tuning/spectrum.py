@@ -100,7 +100,7 @@ def count_values(plan: AdapterPlan) -> int:
 
 def _assert_can_cut(adapter: PlannedAdapter) -> PlannedAdapter:
     shapes = adapter.form.parameter_shapes(adapter.site.out_features, adapter.site.in_features, 1).values()
-    if adapter.form.rescales or any(len(shape) > 2 for shape in shapes):
+    if adapter.form.rescales or adapter.form.is_routed or any(len(shape) > 2 for shape in shapes):
         raise ConfigError(
             f"site {adapter.site.name} has the form {adapter.form.name!r}, whose update cannot be cut by its singular "
             "values; expected a form that adds a product of two matrices to the weight (svd, lora)"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule
 
+from passes.base import SiteError
 from passes.forms import FORMS, AdapterForm, NodeEmitter, find_form, with_offset
 
 NAMES = [*FORMS, *(f"{name}-offset3" for name in FORMS)]
@@ -98,3 +99,33 @@ def test_starting_values_are_frozen_and_keep_their_rank(name: str) -> None:
     assert form.frozen == {key for key in one if key.endswith("_start")}
     assert growing == {key for key in one if key not in form.frozen and key != "magnitude"}
     assert form.is_empty(0) == (name in ("svd", "lora"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lora-experts4", "svd-experts8-top2-example@a.0-b.weight", "lora-experts2-top1", "svd-masked@image_mask"],
+)
+def test_a_routed_form_is_found_by_its_name_and_multiplies_by_gates(name: str) -> None:
+    form = find_form(name)
+    assert form.name == name
+    assert form.is_routed
+    p = {key: value for key, value in draw(form, rank=8).items() if key != "router"}
+    gates = torch.rand(3, form.groups, dtype=torch.float64)
+    x, y = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    left, right = (p["B"], p["A"]) if name.startswith("lora") else (p["P"] * p["lam"], p["Q"])
+    each = gates.repeat_interleave(8 // form.groups, 1)
+    inputs = (*p.values(), gates)
+    names = [*p, "gates"]
+    torch.testing.assert_close(build(form, "forward", names)(x, *inputs), 0.5 * ((x @ right.T) * each) @ left.T)
+    torch.testing.assert_close(build(form, "reverse", names)(y, *inputs), 0.5 * ((y @ left) * each) @ right)
+    for refused in (lambda: form.delta(p, 0.5), lambda: build(form, "weight", list(p))):
+        with pytest.raises(SiteError, match=r"depends on the call and is no matrix"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    "name", ["dora-experts4", "lora-experts1", "lora-experts4-top4", "lora-masked@", "svd-masked@1"]
+)
+def test_no_other_name_is_a_routed_form(name: str) -> None:
+    with pytest.raises(KeyError):
+        find_form(name)

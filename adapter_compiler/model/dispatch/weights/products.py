@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import linear
 
 from adapter_compiler.model.dispatch.weights.history import BoundAdapters
+from adapter_compiler.model.dispatch.weights.routed import route
 from adapter_compiler.model.dispatch.weights.weight_sum import WeightSum
 from passes.adapt.apply_adapters import adapted_linear, adapted_output
 from passes.forms.base import OperatorCall
@@ -58,6 +59,7 @@ def multiply(
         return adapted_linear(x, matrix, bias, first, factors, fused=fused, recomputation=recomputation)
     product = packed_linear if isinstance(matrix, PackedWeight) else linear
     call = OperatorCall(product, (x, matrix, bias))
+    adapters = route(adapters, x, is_transposed=stored_in_out)
     weight = matrix.t() if stored_in_out else matrix
     output = adapted_output("product", call, x, weight, adapters, transposed=stored_in_out)
     return NotImplemented if output is None else output

@@ -8,6 +8,7 @@ This is what C++ sees: the inside of an ``autograd.Function``, TorchScript and C
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -23,7 +24,6 @@ from adapter_compiler.model.dispatch.weights.history import (
     outside_inference_mode,
     written,
 )
-from passes.adapt.apply_adapters import BoundAdapter
 from passes.compat import WithoutTorchFunction, make_wrapper, pytree
 from passes.quantize.packed_weights import PackedWeight
 
@@ -178,7 +178,7 @@ class WeightSum(torch.Tensor):
     def detached(self: Self) -> Self:
         """The same weight without autograd history."""
         adapters = tuple(
-            BoundAdapter(a.planned, {n: p.detach() for n, p in a.parameters.items()}) for a in self.adapters
+            dataclasses.replace(a, parameters={n: p.detach() for n, p in a.parameters.items()}) for a in self.adapters
         )
         made = self._with(adapters, is_transposed=self.is_transposed, is_detached=True)
         if self.pin.is_active:

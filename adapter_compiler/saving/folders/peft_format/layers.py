@@ -168,6 +168,7 @@ def _make_lora(adapters: Sequence[PlannedAdapter], parameters_of: ParametersOf, 
 
 def _make_adalora(adapters: Sequence[PlannedAdapter], parameters_of: ParametersOf, module: str, layer: str) -> PeftSite:
     adapter = adapters[0]
+    adapter.assert_matrix()
     parameters = parameters_of(adapter)
     if adapter.site.rows is not None:
         raise ConfigError(f"site {adapter.site.name} covers some rows of its weight, AdaLoRA all; write LoRA")
