@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from adapter_compiler.report.weight_changes import WeightChange, measure_weight_changes, plot_weight_changes
     from adapter_compiler.training.budget import Allocation, BudgetSchedule, RankBudget
     from adapter_compiler.training.calibration.allocate_ranks import StaticAllocation, allocate_ranks
+    from adapter_compiler.training.calibration.joint_start import JointStart, initialize_jointly
     from adapter_compiler.training.calibration.realign import Realigner, rediagonalize
     from adapter_compiler.training.calibration.start_from_data import (
         DataStart,
@@ -73,6 +74,7 @@ else:
                 "training.router_balance": ("RouterBalance", "load_balancing_loss", "measure_routing"),
                 "training.budget": ("Allocation", "BudgetSchedule", "RankBudget"),
                 "training.calibration.allocate_ranks": ("StaticAllocation", "allocate_ranks"),
+                "training.calibration.joint_start": ("JointStart", "initialize_jointly"),
                 "training.calibration.realign": ("Realigner", "rediagonalize"),
                 "training.calibration.start_from_data": ("DataStart", "InitializationReport", "initialize_adapters"),
                 "training.make_optimizer": ("make_optimizer",),
@@ -104,6 +106,7 @@ __all__ = [
     "ExportReport",
     "InitializationReport",
     "IntrinsicDimension",
+    "JointStart",
     "Mixture",
     "OnnxAdapters",
     "OnnxDecoder",
@@ -123,6 +126,7 @@ __all__ = [
     "find_rate",
     "find_smallest",
     "initialize_adapters",
+    "initialize_jointly",
     "load",
     "load_adapters",
     "load_balancing_loss",

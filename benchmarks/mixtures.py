@@ -146,7 +146,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", help="words that the names of the methods to run contain")
+    parser.add_argument("--rates", type=float, nargs="*", default=RATES)
+    parser.add_argument("--only", nargs="*", default=[""], help="words of the names of the methods to run")
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
     rank, seeds, steps = options.rank, range(options.seeds), options.steps
@@ -158,13 +159,14 @@ def main() -> None:
         models[seed] = pretrain(CoarseTransformer(), examples, cross_entropy, steps=500, seed=seed)
     rows: dict[str, list[list[float]]] = {}
     for name, method in {**find_methods(rank), TWO: None}.items():
-        if options.only not in name:
+        if not any(words in name for words in options.only):
             continue
         rows[name] = []
         for seed in seeds:
             given = (models[seed], data[seed], seed)
             runs = [
-                run_two(*given, rank, lr, steps) if method is None else run(*given, method, lr, steps) for lr in RATES
+                run_two(*given, rank, lr, steps) if method is None else run(*given, method, lr, steps)
+                for lr in options.rates
             ]
             rows[name].append(min(runs, key=lambda one: one[0])[1])
         print(name, rows[name], file=sys.stderr)

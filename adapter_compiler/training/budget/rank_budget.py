@@ -45,7 +45,7 @@ from adapter_compiler.training.budget.stepping.wrappers import (
     unwrap_model,
 )
 from adapter_compiler.training.run_report.page import write_page
-from adapter_compiler.training.run_report.run_data import Exported, Extras, SizeCurve
+from adapter_compiler.training.run_report.run_data import Alignment, Exported, Extras, SizeCurve
 from adapter_compiler.training.scoring.allocator import Request, allocate_best, allocate_by_site, choose_grown
 from adapter_compiler.training.scoring.importance import SiteImportance
 from adapter_compiler.training.scoring.metrics import GrowthTracker, Metric, make_metric, take_triplets
@@ -200,6 +200,7 @@ class RankBudget(ShownInNotebooks):
         losses: Sequence[float] = (),
         search: SizeCurve | None = None,
         export: Exported | None = None,
+        realigner: Alignment | None = None,
         title: str = "Rank budget",
     ) -> Path:
         """Write one HTML file with the run in words and pictures; it loads nothing and runs no script.
@@ -212,6 +213,7 @@ class RankBudget(ShownInNotebooks):
             losses: the loss of each optimizer step; by default those given to :meth:`note_loss`, one a masking.
             search: the result of ``find_smallest``, whose curve is shown.
             export: the result of ``export_onnx``, whose errors are shown.
+            realigner: a :class:`~adapter_compiler.Realigner` with batches, whose alignments over the steps are shown.
             title: the heading.
 
         Returns:
@@ -221,7 +223,8 @@ class RankBudget(ShownInNotebooks):
         names, sizes = self._triplets.sites, self._triplets.sizes
         scores = split_scores(names, sizes, self._last_scores, self._mask)
         run = collect_run(self, self._adapted, self._adapter, scores, losses=losses, title=title)
-        return write_page(path, run, Extras(curve=search, fold=self._adapted.fold_report, export=export))
+        extras = Extras(curve=search, alignment=realigner, fold=self._adapted.fold_report, export=export)
+        return write_page(path, run, extras)
 
     def shrink(self, kept: Mapping[str, torch.Tensor]) -> None:
         """Keep only these triplets of each site (ascending indices), even if others are live."""

@@ -29,6 +29,7 @@ from adapter_compiler.training.calibration.carried_moments import (
     restart_moments,
 )
 from adapter_compiler.training.calibration.gradients import Loss, as_batches, assert_matrices, find_weight_gradients
+from passes.planning.json_schema import is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,8 @@ class Realigner:
     Attributes:
         every: the number of optimizer steps from one re-diagonalization to the next.
         alignment: the last result of :func:`measure_alignment` for each site.
+        history: the step and the alignments of every re-alignment, the oldest first, before unused triplets were
+            moved; ``RankBudget.report(..., realigner=realigner)`` shows it.
         step: the number of optimizer steps so far.
     """
 
@@ -169,6 +172,7 @@ class Realigner:
         self.every = realign_every
         self.threshold = threshold
         self.alignment: Mapping[str, float] = {}
+        self.history: list[tuple[int, Mapping[str, float]]] = []
         self.step = 0
         self._adapted = adapted
         self._optimizer = optimizer
@@ -182,7 +186,8 @@ class Realigner:
 
     def state_dict(self) -> dict[str, Any]:
         """The state that, with those of the model and the optimizer, continues a run bit for bit."""
-        return {**self._options, "step": self.step, "alignment": dict(self.alignment)}
+        history = [[step, dict(alignment)] for step, alignment in self.history]
+        return {**self._options, "step": self.step, "alignment": dict(self.alignment), "history": history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state from :meth:`state_dict`. Nothing changes if it does not fit.
@@ -205,7 +210,14 @@ class Realigner:
                 f"the Realigner's state has step={step!r} and alignment={alignment!r}, expected a number of steps and "
                 "numbers by site of this model; give a state from Realigner.state_dict() for the same model"
             )
+        history = state.get("history", [])  # states from before it was kept have none
+        if not _is_history(history, sites):
+            raise CheckpointError(
+                f"the Realigner's state has history={history!r:.200}, expected a list of steps and numbers by site of "
+                "this model; give a state from Realigner.state_dict() for the same model"
+            )
         self.step, self.alignment = step, dict(alignment)
+        self.history = [(step, dict(found)) for step, found in history]
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -245,8 +257,18 @@ class Realigner:
                 restart_moments(self._optimizer, {"P": P, "lam": lam, "Q": Q}, ~used)
                 realigned.append(site)
         self.alignment = alignment
+        self.history.append((self.step, alignment))
         logger.info("re-aligned %d of %d sites at step %d", len(realigned), len(alignment), self.step)
         return realigned
+
+
+def _is_history(history: object, sites: set[str]) -> bool:
+    if not isinstance(history, list) or not all(isinstance(one, (list, tuple)) and len(one) == 2 for one in history):
+        return False
+    return all(
+        type(step) is int and step >= 0 and isinstance(found, Mapping) and found.keys() <= sites
+        for step, found in history
+    ) and all(is_finite(value) for _, found in history for value in found.values())
 
 
 def _find_used(P: torch.Tensor, lam: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:

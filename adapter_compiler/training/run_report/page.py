@@ -8,6 +8,7 @@ from pathlib import Path
 from adapter_compiler.saving.primitives.files import written_beside
 from adapter_compiler.training.run_report.run_data import Extras, RunData
 from adapter_compiler.training.run_report.sections import (
+    write_alignment,
     write_curves,
     write_errors,
     write_pruning,
@@ -86,6 +87,7 @@ def render_page(run: RunData, extras: Extras) -> str:
         "Score against size": write_sizes(extras.curve),
         "Budget and loss": write_curves(run),
         "Ranks over time": write_ranks(run),
+        "Alignment with the gradient": write_alignment(extras.alignment),
         "What was pruned, and why": write_pruning(run),
         "Spectra of the updates": write_spectra(run),
         "Folding and export": write_errors(extras.fold, extras.export),

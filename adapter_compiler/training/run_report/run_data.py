@@ -144,10 +144,23 @@ class Exported(Protocol):
         """One entry for each output of each input."""
 
 
+class Alignment(Protocol):
+    """A ``Realigner``."""
+
+    @property
+    def threshold(self) -> float:
+        """Below this, weights were re-aligned."""
+
+    @property
+    def history(self) -> Sequence[tuple[int, Mapping[str, float]]]:
+        """The step and the alignment of each weight, the oldest first."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Extras:
     """What a report shows beside the run, if it is given."""
 
     curve: SizeCurve | None = None
+    alignment: Alignment | None = None
     fold: Rounding | None = None
     export: Exported | None = None

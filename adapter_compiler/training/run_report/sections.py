@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from adapter_compiler.training.run_report.charts import draw_bars, draw_lines, draw_strips, show_number
-from adapter_compiler.training.run_report.run_data import Exported, Rounding, RunData, SiteData, SizeCurve
+from adapter_compiler.training.run_report.run_data import Alignment, Exported, Rounding, RunData, SiteData, SizeCurve
 from adapter_compiler.training.run_report.words import find_groups, summarize
 
 #: At most so many points of a loss curve; a longer one shows means of equal parts.
@@ -100,6 +100,30 @@ def write_pruning(run: RunData) -> str:
     )
     heads = ("weight", "role", "rank", "last change", "share of all scores", "best pruned triplet")
     return note + _write_table(heads, rows)
+
+
+def write_alignment(alignment: Alignment | None) -> str:
+    """The alignment of the adapters with the gradients of the weights over steps."""
+    measured = [] if alignment is None else [(step, list(found.values())) for step, found in alignment.history if found]
+    if alignment is None or not measured:
+        return ""
+    lines = {
+        "mean over the weights": [(float(step), statistics.fmean(values)) for step, values in measured],
+        "the least aligned weight": [(float(step), min(values)) for step, values in measured],
+    }
+    chart = draw_lines(
+        lines,
+        x_label="step",
+        description="Alignment of the adapters with the gradient over steps",
+        level=(alignment.threshold, "re-aligned below this"),
+    )
+    step, last = next((step, found) for step, found in reversed(alignment.history) if found)
+    rows = ((escape(name), f"{value:.3f}") for name, value in sorted(last.items(), key=lambda item: item[1])[:10])
+    note = (
+        "<p>The share of a weight's gradient G that its used triplets can follow, ‖P PᵀG + G QᵀQ‖ / ‖G‖, from 0 to 2, "
+        f"before unused triplets were moved. The least aligned weights at step {step}:</p>"
+    )
+    return chart + note + _write_table(("weight", "alignment"), rows)
 
 
 def write_sizes(curve: SizeCurve | None) -> str:

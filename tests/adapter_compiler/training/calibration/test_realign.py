@@ -327,6 +327,7 @@ def test_a_run_resumes_bit_for_bit(with_batches: bool, with_budget: bool, tmp_pa
         whole.advance(step < RealignedRun.steps)
     assert whole.realigner.step == RealignedRun.steps
     assert bool(whole.realigner.alignment) == with_batches
+    assert [step for step, _ in whole.realigner.history] == ([3, 6, 9] if with_batches else [])
     expected = whole.snapshot()
     for step in range(RealignedRun.steps + 1):
         again = RealignedRun(**options)
@@ -347,6 +348,8 @@ def test_a_run_resumes_bit_for_bit(with_batches: bool, with_budget: bool, tmp_pa
         ({"step": -1}, "the Realigner's state has step=-1 and alignment={}, expected a number of steps"),
         ({"step": None}, "the Realigner's state has step=None and"),
         ({"alignment": {"9.weight": 1.0}}, "alignment={'9.weight': 1.0}, expected a number of steps and numbers by"),
+        ({"history": [[3, {"9.weight": 1.0}]]}, "the Realigner's state has history=.*expected a list of steps"),
+        ({"history": {}}, "the Realigner's state has history={}, expected a list of steps"),
         ({"alignment": [1]}, r"alignment=\[1\], expected a number of steps and numbers by site"),
     ],
 )
@@ -357,6 +360,15 @@ def test_a_state_of_another_realigner_is_refused(changes: dict[str, object], mes
     with pytest.raises(CheckpointError, match=message):
         run.realigner.load_state_dict(before | changes)
     assert run.realigner.state_dict() == before
+
+
+def test_a_state_from_before_there_was_a_history_is_read() -> None:
+    run = RealignedRun(with_batches=True, with_budget=False)
+    run.advance(3)
+    state = {key: value for key, value in run.realigner.state_dict().items() if key != "history"}
+    run.realigner.load_state_dict(state)
+    assert run.realigner.history == []
+    assert run.realigner.step == 3
 
 
 def test_a_realigner_covers_the_gradient_that_was_missed() -> None:

@@ -193,6 +193,32 @@ def test_after_compaction_and_with_a_budget_in_parameters(options: dict[str, Any
     assert {row[0]: row[2] for row in rows} == {name: f"4 → {rank}" for name, rank in found.budget.ranks().items()}
 
 
+def test_the_alignment_over_steps_is_the_realigners(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(32, 6), torch.randn(32, 4)
+    adapted = ac.compile_with_adapters(Model(), batch[:1], config=ac.AdapterConfig(rank=4))
+    optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=0.02)
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    budget = ac.RankBudget(adapted, optimizer, ac.BudgetSchedule(target_rank=3, total_steps=12))
+    realigner = ac.Realigner(adapted, optimizer, realign_every=4, batches=[batch], loss=loss, threshold=1.25)
+    page = Reader(budget.report(tmp_path / "before.html", realigner=realigner).read_text(encoding="utf-8"))
+    assert "Alignment with the gradient" not in page.words
+    for _ in range(12):
+        loss(adapted, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [step for step, _ in realigner.history] == [4, 8, 12]
+    text = budget.report(tmp_path / "run.html", realigner=realigner).read_text(encoding="utf-8")
+    _, *rows = Reader(text).tables["Alignment with the gradient"]
+    expected = sorted(realigner.history[-1][1].items(), key=lambda item: item[1])
+    assert rows == [[name, f"{value:.3f}"] for name, value in expected[:10]]
+    assert "re-aligned below this" in text
+    assert "at step 12" in text
+
+
 def test_a_run_that_has_not_pruned_yet(tmp_path: Path) -> None:
     adapted = ac.compile_with_adapters(Model(), (torch.randn(2, 6),), config=ac.AdapterConfig(rank=4))
     schedule = ac.BudgetSchedule(target_rank=2, total_steps=30)
