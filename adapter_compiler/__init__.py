@@ -47,7 +47,8 @@ if TYPE_CHECKING:
         initialize_adapters,
     )
     from adapter_compiler.training.make_optimizer import make_optimizer
-    from adapter_compiler.training.router_balance import RouterBalance, load_balancing_loss, measure_routing
+    from adapter_compiler.training.auxiliary.block_distillation import BlockDistillation
+    from adapter_compiler.training.auxiliary.router_balance import RouterBalance, load_balancing_loss, measure_routing
     from adapter_compiler.training.training_state import load_training_state, save_training_state
     from adapter_compiler.training.tuning.find_combination import Combination, find_combination
     from adapter_compiler.training.tuning.find_rate import RateSearch, find_rate
@@ -71,7 +72,8 @@ else:
                 ),
                 "report.ranks": ("plot_ranks",),
                 "report.weight_changes": ("WeightChange", "measure_weight_changes", "plot_weight_changes"),
-                "training.router_balance": ("RouterBalance", "load_balancing_loss", "measure_routing"),
+                "training.auxiliary.block_distillation": ("BlockDistillation",),
+                "training.auxiliary.router_balance": ("RouterBalance", "load_balancing_loss", "measure_routing"),
                 "training.budget": ("Allocation", "BudgetSchedule", "RankBudget"),
                 "training.calibration.allocate_ranks": ("StaticAllocation", "allocate_ranks"),
                 "training.calibration.joint_start": ("JointStart", "initialize_jointly"),
@@ -100,6 +102,7 @@ __all__ = [
     "AdapterPlan",
     "AdapterRule",
     "Allocation",
+    "BlockDistillation",
     "BudgetSchedule",
     "Combination",
     "DataStart",

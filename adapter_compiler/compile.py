@@ -20,7 +20,7 @@ from adapter_compiler.adapters.copies import (
 from adapter_compiler.adapters.initializers import prepare_start, start_adapter
 from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
 from adapter_compiler.adapters.parameters.sharded import assert_whole
-from adapter_compiler.adapters.planning import match_plan, plan_adapters, plan_mixture
+from adapter_compiler.adapters.planning import match_plan, plan_adapters, plan_routing
 from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.config.attach_options import AttachOptions
 from adapter_compiler.config.progress import progress, tell
@@ -118,7 +118,7 @@ def _compile(
         search = find_sites(uses, viewed, config.selection)
     tell("plan adapters")
     if plan is None:
-        planned = plan_mixture(plan_adapters(search, config), config.mixture, attaching.regions)
+        planned = plan_routing(plan_adapters(search, config), config, attaching.regions)
     else:
         planned = match_plan(plan, viewed)
     planned = prepare_start(planned, config.start)

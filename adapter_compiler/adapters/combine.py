@@ -16,7 +16,7 @@ from adapter_compiler.adapters.adapter_state import AdapterState
 from adapter_compiler.adapters.named_adapters import add_inactive, fill_parameters, find_module_tensors
 from adapter_compiler.adapters.parameters.factors import factor_triplets
 from adapter_compiler.errors import ConfigError
-from passes.forms import MixtureForm, SvdForm
+from passes.forms import MixtureForm, RoutedForm, SvdForm
 from passes.planning.json_schema import is_finite
 from passes.planning.plan import AdapterPlan, PlannedAdapter
 from passes.planning.site import AdapterSite
@@ -163,11 +163,11 @@ def fix_routing(adapted: AdapterState, gates: Gates, *, name: str) -> None:
         ConfigError: the active adapter is no mixture, the name is not valid or taken, or gates are missing.
     """
     adapted.adapter_set.assert_free(name)
-    mixtures = [adapter for adapter in adapted.plan if isinstance(adapter.form, MixtureForm)]
+    mixtures = [adapter for adapter in adapted.plan if isinstance(adapter.form, RoutedForm)]
     if not mixtures:
         raise ConfigError(
-            f"fix_routing: the adapter {adapted.active_adapter!r} is no mixture, expected one of "
-            "AdapterConfig(mixture=...); use(...) it first"
+            f"fix_routing: the adapter {adapted.active_adapter!r} is no mixture and has no mask, "
+            "expected one of AdapterConfig(mixture=...) or (token_mask=...); use(...) it first"
         )
     chosen = {adapter.site.name: _find_gates(adapter, gates) for adapter in mixtures}
     adapters = tuple(_fix_form(adapter) for adapter in adapted.plan)
@@ -185,18 +185,18 @@ def fix_routing(adapted: AdapterState, gates: Gates, *, name: str) -> None:
 
 def _fix_form(adapter: PlannedAdapter) -> PlannedAdapter:
     form = adapter.form
-    return dataclasses.replace(adapter, form=form.inner) if isinstance(form, MixtureForm) else adapter
+    return dataclasses.replace(adapter, form=form.inner) if isinstance(form, RoutedForm) else adapter
 
 
 def _find_gates(adapter: PlannedAdapter, gates: Gates) -> torch.Tensor:
     form = adapter.form
-    assert isinstance(form, MixtureForm)
-    router = form.leader or adapter.site.name
+    assert isinstance(form, RoutedForm)
+    router = (form.leader if isinstance(form, MixtureForm) else "") or adapter.site.name
     given = gates.get(router) if isinstance(gates, Mapping) else gates
     is_list = isinstance(given, Sequence) and not isinstance(given, str)
-    if given is None or not is_list or len(given) != form.experts or not all(map(is_finite, given)):
+    if given is None or not is_list or len(given) != form.groups or not all(map(is_finite, given)):
         raise ConfigError(
-            f"fix_routing: the gates of the router at {router} are {given!r}, expected {form.experts} finite numbers, "
+            f"fix_routing: the gates of the router at {router} are {given!r}, expected {form.groups} finite numbers, "
             "one for each expert; give a list for all routers, or a dict of lists by the names of their sites"
         )
     return torch.tensor([float(gate) for gate in given], dtype=torch.float64)

@@ -16,7 +16,7 @@ from adapter_compiler.adapters.adapter_set import FIRST_NAME, InactiveTensors
 from adapter_compiler.adapters.adapter_state import AdapterState, checksum_buffers
 from adapter_compiler.adapters.initializers import prepare_start, start_adapter
 from adapter_compiler.adapters.parameters.adapter_parameters import AdapterParameters
-from adapter_compiler.adapters.planning import match_plan, plan_adapters, plan_mixture
+from adapter_compiler.adapters.planning import match_plan, plan_adapters, plan_routing
 from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.errors import ConfigError, SiteError
 from passes.planning.find_sites import search_known_sites
@@ -38,7 +38,7 @@ def add_adapter(
     if plan is None:
         selection = _with_trainable(config, adapted.options).selection
         plan = plan_adapters(search_known_sites(find_known_sites(adapted).values(), adapted.module, selection), config)
-        plan = plan_mixture(plan, config.mixture, config.attaching(adapted.module).regions)
+        plan = plan_routing(plan, config, config.attaching(adapted.module).regions)
     else:
         plan = match_plan(plan, adapted.module)
     if not plan.adapters:

@@ -12,7 +12,7 @@ from adapter_compiler.config.adapter_config import AdapterConfig
 from adapter_compiler.config.mixture import Mixture
 from adapter_compiler.errors import SiteError
 from passes.analysis.weight_uses import find_parameter_aliases
-from passes.forms import FORMS, MixtureForm
+from passes.forms import FORMS, MaskedForm, MixtureForm
 from passes.forms.routed import ROUTABLE
 from passes.planning.find_sites import SiteSearch
 from passes.planning.plan import AdapterPlan, PlannedAdapter
@@ -88,18 +88,21 @@ def match_plan(plan: AdapterPlan, model: nn.Module) -> AdapterPlan:
     return AdapterPlan(adapters=tuple(adapters))
 
 
-def plan_mixture(plan: AdapterPlan, mixture: Mixture | None, regions: Sequence[str]) -> AdapterPlan:
-    """The plan with a mixture of experts at each site; without a mixture, the plan itself.
+def plan_routing(plan: AdapterPlan, config: AdapterConfig, regions: Sequence[str]) -> AdapterPlan:
+    """The plan with a mixture of experts or a mask of tokens at each site, if the configuration has one.
 
     Args:
         plan: one adapter for each site.
-        mixture: the options.
+        config: the configuration.
         regions: the qualified names of the blocks of the model.
 
     Raises:
         SiteError: a weight is used by other operators than products, it is too small for a rank for each expert, its
             rule asks for another kind, or there are no blocks to share routers in.
     """
+    if config.token_mask is not None:
+        return AdapterPlan(adapters=tuple(_mask(adapter, config.token_mask) for adapter in plan))
+    mixture = config.mixture
     if mixture is None:
         return plan
     leaders: dict[str, str] = {}
@@ -128,16 +131,7 @@ def _find_group(adapter: PlannedAdapter, mixture: Mixture, regions: Sequence[str
 
 def _mix(adapter: PlannedAdapter, mixture: Mixture, leader: str) -> PlannedAdapter:
     site, k = adapter.site, mixture.experts
-    if adapter.form.name not in ROUTABLE:
-        raise SiteError(
-            f"site {site.name} has the form {adapter.form.name!r} by a rule, expected one of "
-            f"{', '.join(map(repr, ROUTABLE))} for the experts of a mixture; change the rule or exclude the site"
-        )
-    if site.op != "linear" or len(site.shape) != 2:
-        raise SiteError(
-            f"site {site.name} is a weight of shape {site.shape} for {site.op}, expected a matrix that is used by "
-            "matrix products only, because a mixture has no ΔW that another operator could use; exclude the site"
-        )
+    _assert_routable(adapter)
     rank = adapter.rank // k * k
     if not rank:
         raise SiteError(
@@ -152,3 +146,22 @@ def _mix(adapter: PlannedAdapter, mixture: Mixture, leader: str) -> PlannedAdapt
         leader=leader,
     )
     return dataclasses.replace(adapter, form=form, rank=rank)
+
+
+def _mask(adapter: PlannedAdapter, argument: str) -> PlannedAdapter:
+    _assert_routable(adapter)
+    return dataclasses.replace(adapter, form=MaskedForm(adapter.form, argument))
+
+
+def _assert_routable(adapter: PlannedAdapter) -> None:
+    site = adapter.site
+    if adapter.form.name not in ROUTABLE:
+        raise SiteError(
+            f"site {site.name} has the form {adapter.form.name!r} by a rule, expected one of "
+            f"{', '.join(map(repr, ROUTABLE))} under a router or a mask; change the rule or exclude the site"
+        )
+    if site.op != "linear" or len(site.shape) != 2:
+        raise SiteError(
+            f"site {site.name} is a weight of shape {site.shape} for {site.op}, expected a matrix that is used by "
+            "matrix products only, because there is no ΔW that another operator could use; exclude the site"
+        )

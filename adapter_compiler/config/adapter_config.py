@@ -92,6 +92,8 @@ class AdapterConfig:
             or ``"int8"``, with bitsandbytes. The given model keeps its own weights: delete it to free their memory, or
             adapt it ``inplace``.
         mixture: experts and routers in place of one adapter at each weight, see :class:`~adapter_compiler.Mixture`.
+        token_mask: the name of an argument of the model's ``forward``: a mask of the tokens that the adapters act on,
+            with a value for each token, 1 (true) or 0. Other tokens, and calls without it, are those of the base model.
 
     Raises:
         ConfigError: an option is unknown, or its value cannot work.
@@ -118,6 +120,7 @@ class AdapterConfig:
     checkpoint: bool = False
     quantize: str | None = None
     mixture: Mixture | None = dataclasses.field(default=None, metadata={"example": Mixture()})
+    token_mask: str | None = dataclasses.field(default=None, metadata={"example": "image_mask"})
 
     def __post_init__(self) -> None:
         assert_choice(self, "kind", tuple(FORMS))
@@ -154,26 +157,36 @@ class AdapterConfig:
             )
 
     def _assert_routable(self) -> None:
-        if self.mixture is None:
-            return
-        if not isinstance(self.mixture, Mixture):
+        if self.token_mask is not None and not str(self.token_mask).isidentifier():
+            raise ConfigError(
+                f"AdapterConfig(token_mask={self.token_mask!r}): expected the name of an argument of the model's "
+                "forward, as in token_mask='image_mask'"
+            )
+        if self.mixture is not None and not isinstance(self.mixture, Mixture):
             raise ConfigError(
                 f"AdapterConfig(mixture={self.mixture!r}): expected a Mixture or None, as in mixture=Mixture(experts=4)"
             )
+        if self.mixture is None and self.token_mask is None:
+            return
+        option = "mixture=..." if self.mixture is not None else f"token_mask={self.token_mask!r}"
+        if self.mixture is not None and self.token_mask is not None:
+            raise ConfigError(
+                f"AdapterConfig(mixture=..., token_mask={self.token_mask!r}): expected one of them; leave the other out"
+            )
         if self.kind not in ROUTABLE:
             raise ConfigError(
-                f"AdapterConfig(kind={self.kind!r}, mixture=...): expected one of {', '.join(map(repr, ROUTABLE))} for "
-                "the experts, because the others rescale the whole weight; for example kind='lora'"
-            )
-        if self.rank % (experts := self.mixture.experts):
-            raise ConfigError(
-                f"AdapterConfig(rank={self.rank}) is the rank of all {experts} experts together; expected a multiple "
-                f"of {experts}, as in rank={experts * (self.rank // experts + 1)}"
+                f"AdapterConfig(kind={self.kind!r}, {option}): expected one of {', '.join(map(repr, ROUTABLE))}, "
+                "because the others rescale the whole weight; for example kind='lora'"
             )
         if self.init is not None and PISSA_NAME.match(self.init):
             raise ConfigError(
-                f"AdapterConfig(init={self.init!r}, mixture=...): expected a start at ΔW = 0, such as 'kaiming', "
-                "because a start that depends on the call cannot be subtracted from the weight; leave init out"
+                f"AdapterConfig(init={self.init!r}, {option}): expected a start at ΔW = 0, such as 'kaiming', because "
+                "a start that depends on the call cannot be subtracted from the weight; leave init out"
+            )
+        if self.mixture is not None and self.rank % (experts := self.mixture.experts):
+            raise ConfigError(
+                f"AdapterConfig(rank={self.rank}) is the rank of all {experts} experts together; expected a multiple "
+                f"of {experts}, as in rank={experts * (self.rank // experts + 1)}"
             )
 
     @property
@@ -197,7 +210,7 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The options that are plain data, for JSON: all but those that a plan replaces, and ``inplace``."""
-        left_out = {"rank", "rules", "dtype", "inplace", "regions", "mixture"}
+        left_out = {"rank", "rules", "dtype", "inplace", "regions", "mixture", "token_mask"}
         fields = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
         options = {name: getattr(self, name) for name in fields}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}

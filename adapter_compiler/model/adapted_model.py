@@ -314,6 +314,7 @@ class AdaptedModel(PeftNames, UserAttributes):
         Args:
             gates: g_i of every expert, for all routers; or by the name of the site that has the router (the first
                 adapted weight of a block with ``Mixture(router="block")``). One expert of four is ``[0, 1, 0, 0]``.
+                For adapters with a mask ``[1.0]``, as if it had chosen every token.
             name: the name of the new adapter.
 
         Raises:

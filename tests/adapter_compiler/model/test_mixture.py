@@ -392,7 +392,7 @@ def test_models_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"gates of the router at layers\.0\.up\.weight are \[1\.0\]"):
         adapted.fix_routing([1.0], name="one")
     plain = ac.compile_with_adapters(make(), (X,))
-    with pytest.raises(ConfigError, match="'default' is no mixture"):
+    with pytest.raises(ConfigError, match="'default' is no mixture and has no mask"):
         plain.fix_routing([1.0], name="one")
     text = adapt(make(), router="shared").plan.to_json().replace('"lora-experts4"', '"lora"')
     with pytest.raises(SiteError, match=r"takes the gates of layers\.0\.up\.weight, which has no mixture"):
