@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     )
     from adapter_compiler.report.ranks import plot_ranks
     from adapter_compiler.report.weight_changes import WeightChange, measure_weight_changes, plot_weight_changes
+    from adapter_compiler.training.auxiliary.block_distillation import BlockDistillation
+    from adapter_compiler.training.auxiliary.router_balance import RouterBalance, load_balancing_loss, measure_routing
     from adapter_compiler.training.budget import Allocation, BudgetSchedule, RankBudget
     from adapter_compiler.training.calibration.allocate_ranks import StaticAllocation, allocate_ranks
     from adapter_compiler.training.calibration.joint_start import JointStart, initialize_jointly
@@ -47,8 +49,6 @@ if TYPE_CHECKING:
         initialize_adapters,
     )
     from adapter_compiler.training.make_optimizer import make_optimizer
-    from adapter_compiler.training.auxiliary.block_distillation import BlockDistillation
-    from adapter_compiler.training.auxiliary.router_balance import RouterBalance, load_balancing_loss, measure_routing
     from adapter_compiler.training.training_state import load_training_state, save_training_state
     from adapter_compiler.training.tuning.find_combination import Combination, find_combination
     from adapter_compiler.training.tuning.find_rate import RateSearch, find_rate
