@@ -14,6 +14,7 @@ from adapter_compiler.config.attach_options import AttachOptions
 from adapter_compiler.errors import ConfigError, SiteError
 from adapter_compiler.model.dispatch.classes import AdaptedModule, find_restored_class, make_adapted_class, set_class
 from adapter_compiler.model.dispatch.hooks import WeightHooks
+from adapter_compiler.model.dispatch.layers import is_flattening
 from adapter_compiler.model.dispatch.memory import find_memory_efficient_forward
 from adapter_compiler.model.dispatch.scope import Token
 from adapter_compiler.model.dispatch.slots import SLOTS, AttachedAdapter, Slot
@@ -56,6 +57,8 @@ def attach_adapters(
             owner = module.get_submodule(path)
             for adapter in live[first] if owner in swapped else ():
                 _assert_routable(adapter, is_followed=adapter.site.name in leaders)
+            if has_routed and is_flattening(_find_users_class(owner)):
+                _assert_not_flattened(live[first])
             wanted.setdefault(owner, {})[leaf] = _make_slot(
                 first,
                 live[first],
@@ -227,6 +230,17 @@ def _assert_routable(adapter: PlannedAdapter, *, is_followed: bool) -> None:
             "and tokens inside; expected a router of its own for each token; use Mixture(router='site', per='token'), "
             "or exclude it"
         )
+
+
+def _assert_not_flattened(adapters: Sequence[PlannedAdapter]) -> None:
+    for adapter in adapters:
+        form = adapter.form
+        if isinstance(form, MaskedForm) or (isinstance(form, MixtureForm) and form.per_example):
+            raise SiteError(
+                f"site {adapter.site.name} has the form {form.name!r} in a Conv1D of transformers, which joins "
+                "examples and tokens to one dimension; expected gates for each token by a router; use "
+                "Mixture(per='token'), or exclude it"
+            )
 
 
 def _find_inside(module: nn.Module, classes: Any) -> Collection[nn.Module]:

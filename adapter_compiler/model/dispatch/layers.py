@@ -141,6 +141,11 @@ _CONVOLUTIONS: Mapping[Any, Forward] = {
 _CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
+def is_flattening(cls: type[nn.Module]) -> bool:
+    """Whether ``forward`` joins all leading dimensions of its input before the product, as ``Conv1D`` does."""
+    return f"{cls.__module__}.{cls.__qualname__}" == _CONV1D
+
+
 @functools.cache
 def _is_transposed_linear(cls: Any) -> bool:
     """Whether the installed class of transformers computes x W + b."""

@@ -56,12 +56,21 @@ class Bare(nn.Module):
 
 
 def adapt(
-    model: nn.Module, x: Any = X, *, kind: str = "lora", rank: int = 8, sites: Any = "all-linear", **options: Any
+    model: nn.Module,
+    x: Any = X,
+    *,
+    kind: str = "lora",
+    rank: int = 8,
+    sites: Any = "all-linear",
+    exclude: Any = (),
+    **options: Any,
 ) -> ac.AdaptedModel:
     torch.manual_seed(1)
     mixture = ac.Mixture(**{"experts": 4, **options})
     return ac.compile_with_adapters(
-        model, (x,), config=ac.AdapterConfig(kind=kind, rank=rank, alpha=8.0, sites=sites, mixture=mixture)
+        model,
+        (x,),
+        config=ac.AdapterConfig(kind=kind, rank=rank, alpha=8.0, sites=sites, exclude=exclude, mixture=mixture),
     )
 
 
@@ -271,6 +280,20 @@ def test_weights_in_attention_have_routers_of_their_own(tmp_path: Path) -> None:
     for options in refused:
         with pytest.raises(SiteError, match=r"in_proj_weight .* swaps examples and tokens"):
             adapt(nn.Sequential(layer), **options)
+
+
+def test_a_gpt2_routes_by_token_only_because_its_layers_join_examples_and_tokens() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32, n_positions=16)
+    model, tokens = transformers.GPT2LMHeadModel(config).eval(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    adapted = disturb(adapt(model, tokens, router="block", exclude="lm_head*"))
+    together = adapted(tokens).logits
+    torch.testing.assert_close(together[:1], adapted(tokens[:1]).logits, rtol=1e-4, atol=1e-4)
+    with_cache = adapted.generate(tokens, max_new_tokens=4, do_sample=False)
+    assert torch.equal(with_cache, adapted.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=False))
+    with pytest.raises(SiteError, match=r"c_attn\.weight .*joins examples and tokens"):
+        adapt(model, tokens, per="example", exclude="lm_head*")
 
 
 class Tied(nn.Module):
