@@ -13,6 +13,7 @@ from adapter_compiler.cli.commands.adapters import adapters_app
 from adapter_compiler.cli.commands.demo import demo
 from adapter_compiler.cli.commands.export import export
 from adapter_compiler.cli.commands.fold import fold
+from adapter_compiler.cli.commands.quantize import quantize
 from adapter_compiler.cli.commands.report import report
 from adapter_compiler.cli.commands.sites import sites
 from adapter_compiler.cli.commands.tune import tune
@@ -57,6 +58,7 @@ app.command()(sites)
 app.command()(fold)
 app.command()(export)
 app.command()(verify)
+app.command()(quantize)
 app.command()(tune)
 app.command()(report)
 app.add_typer(adapters_app, name="adapters")

@@ -1,176 +1,296 @@
-"""Weights in int8, by onnxruntime's dynamic quantizer, and the measured loss of accuracy."""
+"""Smaller copies of exported files, and the measured loss of accuracy."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
+import math
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import torch
 
 from adapter_compiler.errors import ConfigError, ExportError, VerificationError
+from adapter_compiler.onnx.quantization.float16 import write_float16
+from adapter_compiler.onnx.quantization.formats import (
+    CALIBRATION_BATCHES,
+    have_one_shape,
+    write_4bit,
+    write_dynamic,
+    write_static,
+)
+from adapter_compiler.onnx.quantization.prepare import Prepared, prepare
+from adapter_compiler.onnx.quantization.report import QuantizationReport
 from adapter_compiler.onnx.verification.compare_files import (
-    Feeds,
     check_file,
     draw_feeds,
-    find_least_agreement,
+    make_example,
     measure_values,
     read_input_ranges,
-    run_named,
 )
-from adapter_compiler.onnx.verification.report import OutputError
+from adapter_compiler.onnx.verification.report import OutputError, SampleReport
+from adapter_compiler.onnx.verification.samples.compare import Metric, SampleCheck, make_check, run_file
 from adapter_compiler.onnx.verification.verify import open_session
+from adapter_compiler.saving.onnx_files.adapter_tensors import read_adapter_file
 from adapter_compiler.saving.onnx_files.initializers import InitializerFile
+from adapter_compiler.saving.onnx_files.metadata import read_metadata, set_metadata
 from adapter_compiler.saving.primitives.files import written_beside
 from passes.capture.quiet import quiet_loggers
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizationReport:
-    """The result of quantizing a file.
-
-    Attributes:
-        path: the int8 file.
-        bytes_before: the size of the file it was made from.
-        bytes_after: its size.
-        errors: the differences of each output from the file it was made from, on each input.
-    """
-
-    path: Path
-    bytes_before: int
-    bytes_after: int
-    errors: tuple[OutputError, ...]
-
-    @property
-    def max_rel_error(self) -> float:
-        """Largest difference relative to the largest value of its output."""
-        return max((error.max_rel for error in self.errors), default=0.0)
-
-    @property
-    def median_rel_error(self) -> float:
-        """The median of the same over outputs and inputs: what is usual, where the largest may be an exception."""
-        return statistics.median([error.max_rel for error in self.errors] or [0.0])
-
-    @property
-    def argmax_agreement(self) -> float | None:
-        """The smallest share of rows whose largest entry is the same one; ``None`` if no output has rows."""
-        return find_least_agreement(self.errors)
+#: The kinds of files, and the largest accepted difference of each, divided by the largest value of its output.
+KINDS: Mapping[str, float] = {"int8": 0.25, "int8-static": 0.25, "int4": 0.25, "float16": 0.01}
+#: Batches on which kinds are searched for that need float32, and calibration methods compared.
+_SEARCH_BATCHES = 4
 
 
 def quantize_onnx(
     source: str | Path,
     path: str | Path,
     *,
+    kind: str = "int8",
+    samples: Iterable[Any] | None = None,
+    metric: Metric | None = None,
+    adapters: Sequence[str | Path] = (),
     draws: int = 8,
-    examples: Sequence[Mapping[str, Any]] | None = None,
-    largest_rel_error: float = 0.25,
+    largest_rel_error: float | None = None,
 ) -> QuantizationReport:
-    """Write ``source`` with int8 weights to ``path`` and measure what that changes.
+    """Write a smaller copy of ``source`` to ``path`` by onnxruntime's own quantizers, and measure what that changes.
 
-    Without ``examples``, the two files are compared on random values in the ranges that the export recorded. Such
+    A file with run-time adapters keeps its inputs for them, in float: adapters for the source go into the copy too.
+
+    Without ``samples``, the two files are compared on random values in the ranges that the export recorded. Such
     values are often harder than real ones, and the largest error is that of the worst entry of the worst one: for what
     the loss means for a task, give some real inputs.
 
     Args:
-        source: a file of the merged or the base model that ``export_onnx`` wrote.
+        source: a file that ``export_onnx`` wrote.
         path: the file to write.
-        draws: the number of random inputs.
-        examples: inputs to compare on instead, each as tensors or arrays by name.
-        largest_rel_error: the largest accepted difference, divided by the largest value of its output.
+        kind: ``"int8"``, weights in int8 and activations quantized as they come; ``"int8-static"``, both in int8 with
+            Q/DQ nodes and ranges calibrated on ``samples``; ``"int4"``, weights of products in blocks of 4 bits
+            (``MatMulNBits``); ``"float16"``, with operators left in float32 that the measured errors ask for.
+        samples: your own data, as for ``export_onnx``, by the names or the order of the file's inputs.
+        metric: with ``samples``, a function ``metric(outputs, batch)``, as for ``export_onnx``.
+        adapters: files of ``save_onnx_adapter`` with which the copy is compared too; ``"int8-static"`` is calibrated
+            with each of them.
+        draws: without ``samples``, the number of random inputs.
+        largest_rel_error: the largest accepted difference, divided by the largest value of its output; by default 0.25,
+            and 0.01 for float16.
 
     Raises:
-        ConfigError: ``path`` is the source, the source has inputs for adapters, or an example lacks an input or has
-            another one.
+        ConfigError: ``path`` is the source, an option cannot work, or a sample does not fit the file.
+        CheckpointError: an adapter is missing, damaged, or lacks an input of the file.
         ExportError: the source is damaged, has no record of its inputs, or onnxruntime cannot quantize it.
         VerificationError: the quantized file does not load or differs too much; no file is left.
     """
     source, path = Path(source), Path(path)
-    if path.exists() and path.samefile(source):
-        raise ConfigError(f"path={path} is the source itself; give another place")
+    _assert_options(source, path, kind, samples)
     check_file(source)
-    reference = open_session(source)
-    if opened := [value.name for value in reference.get_overridable_initializers()]:
-        raise ConfigError(
-            f"{source.name} has inputs for adapters ({opened[0]}), expected a file without; quantize an export with "
-            "adapters='merged' instead"
-        )
-    if examples is None:
-        feeds, kind = draw_feeds(read_input_ranges(source), draws), "random values in the example's ranges"
-    else:
-        feeds, kind = _name_examples(source, reference, examples), "the given examples"
-    with written_beside(path) as draft:
-        _quantize(source, draft)
-        session = open_session(draft)
-        errors = []
-        for case, values in feeds:
-            expected, found = run_named(reference, values, case), run_named(session, values, case)
-            errors += [measure_values(case, name, found[name], want) for name, want in expected.items()]
-        _assert_close(errors, kind, largest_rel_error)
-    return QuantizationReport(path=path, bytes_before=_size(source), bytes_after=_size(path), errors=tuple(errors))
-
-
-def _assert_close(errors: Sequence[OutputError], kind: str, largest_rel_error: float) -> None:
-    worst = max(errors, key=lambda error: error.max_rel)
-    if worst.max_rel <= largest_rel_error:
-        return
-    usual = statistics.median(error.max_rel for error in errors)
-    advice = "" if kind == "the given examples" else "compare on real inputs (quantize_onnx(..., examples=...)), "
-    raise VerificationError(
-        f"in int8, output {worst.output} differs on {worst.case} by {worst.max_rel:.1%} of its largest value (the "
-        f"median over {kind} is {usual:.1%}), accepted is {largest_rel_error:.1%}; no int8 file was written; {advice}"
-        "raise largest_rel_error, or keep floating-point weights"
+    limit = KINDS[kind] if largest_rel_error is None else largest_rel_error
+    task = _open(source, kind, samples, metric, adapters, draws, limit)
+    with written_beside(path) as draft, tempfile.TemporaryDirectory(dir=draft.parent) as folder:
+        prepared = prepare(source, Path(folder))
+        kept, ranges = _write(task, prepared, Path(folder) / "small.onnx")
+        _finish(task, Path(folder) / "small.onnx", draft)
+        errors, reports = _compare(task, draft)
+        _assert_close(task, errors)
+    return QuantizationReport(
+        path=path,
+        kind=kind,
+        bytes_before=_size(source),
+        bytes_after=_size(path),
+        errors=tuple(errors),
+        samples=tuple(reports),
+        kept=kept,
+        ranges=ranges,
     )
 
 
-def _name_examples(
-    source: Path, session: onnxruntime.InferenceSession, examples: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, Feeds]]:
-    wanted = {value.name for value in session.get_inputs()}
-    for number, example in enumerate(examples, 1):
-        if odd := sorted(wanted ^ example.keys()):
-            problem = "lacks the input" if odd[0] in wanted else "has the unknown input"
-            raise ConfigError(
-                f"quantize_onnx(examples=...): example {number} {problem} {odd[0]}, expected those of {source.name}: "
-                f"{', '.join(sorted(wanted))}"
-            )
-    if not examples:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What is quantized, and what it is measured on.
+
+    Attributes:
+        given: whether the samples are the user's.
+        adapters: by what reports call them, the inputs of each adapter; of the base model none.
+    """
+
+    source: Path
+    kind: str
+    limit: float
+    reference: onnxruntime.InferenceSession
+    inputs: list[str]
+    check: SampleCheck
+    given: bool
+    adapters: Mapping[str, Mapping[str, torch.Tensor]]
+
+
+def _assert_options(source: Path, path: Path, kind: str, samples: Any) -> None:
+    if path.exists() and path.samefile(source):
+        raise ConfigError(f"path={path} is the source itself; give another place")
+    if kind not in KINDS:
+        raise ConfigError(f"quantize_onnx(kind={kind!r}): expected one of {', '.join(map(repr, KINDS))}")
+    if kind == "int8-static" and samples is None:
         raise ConfigError(
-            "quantize_onnx(examples=...) is empty, expected at least one input; leave it out or give some"
+            "quantize_onnx(kind='int8-static') has no samples, expected real inputs on which the ranges of activations "
+            "are found; give samples=, or take kind='int8'"
         )
-    return [
-        (f"example {number}", {name: torch.as_tensor(value) for name, value in example.items()})
-        for number, example in enumerate(examples, 1)
+
+
+def _open(
+    source: Path,
+    kind: str,
+    samples: Any,
+    metric: Metric | None,
+    adapters: Sequence[str | Path],
+    draws: int,
+    limit: float,
+) -> _Task:
+    reference = open_session(source)
+    ranges = read_input_ranges(source)
+    example = make_example(ranges, reference)
+    check = make_check(samples, metric, example)
+    if check is None:
+        check = make_check([feeds for _, feeds in draw_feeds(ranges, draws)], None, example)
+    assert check is not None
+    opened = {value.name for value in reference.get_overridable_initializers()}
+    tensors: dict[str, Mapping[str, torch.Tensor]] = {"base model" if opened else "": {}}
+    for file in adapters:
+        found = read_adapter_file(file).tensors
+        if odd := sorted(found.keys() - opened):
+            raise ConfigError(
+                f"quantize_onnx(adapters=...): {file} has {odd[0]}, which is no input of {source.name}; expected an "
+                "adapter for this file"
+            )
+        tensors[f"adapter {Path(file).name}"] = found
+    if kind == "int8-static" and opened and not adapters:
+        raise ConfigError(
+            f"quantize_onnx(kind='int8-static'): {source.name} takes adapters, and the ranges of activations depend on "
+            "them, but adapters= is empty; give the adapters that it is to serve, or take another kind"
+        )
+    return _Task(
+        source=source,
+        kind=kind,
+        limit=limit,
+        reference=reference,
+        inputs=list(example.names),
+        check=check,
+        given=samples is not None,
+        adapters=tensors,
+    )
+
+
+def _write(task: _Task, prepared: Prepared, target: Path) -> tuple[tuple[str, ...], str]:
+    """Run onnxruntime's quantizer; what stays in float32, and how ranges were found."""
+    try:
+        # It logs advice on the root logger that has been followed by then.
+        with quiet_loggers("", level=logging.ERROR):
+            if task.kind == "float16":
+                batches = _read_batches(task, _SEARCH_BATCHES)
+                return write_float16(prepared, target, batches, lambda file: _measure(task, file), task.limit), ""
+            if task.kind == "int8-static":
+                return (), _write_calibrated(task, prepared, target)
+            (write_4bit if task.kind == "int4" else write_dynamic)(prepared, target)
+            return (), ""
+    except (OSError, ExportError):
+        raise
+    except Exception as error:  # onnxruntime raises types of its own and plain RuntimeErrors
+        message = " ".join(str(error).split())
+        raise ExportError(f"onnxruntime cannot quantize {task.source.name} to {task.kind}: {message}") from error
+
+
+def _write_calibrated(task: _Task, prepared: Prepared, target: Path) -> str:
+    """The better one of two methods, by the mean error on a few batches; the first one needs batches of one shape."""
+    batches = _read_batches(task, CALIBRATION_BATCHES)
+    if len(batches) > 1 and not have_one_shape(batches) and have_one_shape(batches[:-1]):
+        del batches[-1]  # the smaller rest of a data set
+    batches = [{**batch, **tensors} for tensors in task.adapters.values() for batch in batches]
+    errors = {}
+    for method in ("Percentile", "MinMax") if have_one_shape(batches) else ("MinMax",):
+        write_static(prepared, target, batches, method)
+        errors[method] = _measure(task, target, statistics.mean)
+    best = min(errors, key=lambda method: errors[method])
+    if best == "Percentile":
+        write_static(prepared, target, batches, best)
+    return best
+
+
+def _measure(task: _Task, file: Path, summarize: Any = max) -> float:
+    """The largest relative error over a few batches and all outputs; inf for a file that does not load."""
+    try:
+        session = open_session(file)
+    except VerificationError:
+        return math.inf
+    found = []
+    for tensors in task.adapters.values():
+        run, reference = (run_file(one, task.inputs, tensors) for one in (session, task.reference))
+        for sample in itertools.islice(task.check.samples, _SEARCH_BATCHES):
+            expected, given = reference(sample.call), run(sample.call)
+            found += [measure_values("", name, given[name], want).max_rel for name, want in expected.items()]
+    return float(summarize(found))
+
+
+def _read_batches(task: _Task, most: int) -> list[dict[str, torch.Tensor]]:
+    samples = itertools.islice(task.check.samples, most)
+    return [dict(zip(task.inputs, sample.call.tensors, strict=True)) for sample in samples]
+
+
+def _finish(task: _Task, small: Path, draft: Path) -> None:
+    """Write the file to its place, with the source's description and a note on what was done."""
+    model = onnx.load(small)
+    description = read_metadata(InitializerFile(task.source).header, task.source.name)
+    description["quantized"] = {"kind": task.kind, "largest_rel_error": task.limit}
+    set_metadata(model, description)
+    onnx.save(model, draft)
+    found = {value.name: value for value in open_session(draft).get_overridable_initializers()}
+    for value in task.reference.get_overridable_initializers():
+        if value.name not in found or found[value.name].type != value.type:
+            raise ExportError(
+                f"onnxruntime's quantizer has changed the input {value.name} of {task.source.name}, expected a "
+                f"{value.type} that callers may give; export with adapters='merged' instead"
+            )
+
+
+def _compare(task: _Task, draft: Path) -> tuple[list[OutputError], list[SampleReport]]:
+    session = open_session(draft)
+    errors: list[OutputError] = []
+
+    def measure(case: str, name: str, found: torch.Tensor, want: torch.Tensor) -> OutputError:
+        case = case if task.given else case.removesuffix(" of the samples").replace("batch", "random values")
+        error = measure_values(case, name, found, want)
+        errors.append(error)
+        return error
+
+    reports = [
+        task.check.compare(
+            run_file(session, task.inputs, tensors),
+            run_file(task.reference, task.inputs, tensors),
+            subject=subject,
+            source=task.source.name,
+            compare=measure,
+        )
+        for subject, tensors in task.adapters.items()
     ]
+    return errors, reports if task.given else []
 
 
-def _quantize(source: Path, draft: Path) -> None:
-    """The quantizer finds weights only where a product reads them directly, so transposes are folded first."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with tempfile.TemporaryDirectory(dir=draft.parent) as folder:
-        # Short names: onnxruntime adds to them.
-        plain, quantized = (Path(folder) / name for name in ("plain.onnx", "int8.onnx"))
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(plain)
-        try:
-            onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-            # It logs advice on the root logger that has been followed by then.
-            with quiet_loggers("", level=logging.ERROR):
-                # Seven bits: with eight, processors without VNNI add pairs of products in 16 bits, which saturate.
-                quantize_dynamic(plain, quantized, per_channel=True, weight_type=QuantType.QInt8, reduce_range=True)
-        except OSError:
-            raise
-        except Exception as error:  # onnxruntime raises types of its own and plain RuntimeErrors
-            message = " ".join(str(error).split())
-            raise ExportError(f"onnxruntime cannot quantize {source.name}: {message}") from error
-        quantized.replace(draft)
+def _assert_close(task: _Task, errors: Sequence[OutputError]) -> None:
+    worst = max(errors, key=lambda error: error.max_rel)
+    if worst.max_rel <= task.limit:
+        return
+    usual = statistics.median(error.max_rel for error in errors)
+    advice = "" if task.given else "compare on real inputs (quantize_onnx(..., samples=...)), "
+    over = "the samples" if task.given else "random values in the example's ranges"
+    raise VerificationError(
+        f"in {task.kind}, output {worst.output} differs on {worst.case} by {worst.max_rel:.1%} of its largest value "
+        f"(the median over {over} is {usual:.1%}), accepted is {task.limit:.1%}; no file was written; {advice}"
+        "raise largest_rel_error, or keep floating-point weights"
+    )
 
 
 def _size(path: Path) -> int:

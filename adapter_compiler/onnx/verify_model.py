@@ -19,7 +19,7 @@ from adapter_compiler.onnx.translation.exportable import NamedOutputs, prepare_c
 from adapter_compiler.onnx.translation.fallbacks import find_strategies, write_draft
 from adapter_compiler.onnx.verification.bisect import describe_first_difference
 from adapter_compiler.onnx.verification.cases import DRAWS, choose_variety, find_cases
-from adapter_compiler.onnx.verification.compare_files import check_file
+from adapter_compiler.onnx.verification.compare_files import check_file, measure_within
 from adapter_compiler.onnx.verification.fixed_draws import open_with_fixed_draws
 from adapter_compiler.onnx.verification.inputs import spell_names
 from adapter_compiler.onnx.verification.report import OutputError, SampleReport
@@ -63,7 +63,8 @@ def verify_onnx(
 
     The inputs are those that ``export_onnx`` verifies on. The file's own record says whether adapters were
     merged into it; a file without a record (of another exporter, or edited) is compared with the merged model,
-    by its names of inputs and outputs.
+    by its names of inputs and outputs. A quantized file is compared on ``samples``, or else on the example, within the
+    difference that was accepted when it was written.
 
     Args:
         path: the file; it is only read.
@@ -93,12 +94,22 @@ def verify_onnx(
         exporter = NamedOutputs(exporter.module, left_out)
         outputs = [name for name, _ in exporter.named_outputs(call)]
         _assert_same_names(path, session, inputs, outputs)
+        is_runtime = kind == "runtime" and isinstance(model, AdaptedModel)
+        if "quantized" in record:
+            check = check or make_check([call.rebuild(call.tensors)[1]], None, call)
+            assert check is not None
+            limit = measure_within(record["quantized"]["largest_rel_error"], record["quantized"]["kind"])
+            if isinstance(model, AdaptedModel) and is_runtime:
+                found = verify_runtime_samples(session, model, check, inputs, left_out, limit)
+            else:
+                run, reference = run_file(session, inputs), run_reference(exporter.named_outputs)
+                found = [check.compare(run, reference, compare=limit)]
+            return FileVerification(path=path, errors=(), not_verified=(), samples=tuple(found))
         is_traced = str(record.get("strategy", "")).startswith("TorchScript")
         draws, factors = choose_variety(draws, is_traced=is_traced, is_frozen=bool(record.get("frozen")))
         cases = list(find_cases(call, _read_bounds(session, inputs, call), draws=draws, factors=factors))
         fixed_session, reference, _ = open_with_fixed_draws(path, session, exporter.named_outputs)
-        is_runtime = kind == "runtime" and isinstance(model, AdaptedModel)
-        found: list[SampleReport] = []
+        found = []
         try:
             verified = verify_cases(fixed_session, cases, inputs, reference)
             if check is not None and not is_runtime:

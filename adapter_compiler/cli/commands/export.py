@@ -60,18 +60,7 @@ def export(
             result["adapter_file"] = str(file)
             lines.append(f"wrote {file}")
         if int8 is not None:
-            small = quantize_onnx(out, int8)
-            agreement = small.argmax_agreement
-            result["int8"] = {
-                "path": str(int8),
-                "bytes": small.bytes_after,
-                "max_rel_error": small.max_rel_error,
-                "median_rel_error": small.median_rel_error,
-                "argmax_agreement": agreement,
-            }
-            shown = "" if agreement is None else f", argmax agrees on {agreement:.1%}"
-            lines.append(
-                f"wrote {int8}: {small.bytes_after:,} bytes; on random values outputs differ by up to "
-                f"{small.max_rel_error:.1%} of their largest value, usually by {small.median_rel_error:.1%}{shown}"
-            )
+            small = quantize_onnx(out, int8, samples=samples, metric=function)
+            result["int8"] = small.to_dict()
+            lines += small.describe()
         output.write(result, *lines)

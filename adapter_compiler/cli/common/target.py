@@ -103,7 +103,8 @@ def load_data(data: str | None, metric: str | None) -> tuple[Any, Callable[..., 
             raise ConfigError("--metric is given without --data, expected samples to measure it on; give --data")
         return None, None
     found = None if metric is None else find_function(metric, "expected a function metric(outputs, batch)")
-    return call_function(data, "expected a function without arguments that returns batches"), found
+    samples = call_function(data, "expected a function without arguments that returns batches")
+    return list(samples) if isinstance(samples, Iterator) else samples, found
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ from adapter_compiler.onnx.serving.base_tensors import describe_base, find_train
 from adapter_compiler.onnx.translation.exportable import NamedOutputs, prepare_base, prepare_merged
 from adapter_compiler.onnx.verification.cases import VerificationCase
 from adapter_compiler.onnx.verification.report import OutputError, SampleReport
-from adapter_compiler.onnx.verification.samples.compare import SampleCheck, run_file, run_reference
-from adapter_compiler.onnx.verification.verify import compare_outputs, verify_cases
+from adapter_compiler.onnx.verification.samples.compare import Compare, SampleCheck, run_file, run_reference
+from adapter_compiler.onnx.verification.verify import compare_outputs, compare_values, verify_cases
 from adapter_compiler.saving.onnx_files.adapter_tensors import input_names
 from passes.export.insert_onnx_adapters import OnnxSite, insert_onnx_adapter
 from passes.planning.plan import PlannedAdapter
@@ -113,8 +113,11 @@ def verify_runtime_samples(
     check: SampleCheck,
     inputs: Sequence[str],
     exporter: NamedOutputs,
+    compare: Compare = compare_values,
 ) -> list[SampleReport]:
     """Compare the file alone with the base model, and with the adapter with the merged model, on the user's data.
+
+    ``compare`` gives the error of one output, and raises if it is not accepted.
 
     Raises:
         VerificationError: one of them differs.
@@ -125,6 +128,7 @@ def verify_runtime_samples(
             run_file(session, inputs, tensors),
             run_reference(exporter.around(model, exporter.left_out).named_outputs),
             subject=subject,
+            compare=compare,
         )
         for subject, model, tensors in (
             ("base model", prepare_base(adapted), None),

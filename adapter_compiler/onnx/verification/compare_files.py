@@ -165,13 +165,35 @@ def _draw(entry: Mapping[str, Any], generator: torch.Generator) -> torch.Tensor:
 
 
 def measure_values(case: str, name: str, found: torch.Tensor, want: torch.Tensor) -> OutputError:
-    """The error of one output, however large."""
+    """The error of one output, however large; inf where the file gives nan or inf in place of a number."""
     found, exact = found.double(), want.double()
-    difference = float((found - exact).abs().max()) if exact.numel() else 0.0
-    largest = float(exact.abs().max()) if exact.numel() else 0.0
+    finite = exact.isfinite()
+    differences = (found - exact)[finite].abs().nan_to_num(nan=float("inf"))
+    difference = float(differences.max()) if differences.numel() else 0.0
+    largest = float(exact[finite].abs().max()) if differences.numel() else 0.0
     agreement = measure_argmax_agreement(found, exact)
     relative = difference / largest if largest else 0.0
     return OutputError(case=case, output=name, max_abs=difference, max_rel=relative, argmax_agreement=agreement)
+
+
+def measure_within(limit: float, kind: str) -> Compare:
+    """A comparison that accepts differences up to ``limit`` times the largest value of an output.
+
+    Args:
+        limit: the share.
+        kind: what the file is quantized to, for the error.
+    """
+
+    def compare(case: str, name: str, found: torch.Tensor, want: torch.Tensor) -> OutputError:
+        error = measure_values(case, name, found, want)
+        if not error.max_rel <= limit:
+            raise VerificationError(
+                f"output {name} on {case}: the {kind} file differs by {error.max_rel:.1%} of its largest value, "
+                f"accepted when it was quantized was {limit:.1%}; quantize the file of the present model again"
+            )
+        return error
+
+    return compare
 
 
 def find_least_agreement(errors: Sequence[OutputError]) -> float | None:

@@ -219,6 +219,6 @@ def compare_values(case: str, name: str, found: torch.Tensor, want: torch.Tensor
 
 def measure_argmax_agreement(found: torch.Tensor, exact: torch.Tensor) -> float | None:
     """Share of rows whose largest value is in the same place; ``None`` for values without rows."""
-    if exact.dim() < 2 or exact.shape[-1] < 2:
+    if exact.dim() < 2 or exact.shape[-1] < 2 or not exact.numel():
         return None
     return float((found.argmax(-1) == exact.argmax(-1)).double().mean())

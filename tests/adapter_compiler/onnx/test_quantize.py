@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import adapter_compiler as ac
+from adapter_compiler.cli.main import app
 from adapter_compiler.errors import ConfigError, VerificationError
+from adapter_compiler.onnx import verify_onnx
 from adapter_compiler.onnx.quantize import quantize_onnx
 
 
@@ -44,34 +48,24 @@ def test_every_output_feature_has_a_scale_of_its_own(tmp_path: Path) -> None:
     assert [list(tensor.dims) for tensor in tensors if tensor.name.endswith("_scale")] == [[4]]
 
 
-def test_a_file_with_inputs_for_adapters_is_refused(tmp_path: Path) -> None:
-    model, x = nn.Sequential(nn.Linear(6, 16)).eval(), torch.randn(5, 6)
-    adapted = ac.compile_with_adapters(model, (x,), config=ac.AdapterConfig(rank=2))
-    report = ac.export_onnx(adapted, tmp_path / "base.onnx", (x,), adapters="runtime")
-    with pytest.raises(ConfigError, match=r"base.onnx has inputs for adapters \(0.weight.adapter_A\), expected a file"):
-        quantize_onnx(report.path, tmp_path / "int8.onnx")
-    assert not (tmp_path / "int8.onnx").exists()
-
-
 def test_given_inputs_are_used_instead(source: Path, tmp_path: Path) -> None:
     name = onnx.load(source).graph.input[0].name
-    examples: list[Mapping[str, Any]] = [{name: torch.randn(5, 6)}, {name: np.ones((5, 6), np.float32)}]
-    report = quantize_onnx(source, tmp_path / "int8.onnx", examples=examples)
-    assert [error.case for error in report.errors] == ["example 1", "example 2"]
+    samples: list[Any] = [{name: torch.randn(5, 6)}, {name: np.ones((5, 6), np.float32)}, (torch.ones(3, 6), "label")]
+    report = quantize_onnx(source, tmp_path / "int8.onnx", samples=samples)
+    assert [error.case for error in report.errors] == [f"batch {i} of the samples" for i in (1, 2, 3)]
+    assert (report.samples[0].rows, report.samples[0].reference) == (13, "model.onnx")
 
 
 @pytest.mark.parametrize(
-    ("examples", "message"),
+    ("samples", "message"),
     [
-        ([{"nothing": torch.ones(5, 6)}], "example 1 lacks the input .*, expected those of model.onnx"),
-        ([], "is empty, expected at least one input"),
+        ([{"nothing": torch.ones(5, 6)}], "first of the samples has no .*, it has nothing; expected a value for each"),
+        ([], "is empty, expected at least one batch"),
     ],
 )
-def test_wrong_inputs_are_refused(
-    examples: list[Mapping[str, Any]], message: str, source: Path, tmp_path: Path
-) -> None:
+def test_wrong_inputs_are_refused(samples: list[Mapping[str, Any]], message: str, source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        quantize_onnx(source, tmp_path / "int8.onnx", examples=examples)
+        quantize_onnx(source, tmp_path / "int8.onnx", samples=samples)
     assert not (tmp_path / "int8.onnx").exists()
 
 
@@ -82,8 +76,148 @@ def test_too_large_a_loss_is_refused_with_advice(source: Path, tmp_path: Path) -
         quantize_onnx(source, tmp_path / "int8.onnx", largest_rel_error=1e-4)
     text = str(refused.value)
     assert "the median over random values in the example's ranges is" in text
-    assert "no int8 file was written; compare on real inputs (quantize_onnx(..., examples=...))" in text
-    name = onnx.load(source).graph.input[0].name
-    with pytest.raises(VerificationError, match="no int8 file was written; raise largest_rel_error, or keep"):
-        quantize_onnx(source, tmp_path / "x.onnx", examples=[{name: torch.ones(5, 6)}], largest_rel_error=1e-9)
+    assert "no file was written; compare on real inputs (quantize_onnx(..., samples=...))" in text
+    with pytest.raises(VerificationError, match="no file was written; raise largest_rel_error, or keep"):
+        quantize_onnx(source, tmp_path / "x.onnx", samples=[torch.ones(5, 6)], largest_rel_error=1e-9)
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+KINDS = ("int8", "int8-static", "int4", "float16")
+
+
+class Net(nn.Module):
+    """A convolution, a norm whose statistics move, products of two and of three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.mix, self.head = nn.Linear(64, 64), nn.Linear(64, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(self.conv(x)).relu().flatten(2)
+        logits: torch.Tensor = self.head(self.mix(hidden).tanh().mean(1))
+        return logits
+
+
+X = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def make_adapted(seed: int = 0) -> ac.AdaptedModel:
+    torch.manual_seed(0)
+    config = ac.AdapterConfig(rank=2, sites="auto")
+    adapted = ac.compile_with_adapters(Net().eval(), (X[:4],), config=config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+def run_file(path: Path, feeds: Mapping[str, Any]) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, dict(feeds))[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_computes_in_few_bits_and_is_close_to_pytorch(kind: str, tmp_path: Path) -> None:
+    adapted = make_adapted()
+    ac.export_onnx(adapted, tmp_path / "m.onnx", (X[:4],))
+    report = quantize_onnx(tmp_path / "m.onnx", tmp_path / "q.onnx", kind=kind, samples=[X])
+    operators = {node.op_type for node in onnx.load(report.path).graph.node}
+    expected = {"int8": "MatMulInteger", "int8-static": "DequantizeLinear", "int4": "MatMulNBits", "float16": "Cast"}
+    assert expected[kind] in operators
+    exact = adapted.fold().eval()(X).detach()
+    found = run_file(report.path, {"x": X.numpy()})
+    largest = float((found - exact).abs().max() / exact.abs().max())
+    assert 0 < largest < {"float16": 0.005}.get(kind, 0.2)
+    assert report.max_rel_error == pytest.approx(largest, rel=1e-3)
+    assert (report.kind, report.samples[0].rows) == (kind, 20)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_stay_inputs_and_can_be_switched(kind: str, tmp_path: Path) -> None:
+    """The copy takes the adapters of two runs, and is as close to each of them as to the base model."""
+    adapted, other = make_adapted(), make_adapted(seed=5)
+    ac.export_onnx(adapted, tmp_path / "m.onnx", (X[:4],), adapters="runtime")
+    files = {"one": adapted, "two": other}
+    for name, model in files.items():
+        ac.save_onnx_adapter(model, tmp_path / f"{name}.onnx_adapter")
+    paths = [tmp_path / f"{name}.onnx_adapter" for name in files]
+    report = quantize_onnx(tmp_path / "m.onnx", tmp_path / "q.onnx", kind=kind, samples=[X], adapters=paths)
+    assert [one.subject for one in report.samples] == ["base model", *(f"adapter {path.name}" for path in paths)]
+    assert report.bytes_after < report.bytes_before
+    served = ac.OnnxAdapters(report.path)
+    bound = 0.01 if kind == "float16" else 0.25
+    with adapted.disable_adapters():
+        exact = adapted(X).detach()
+    assert (
+        float((torch.from_numpy(served.run({"x": X.numpy()})["output"]) - exact).abs().max())
+        < bound * exact.abs().max()
+    )
+    for (name, model), path in zip(files.items(), paths, strict=True):
+        served.load(name, path)
+        exact = model.fold().eval()(X).detach()
+        found = torch.from_numpy(served.run({"x": X.numpy()}, adapter=name)["output"])
+        assert float((found - exact).abs().max()) < bound * float(exact.abs().max())
+
+
+def test_a_quantized_file_is_verified_within_what_was_accepted(tmp_path: Path) -> None:
+    adapted = make_adapted()
+    ac.export_onnx(adapted, tmp_path / "m.onnx", (X[:4],), adapters="runtime")
+    quantize_onnx(tmp_path / "m.onnx", tmp_path / "q.onnx", kind="int4", samples=[X])
+    checked = verify_onnx(tmp_path / "q.onnx", adapted, (X[:4],), samples=[X])
+    assert [one.subject for one in checked.samples] == ["base model", "adapter active"]
+    merged = adapted.fold()
+    with torch.no_grad():
+        merged.head.bias += 9.0
+    with pytest.raises(VerificationError, match="the int4 file differs by .*, accepted when .* was 25.0%"):
+        verify_onnx(tmp_path / "q.onnx", merged, (X[:4],))
+
+
+class Steep(nn.Module):
+    """Values beyond float16's range between two weights, as in some transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        large = self.first(x) * 2e6
+        result: torch.Tensor = self.second(large / (1e6 + large.abs()))
+        return result
+
+
+def test_what_float16_cannot_hold_stays_in_float32(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 6)
+    ac.export_onnx(Steep(), tmp_path / "m.onnx", (x,))
+    report = quantize_onnx(tmp_path / "m.onnx", tmp_path / "h.onnx", kind="float16", samples=[x])
+    kept = {name.partition(".")[0].partition("_")[0] for name in report.kept}
+    assert report.kept and "all MatMul" not in report.kept, kept
+    assert report.max_rel_error < 0.01
+    types = [tensor.data_type for tensor in onnx.load(report.path).graph.initializer if len(tensor.dims) == 2]
+    assert onnx.TensorProto.FLOAT16 in types
+    assert "in float32, because float16 is not exact enough" in list(report.describe())[-1]
+
+
+def test_options_are_checked(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="kind='int3'.*: expected one of 'int8', 'int8-static', 'int4', 'float16'"):
+        quantize_onnx(source, tmp_path / "q.onnx", kind="int3")
+    with pytest.raises(ConfigError, match="kind='int8-static'.* has no samples, expected real inputs"):
+        quantize_onnx(source, tmp_path / "q.onnx", kind="int8-static")
+    adapted = make_adapted()
+    ac.export_onnx(adapted, tmp_path / "m.onnx", (X[:4],), adapters="runtime")
+    with pytest.raises(ConfigError, match="m.onnx takes adapters, and the ranges of activations depend on them"):
+        quantize_onnx(tmp_path / "m.onnx", tmp_path / "q.onnx", kind="int8-static", samples=[X])
+    ac.save_onnx_adapter(adapted, tmp_path / "a.onnx_adapter")
+    with pytest.raises(ConfigError, match="which is no input of model.onnx; expected an adapter for this file"):
+        quantize_onnx(source, tmp_path / "q.onnx", adapters=[tmp_path / "a.onnx_adapter"])
+
+
+def test_the_command_quantizes(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.py").write_text("import torch\ndef load():\n    yield torch.ones(3, 6)\n")
+    options = ["--kind", "int4", "--data", f"{tmp_path}/data.py:load"]
+    result = CliRunner().invoke(app, ["quantize", str(source), "-o", str(tmp_path / "q.onnx"), *options])
+    assert result.exit_code == 0, result.output
+    assert "int4" in result.output
+    assert "on 3 samples in 1 batches, beside model.onnx" in result.output
