@@ -17,6 +17,13 @@ import onnxruntime
 import torch
 
 from adapter_compiler.errors import ConfigError, ExportError, VerificationError
+from adapter_compiler.model.adapted_model import AdaptedModel
+from adapter_compiler.onnx.quantization.certify import (
+    WeightRounding,
+    assert_not_swallowed,
+    find_swallowed,
+    measure_rounding,
+)
 from adapter_compiler.onnx.quantization.float16 import write_float16
 from adapter_compiler.onnx.quantization.formats import (
     CALIBRATION_BATCHES,
@@ -27,6 +34,7 @@ from adapter_compiler.onnx.quantization.formats import (
 )
 from adapter_compiler.onnx.quantization.prepare import Prepared, prepare
 from adapter_compiler.onnx.quantization.report import QuantizationReport
+from adapter_compiler.onnx.quantization.residual import write_residual
 from adapter_compiler.onnx.verification.compare_files import (
     check_file,
     draw_feeds,
@@ -59,6 +67,8 @@ def quantize_onnx(
     adapters: Sequence[str | Path] = (),
     draws: int = 8,
     largest_rel_error: float | None = None,
+    largest_ratio: float = 1.0,
+    residual: AdaptedModel | None = None,
 ) -> QuantizationReport:
     """Write a smaller copy of ``source`` to ``path`` by onnxruntime's own quantizers, and measure what that changes.
 
@@ -81,12 +91,17 @@ def quantize_onnx(
         draws: without ``samples``, the number of random inputs.
         largest_rel_error: the largest accepted difference, divided by the largest value of its output; by default 0.25,
             and 0.01 for float16.
+        largest_ratio: for a file with merged adapters, the largest accepted ‖quantization error‖ / ‖ΔW‖ of a weight,
+            Frobenius norms. Above one, rounding moves the weight by more than training did.
+        residual: the adapted model that ``source`` was exported from: weights above ``largest_ratio`` are quantized
+            without their update, which is kept beside them in float as two factors.
 
     Raises:
         ConfigError: ``path`` is the source, an option cannot work, or a sample does not fit the file.
         CheckpointError: an adapter is missing, damaged, or lacks an input of the file.
         ExportError: the source is damaged, has no record of its inputs, or onnxruntime cannot quantize it.
-        VerificationError: the quantized file does not load or differs too much; no file is left.
+        VerificationError: the quantized file does not load or differs too much, or rounding would swallow the update of
+            a weight; no file is left.
     """
     source, path = Path(source), Path(path)
     _assert_options(source, path, kind, samples)
@@ -94,8 +109,7 @@ def quantize_onnx(
     limit = KINDS[kind] if largest_rel_error is None else largest_rel_error
     task = _open(source, kind, samples, metric, adapters, draws, limit)
     with written_beside(path) as draft, tempfile.TemporaryDirectory(dir=draft.parent) as folder:
-        prepared = prepare(source, Path(folder))
-        kept, ranges = _write(task, prepared, Path(folder) / "small.onnx")
+        kept, ranges, rounding = _write_certified(task, Path(folder), largest_ratio, residual)
         _finish(task, Path(folder) / "small.onnx", draft)
         errors, reports = _compare(task, draft)
         _assert_close(task, errors)
@@ -108,6 +122,7 @@ def quantize_onnx(
         samples=tuple(reports),
         kept=kept,
         ranges=ranges,
+        rounding=tuple(rounding),
     )
 
 
@@ -183,6 +198,28 @@ def _open(
         given=samples is not None,
         adapters=tensors,
     )
+
+
+def _write_certified(
+    task: _Task, folder: Path, largest_ratio: float, residual: AdaptedModel | None
+) -> tuple[tuple[str, ...], str, list[WeightRounding]]:
+    """Quantize, and once more with updates in float beside the weights whose updates rounding would swallow."""
+    description = read_metadata(InitializerFile(task.source).header, task.source.name)
+    small = folder / "small.onnx"
+    prepared = prepare(task.source, folder)
+    kept, ranges = _write(task, prepared, small)
+    rounding = measure_rounding(prepared, small, description)
+    lost = {one.weight for one in find_swallowed(rounding, largest_ratio)}
+    if lost and residual is not None:
+        write_residual(task.source, folder / "residual.onnx", residual, sorted(lost), description["weights"])
+        prepared = prepare(folder / "residual.onnx", folder)
+        kept, ranges = _write(task, prepared, small)
+        rounding = [
+            dataclasses.replace(one, is_residual=one.weight in lost)
+            for one in measure_rounding(prepared, small, description)
+        ]
+    assert_not_swallowed(rounding, task.kind, largest_ratio)
+    return kept, ranges, rounding
 
 
 def _write(task: _Task, prepared: Prepared, target: Path) -> tuple[tuple[str, ...], str]:

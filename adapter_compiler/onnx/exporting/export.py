@@ -26,7 +26,7 @@ from adapter_compiler.onnx.exporting.runtime_adapters import (
 )
 from adapter_compiler.onnx.exporting.task import ExportTask, assert_adapters, make_task
 from adapter_compiler.onnx.exporting.unused_tensors import find_folded_tensors
-from adapter_compiler.onnx.exporting.weights import map_weights
+from adapter_compiler.onnx.exporting.weights import map_weights, measure_updates
 from adapter_compiler.onnx.translation.exportable import NamedOutputs, prepare_call
 from adapter_compiler.onnx.translation.fallbacks import (
     Strategy,
@@ -252,6 +252,8 @@ def _finish_file(
     description["left_out"] = {"inputs": list(left_out.inputs), "outputs": list(left_out.outputs)}
     description["inputs"] = {k: one for k, one in description["inputs"].items() if k not in left_out.inputs}
     weights = description["weights"] = map_weights(draft, task.exporter.module)
+    if task.adapters == "merged" and isinstance(task.model, AdaptedModel):
+        description["updates"] = measure_updates(task.model, task.exporter.module)
     if task.adapters == "merged":
         write_metadata(draft, description)
         return []

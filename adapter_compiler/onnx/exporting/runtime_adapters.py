@@ -57,7 +57,7 @@ def add_runtime_adapters(
     model = onnx.load(draft, load_external_data=False)
     sites: dict[str, Any] = {}
     for name, (adapter, *_) in adapted.plan.by_weight.items():
-        site = _describe_site(name, adapter, weights)
+        site = describe_site(name, adapter, weights)
         insert_onnx_adapter(model, site)
         sites[name] = {
             "left": site.left,
@@ -172,7 +172,17 @@ def _rename(case: VerificationCase) -> VerificationCase:
     return dataclasses.replace(case, name=f"{case.name}, adapter active", alternatives=alternatives)
 
 
-def _describe_site(name: str, adapter: PlannedAdapter, weights: Mapping[str, Any]) -> OnnxSite:
+def describe_site(name: str, adapter: PlannedAdapter, weights: Mapping[str, Any]) -> OnnxSite:
+    """The place of an adapter in a file.
+
+    Args:
+        name: the weight.
+        adapter: its adapter.
+        weights: where the model's tensors are in the file.
+
+    Raises:
+        ExportError: the weight is not in the file as a whole.
+    """
     site = adapter.site
     left, right = input_names(name)
     return OnnxSite(

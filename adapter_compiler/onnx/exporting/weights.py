@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapter_compiler.adapters.copies import share_unpacked
+from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.onnx.translation.translate import spellings
 from adapter_compiler.saving.onnx_files.initializers import InitializerFile
 from passes.analysis.weight_uses import find_parameter_aliases
@@ -33,6 +35,17 @@ def map_weights(draft: Path, module: nn.Module) -> dict[str, dict[str, Any]]:
         stored = next((candidate for candidate in spelled if _holds(file, candidate, tensor)), None)
         if stored is not None:
             found[name] = {"initializer": stored, "aliases": [other for other in names if other != name]}
+    return found
+
+
+def measure_updates(adapted: AdaptedModel, merged: nn.Module) -> dict[str, float]:
+    """‖ΔW‖ of each adapted weight, as the merged model has it; what rounding is compared with when it is quantized."""
+    parameters = dict(merged.named_parameters(remove_duplicate=False))
+    found = {}
+    for name in adapted.plan.by_weight:
+        base = share_unpacked(adapted.base_weight(name)).detach().cpu().double()
+        if name in parameters and parameters[name].shape == base.shape:
+            found[name] = float((parameters[name].detach().cpu().double() - base).norm())
     return found
 
 

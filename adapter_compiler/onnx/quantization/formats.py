@@ -103,11 +103,11 @@ def _make_reader(batches: Sequence[dict[str, torch.Tensor]], defaults: dict[str,
         """Gives the batches once."""
 
         def __init__(self) -> None:
-            self._feeds: Iterator[dict[str, numpy.ndarray]] = (  # type: ignore[type-arg]
+            self._feeds: Iterator[dict[str, numpy.ndarray]] = (
                 {**defaults, **{name: tensor.numpy() for name, tensor in batch.items()}} for batch in batches
             )
 
-        def get_next(self) -> dict[str, numpy.ndarray] | None:  # type: ignore[type-arg]
+        def get_next(self) -> dict[str, numpy.ndarray] | None:
             return next(self._feeds, None)
 
     return Reader()

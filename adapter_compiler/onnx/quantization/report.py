@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from adapter_compiler.onnx.quantization.certify import WeightRounding, describe_rounding
 from adapter_compiler.onnx.verification.compare_files import find_least_agreement
 from adapter_compiler.onnx.verification.report import OutputError, SampleReport
 
@@ -25,6 +26,7 @@ class QuantizationReport:
         samples: how it does on the samples that were given, beside the file that it was made from; with adapters, once
             for each.
         kept: for float16, the nodes and kinds of operators that stay in float32.
+        rounding: for a merged file, what rounding does to the update of each weight.
         ranges: for ``"int8-static"``, how the ranges of activations were found.
     """
 
@@ -36,6 +38,7 @@ class QuantizationReport:
     samples: tuple[SampleReport, ...] = ()
     kept: tuple[str, ...] = ()
     ranges: str = ""
+    rounding: tuple[WeightRounding, ...] = ()
 
     @property
     def max_rel_error(self) -> float:
@@ -65,6 +68,7 @@ class QuantizationReport:
             "samples": [dataclasses.asdict(one) for one in self.samples],
             "kept": list(self.kept),
             "ranges": self.ranges,
+            "rounding": [{**dataclasses.asdict(one), "ratio": one.ratio} for one in self.rounding],
         }
 
     def describe(self) -> Iterator[str]:
@@ -79,5 +83,6 @@ class QuantizationReport:
         )
         for report in self.samples:
             yield from report.describe()
+        yield from describe_rounding(self.rounding)
         if self.kept:
             yield f"in float32, because float16 is not exact enough for them: {', '.join(self.kept)}"

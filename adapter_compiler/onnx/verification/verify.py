@@ -60,8 +60,8 @@ class MismatchError(VerificationError):
     tensors: Sequence[torch.Tensor] = ()
 
 
-def open_session(path: str | Path) -> onnxruntime.InferenceSession:
-    """An onnxruntime session on the CPU.
+def open_session(path: str | Path | bytes) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CPU, of a file or of its bytes.
 
     Raises:
         VerificationError: onnxruntime does not load the file.
@@ -69,9 +69,11 @@ def open_session(path: str | Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised, there is no need to print them as well
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        given = path if isinstance(path, bytes) else str(path)
+        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise VerificationError(f"onnxruntime does not load {Path(path).name}: {error}") from error
+        name = "a model" if isinstance(path, bytes) else Path(path).name
+        raise VerificationError(f"onnxruntime does not load {name}: {error}") from error
 
 
 def verify_cases(
