@@ -84,8 +84,7 @@ def test_a_full_disk_leaves_nothing_and_says_what_to_do(tmp_path: Path) -> None:
     left = [line for line in lines if line.startswith("left|")]
     assert [line.count("|") for line in left] == [1] * 7, left
     errors = {line.split("|")[0]: line for line in lines if not line.startswith("left|")}
-    assert errors.pop("int8").startswith("int8|ExportError|onnxruntime cannot quantize base.onnx")
-    assert errors.keys() == {"export", "save", "onnx_adapter", "fold", "fold onnx", "convert"}
+    assert errors.keys() == {"export", "int8", "save", "onnx_adapter", "fold", "fold onnx", "convert"}
     pattern = r"OSError\|.*new/[\w.]+ cannot be written \(.*\), what was there before is as it was"
     for line in errors.values():
         assert re.search(pattern, line), line
