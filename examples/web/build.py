@@ -1,11 +1,13 @@
 """A page that classifies drawn digits in the browser and switches adapters by a click.
 
-A network learns scikit-learn's digits. Two adapters are trained for it: one for digits that are turned by 90°, one for
-digits in negative. The page gets one file of the base model and both adapters, and runs them with onnxruntime-web:
-
-    npm install --prefix examples/web
     python examples/web/build.py --out page
-    python -m http.server --directory page
+
+A network learns scikit-learn's digits. Two adapters are trained for it: one for digits that are turned by 90°, one for
+digits in negative. The page gets one file of the base model and both adapters, and runs them with onnxruntime-web,
+which comes from npm:
+
+    npm install --prefix examples/web               before the command above
+    python -m http.server --directory page          after it
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def served(folder: Path) -> Iterator[tuple[str, queue.Queue[Any]]]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("web") / "page"
     options = ("--out", str(folder), "--steps", "100", "--run-time", str(RUN_TIME))
-    command = [sys.executable, str(ROOT / "examples/web/build.py"), *options]
+    command = [sys.executable, str(ROOT / "examples" / "web/build.py"), *options]
     subprocess.run(command, check=True, capture_output=True, timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT)})
     return folder
 
