@@ -89,7 +89,7 @@ def test_every_method_trains_and_ends_with_the_same_size() -> None:
     size = 2 * (4 * (16 + 16) + 2 * (16 + 24))
     assert {counts[n] for n in ("lora", "rslora", "pissa", "lora_ga", "peft_lora", "muon", "triplet")} == {size}
     assert counts["dora"] == size + 4 * 16 + 24 + 16
-    for name in ("adalora", "muon_budget", "muon_sensitivity", "triplet_budget", "peft_adalora"):
+    for name in (name for name, method in methods.METHODS.items() if method.surplus > 1):
         # At most 12 triplets, each of 33 or 41 values, wherever they are.
         assert 11 * 33 <= counts[name] <= 12 * 41
 
@@ -189,6 +189,34 @@ def test_differences_are_paired_and_errors_clustered_by_pretraining(tmp_path: Pa
         "| dora | 0.1 (edge) | 7 | 58.0 ± 4.0 | +2.0 ± 1.0 | 52.0 | 4 of 2 |",
         "| lora | 0.1 | 7 | 56.0 ± 5.0 |  | 50.0 | 4 of 2 |",
     ]
+
+
+def test_the_summary_compares_with_the_best_peer_of_each_task() -> None:
+    scores = {"lora": (50.0, 60.0), "dora": (52.0, 61.0), "muon_budget": (55.0, 62.0), "full": (80.0, 80.0)}
+    runs = [result(name, 0.1, seed, 0, score) for name, pair in scores.items() for seed, score in enumerate(pair)]
+    found = table.compare_with_peers(runs)
+    assert (found.peer, found.ours, found.theirs, found.gain, found.gain_error) == ("dora", 58.5, 56.5, 2, 1)
+    losses = [dict(run, task="series", measure=base.ERROR, test=run["test"] / 100) for run in runs]
+    found = table.compare_with_peers(losses)
+    # Of losses the smallest is the best, and the difference is a share of the peer's: 5 / 50 and 2 / 60.
+    assert (found.peer, found.gain) == ("lora", pytest.approx(-100 * (5 / 50 + 2 / 60) / 2))
+    no_peer = [run for run in runs if run["method"] in ("muon_budget", "full")]
+    assert table.compare_with_peers(no_peer) is None
+    assert table.write_summary({"digits": runs, "series": losses, "other": no_peer}) == [
+        "| task | best peer | peer | muon_budget | better by | full | runs |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| digits | dora | 56.5 | 58.5 | +2.0 ± 1.0 points | 80.0 | 2 |",
+        "| series | lora | 0.550 | 0.585 | -6.7 ± 3.3 % | 0.800 | 2 |",
+    ]
+
+
+def test_lambda_has_a_rate_of_its_own() -> None:
+    _, _, runs = build("adalora_lambda", 1, 20)
+    run = runs[0]
+    rates = {id(p): group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    named = {name: rates[id(p)] for name, p in run.model.adapters.named_parameters() if p.requires_grad}
+    assert any(name.endswith("lam") for name in named)
+    assert named == pytest.approx({name: (8 if name.endswith("lam") else 1) * 3e-3 for name in named})
 
 
 def test_sizes_are_searched_and_uniform_ranks_are_trained() -> None:

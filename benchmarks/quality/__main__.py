@@ -4,6 +4,7 @@
     python -m benchmarks.quality --out quality.jsonl --task characters --method lora --method muon
     python -m benchmarks.quality --out quality.jsonl --task med --data DIR --model ENCODER
     python -m benchmarks.quality --out quality.jsonl --table                the table of what is there, as Markdown
+    python -m benchmarks.quality --out quality.jsonl --summary              all tasks, against the best peer of each
 
 Rates are a factor of 1.6 apart and are tried on seeds that are not reported, until the best one has a worse one on each
 side. That rate is then run on fresh seeds: each is a pretraining, with several draws of examples. Results are appended
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -22,7 +23,7 @@ import typer
 from benchmarks.quality.building import build_run
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.results import Result, Wanted, append_results, find_missing, read_results, select
-from benchmarks.quality.table import write_table
+from benchmarks.quality.table import write_summary, write_table
 from benchmarks.quality.tasks import SMALL_TASKS, TEXT_TASKS, get_steps, make_task
 from benchmarks.quality.tasks.base import Task, draw_batches, measure
 from benchmarks.quality.training import train
@@ -39,13 +40,18 @@ def main(
     seeds: Annotated[int, typer.Option(help="Seeds that are reported.")] = 8,
     draws: Annotated[int, typer.Option(help="Draws of examples for each seed.")] = 2,
     table: Annotated[bool, typer.Option(help="Print the table and run nothing.")] = False,
+    summary: Annotated[bool, typer.Option(help="Print all tasks against their best peers and run nothing.")] = False,
 ) -> None:
     """Run what is missing, then print the table."""
     torch.set_num_threads(1)
+    if summary:
+        by_task = {name: select(read_results(out), **_find_key(name, rank)) for name in [*SMALL_TASKS, *TEXT_TASKS]}
+        print("\n".join(write_summary({name: found for name, found in by_task.items() if found})))
+        return
     chosen = method or list(METHODS)
     if unknown := set(chosen) - METHODS.keys():
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(METHODS)}", param_hint="--method")
-    key = {"task": task, "rank": rank, "steps": get_steps(task)}
+    key = _find_key(task, rank)
     made: dict[tuple[int, int], Task] = {}
     for name in () if table else chosen:
         while wanted := find_missing(
@@ -60,6 +66,11 @@ def main(
             for result in results:
                 print(*(f"{k} {v}" for k, v in result.items() if k not in ("task", "steps", "measure")), flush=True)
     print("\n".join(write_table(select(read_results(out), **key))))
+
+
+def _find_key(task: str, rank: int) -> dict[str, Any]:
+    """The entries by which the results of a task are found."""
+    return {"task": task, "rank": rank, "steps": get_steps(task)}
 
 
 def run_together(name: str, tasks: list[Task], wanted: list[Wanted], rank: int, steps: int) -> list[Result]:

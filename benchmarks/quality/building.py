@@ -130,11 +130,17 @@ def _count_live(wrapped: nn.Module, name: str, lam: Tensor) -> int:
 def _make_adamw(
     method: Method, task: Task, named: Iterable[tuple[str, nn.Parameter]], rate: float
 ) -> torch.optim.Optimizer:
-    found = [(name, p) for name, p in named if p.requires_grad]
-    is_head = [task.head is not None and f"{task.head}." in name for name, _ in found]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for (_, p), head in zip(found, is_head, strict=True) if head is wanted], "lr": lr}
-        for wanted, lr in ((False, rate), (True, HEAD_RATE))
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, betas=method.betas, weight_decay=0.0, fused=True)
+    rates = {"": rate, "lam": rate * method.lam_times, "head": HEAD_RATE}
+    groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            groups[_find_kind(task, name)].append(parameter)
+    given: list[dict[str, Any]] = [{"params": group, "lr": rates[kind]} for kind, group in groups.items() if group]
+    return torch.optim.AdamW(given, betas=method.betas, weight_decay=0.0, fused=True)
+
+
+def _find_kind(task: Task, name: str) -> str:
+    """Which learning rate a parameter has."""
+    if task.head is not None and f"{task.head}." in name:
+        return "head"
+    return "lam" if name.endswith("lam") else ""

@@ -29,6 +29,7 @@ class Method:
         rule: of ``make_optimizer``; AdamW without it.
         surplus: the rank at the start over that at the end; above 1 a budget prunes.
         metric: the score of the budget.
+        lam_times: the learning rate of λ over that of P and Q.
         repeats: a method whose best rate is run again with other random numbers.
     """
 
@@ -40,6 +41,7 @@ class Method:
     rule: str | None = None
     surplus: float = 1.0
     metric: str = "sensitivity"
+    lam_times: float = 1.0
     repeats: str | None = None
 
 
@@ -53,19 +55,28 @@ _ADAMW: dict[str, Method] = {
     "lora_ga": Method(guess=4e-3, options={"kind": "lora"}, start="lora_ga"),
     "adalora": Method(guess=6.4e-3, options={"kind": "svd"}, surplus=1.5),
     "adalora_magnitude": Method(guess=6.4e-3, options={"kind": "svd"}, surplus=1.5, metric="magnitude"),
+    # √64, the width of most models here.
+    "adalora_lambda": Method(guess=6.4e-3, options={"kind": "svd"}, surplus=1.5, lam_times=8.0),
     "peft_lora": Method(guess=6.4e-3, peft="lora"),
     "peft_adalora": Method(guess=2e-2, peft="adalora", surplus=1.5),
 }
+_BUDGET = Method(guess=2.5e-3, options={"kind": "svd"}, rule="muon", surplus=1.5, metric="magnitude")
 _MATRICES: dict[str, Method] = {
     "muon": Method(guess=2.5e-3, options={"kind": "lora", "init": "orthogonal"}, rule="muon"),
     "muon_svd": Method(guess=2.5e-3, options={"kind": "svd"}, rule="muon"),
-    "muon_budget": Method(guess=2.5e-3, options={"kind": "svd"}, rule="muon", surplus=1.5, metric="magnitude"),
-    "muon_sensitivity": Method(guess=2.5e-3, options={"kind": "svd"}, rule="muon", surplus=1.5),
+    "muon_budget": _BUDGET,
+    "muon_budget_3x": dataclasses.replace(_BUDGET, surplus=3.0),
+    "muon_budget_4x": dataclasses.replace(_BUDGET, surplus=4.0),
+    "muon_sensitivity": dataclasses.replace(_BUDGET, metric="sensitivity"),
+    "muon_spectral": dataclasses.replace(_BUDGET, metric="spectral"),
+    "muon_lora_one": dataclasses.replace(_BUDGET, start="lora_one"),
     "triplet": Method(guess=2.5e-3, options={"kind": "lora", "init": "orthogonal"}, rule="triplet"),
     "triplet_budget": Method(guess=2.5e-3, options={"kind": "svd"}, rule="triplet", surplus=1.5, metric="magnitude"),
 }
 #: What the others are compared with: LoRA with the better betas.
 REFERENCE = "lora"
+#: What other libraries have, with the better betas. The best of them on a task is its best peer.
+PEERS = ("lora", "rslora", "dora", "pissa", "lora_ga", "peft_lora", "peft_adalora")
 
 METHODS: dict[str, Method] = {
     **_ADAMW,

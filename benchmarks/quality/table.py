@@ -7,11 +7,14 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks.quality.methods import REFERENCE
+from benchmarks.quality.methods import PEERS, REFERENCE
 from benchmarks.quality.results import TUNING, Result, score_by_rate, select
 from benchmarks.quality.tasks.base import ACCURACY
 
 _Runs = Mapping[tuple[int, int], Result]
+
+#: What is compared with the best peer: the recommended method.
+OURS = "muon_budget"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,14 +42,50 @@ class Row:
 
 def summarize(results: Sequence[Result]) -> list[Row]:
     """A row for each method of one task that has been reported, the best first."""
-    reported: dict[str, _Runs] = {}
-    for name in dict.fromkeys(result["method"] for result in results):
-        own = [result for result in select(results, method=name) if result["seed"] < TUNING]
-        if own:
-            reported[name] = {(result["seed"], result["draw"]): result for result in own}
+    names = dict.fromkeys(result["method"] for result in results)
+    reported = {name: own for name in names if (own := find_reported(results, name))}
     rows = [_make_row(results, name, runs, reported.get(REFERENCE, {})) for name, runs in reported.items()]
     sign = -1 if rows and _is_accuracy(results) else 1
     return sorted(rows, key=lambda row: sign * row.mean)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Our default beside the best peer of a task.
+
+    Attributes:
+        peer: the name of the peer whose mean is the best.
+        ours: the mean of ``OURS``.
+        theirs: the mean of the peer.
+        gain: how much better ours is, run by run: in points, or in % of the peer's loss.
+        gain_error: its standard error.
+        runs: how many runs both have.
+    """
+
+    peer: str
+    ours: float
+    theirs: float
+    gain: float
+    gain_error: float | None
+    runs: int
+
+
+def compare_with_peers(results: Sequence[Result]) -> Comparison | None:
+    """The comparison on one task, or ``None`` where ours or every peer is missing."""
+    rows = {row.method: row for row in summarize(results)}
+    peers = [name for name in rows if name in PEERS]  # the best first
+    if OURS not in rows or not peers:
+        return None
+    ours, theirs = find_reported(results, OURS), find_reported(results, peers[0])
+    gains = find_gains(ours, theirs, more=_is_accuracy(results))
+    return Comparison(
+        peer=peers[0],
+        ours=rows[OURS].mean,
+        theirs=rows[peers[0]].mean,
+        gain=statistics.fmean(gains.values()),
+        gain_error=find_error(gains),
+        runs=len(gains),
+    )
 
 
 def _is_accuracy(results: Sequence[Result]) -> bool:
@@ -56,10 +95,7 @@ def _is_accuracy(results: Sequence[Result]) -> bool:
 def _make_row(results: Sequence[Result], name: str, runs: _Runs, reference: _Runs) -> Row:
     more = _is_accuracy(results)
     scores = {key: run["test"] for key, run in runs.items()}
-    gains = {}
-    for key in scores.keys() & reference.keys() if name != REFERENCE else ():
-        other = reference[key]["test"]
-        gains[key] = scores[key] - other if more else 100 * (other - scores[key]) / other
+    gains = find_gains(runs, reference, more=more) if name != REFERENCE else {}
     tried = score_by_rate(select(results, method=name))
     rate = next(iter(runs.values()))["rate"]
     return Row(
@@ -75,6 +111,21 @@ def _make_row(results: Sequence[Result], name: str, runs: _Runs, reference: _Run
         seeds=len({seed for seed, _ in scores}),
         is_inside=not tried or (min(tried) < rate < max(tried)),
     )
+
+
+def find_reported(results: Sequence[Result], method: str) -> _Runs:
+    """The runs of one method that are reported, by seed and draw."""
+    own = [result for result in select(results, method=method) if result["seed"] < TUNING]
+    return {(result["seed"], result["draw"]): result for result in own}
+
+
+def find_gains(runs: _Runs, reference: _Runs, *, more: bool) -> dict[tuple[int, int], float]:
+    """How much better each run is than the same run of another method: in points, or in % of the other's loss."""
+    gains = {}
+    for key in sorted(runs.keys() & reference.keys()):
+        score, other = runs[key]["test"], reference[key]["test"]
+        gains[key] = score - other if more else 100 * (other - score) / other
+    return gains
 
 
 def find_error(values: Mapping[tuple[int, int], float]) -> float | None:
@@ -96,9 +147,33 @@ def write_table(results: Sequence[Result]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def write_summary(by_task: Mapping[str, Sequence[Result]]) -> list[str]:
+    """The lines of a Markdown table: the recommended method beside the best peer of each task."""
+    heads = ("task", "best peer", "peer", OURS, "better by", "full", "runs")
+    lines = [heads, ("---",) * len(heads)]
+    for task, results in by_task.items():
+        found = compare_with_peers(results)
+        if found is None:
+            continue
+        unit = "points" if _is_accuracy(results) else "%"
+        full = [row.mean for row in summarize(results) if row.method == "full"]
+        means = [_round(value) for value in (found.theirs, found.ours)]
+        gain = f"{_with_error(f'{found.gain:+.1f}', found.gain_error, 1)} {unit}"
+        lines.append((task, found.peer, *means, gain, *[_round(v) for v in full or [math.nan]], str(found.runs)))
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _round(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.{_count_digits(value)}f}"
+
+
+def _count_digits(value: float) -> int:
+    return 1 if value > 20 else 3
+
+
 def _to_cells(row: Row) -> tuple[str, ...]:
     gain = "" if row.gain is None else _with_error(f"{row.gain:+.1f}", row.gain_error, 1)
-    digits = 1 if row.mean > 20 else 3
+    digits = _count_digits(row.mean)
     mean = _with_error(f"{row.mean:.{digits}f}", row.error, digits)
     rate = f"{row.rate:.2g}" + ("" if row.is_inside else " (edge)")
     runs = f"{row.runs} of {row.seeds}"
