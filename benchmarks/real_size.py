@@ -198,13 +198,16 @@ def measure_files(base: nn.Module, adapted: ac.AdaptedModel, batch: dict[str, An
         program: list[Any] = []
 
         def export_bare() -> None:
-            program.append(torch.onnx.export(bare, (), kwargs=inputs, dynamo=True))
+            # With as many open sizes as ours has; sizes of one would be fixed.
+            larger = {name: value.repeat(2, 1) for name, value in inputs.items()}
+            sizes = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
+            program.append(torch.onnx.export(bare, (), kwargs=larger, dynamo=True, dynamic_shapes=sizes))
             program.pop().save(path / "bare.onnx", external_data=True)
 
         plain = timed(export_bare)
         adapted.cpu().eval()
         own = timed(lambda: ac.export_onnx(adapted, path / "model.onnx", example_kwargs=inputs))
-        yield f"- export with external data, verified: {own:.1f} s; torch.onnx.export of the bare model: {plain:.1f} s"
+        yield f"- export with external data, verified: {own:.1f} s; torch.onnx.export of the bare model, not verified: {plain:.1f} s"
 
 
 def timed(call: Callable[[], object]) -> float:

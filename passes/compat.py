@@ -8,8 +8,9 @@ imported or where the API is used, so that no check becomes weaker silently.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -354,6 +355,28 @@ def values_in_fake_tensors() -> Iterator[None]:
         setattr(meta_utils, name, original)
 
 
+@contextlib.contextmanager
+def onnx_decompositions(rules: Mapping[OpOverload, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, ``torch.onnx.export`` decomposes these operators too, in the one pass over a program that it makes anyway.
+
+    A pass of our own before it would trace the program once more, which is most of what an export of a large model
+    costs. The caller holds a lock.
+    """
+    module, name = "onnx._internal.exporter._decomp", "create_onnx_friendly_decomposition_table"
+    with contextlib.suppress(ImportError):  # find says what is missing
+        importlib.import_module(f"torch.{module}")
+    owner, original = find(module, "exports to ONNX"), find(f"{module}.{name}", "exports to ONNX")
+
+    def make_table(registered: Any) -> dict[OpOverload, Callable[..., Any]]:
+        return {**original(registered), **rules}
+
+    setattr(owner, name, make_table)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
 #: Functions of the TorchScript exporter that print and that let C++ print.
 _ONNX_LOG = ("_jit_onnx_log", "_jit_set_onnx_log_enabled")
 
@@ -501,6 +524,7 @@ __all__ = [
     "make_fx",
     "make_wrapper",
     "no_torch_function",
+    "onnx_decompositions",
     "parse_to",
     "prepare_fsdp",
     "pytree",

@@ -28,8 +28,11 @@ _RULES: dict[str, Callable[..., Any]] = {name: rule for module in _MODULES for n
 _BECOMES = {"aten::chunk": "aten::split"}
 
 
-def decompose_for_export(program: ExportedProgram) -> ExportedProgram:
-    """The program without the operators that have a rule; the same object if it has none of them."""
+def find_rules(program: ExportedProgram) -> dict[OpOverload, Callable[..., Any]]:
+    """The rules for operators of a program, by overload, as ``run_decompositions`` takes them.
+
+    Numbers in the place of a first tensor operand are replaced in the program itself.
+    """
     for body in find_graph_modules(program.graph_module):
         _lift_leading_number(body.graph)
     present = {
@@ -38,8 +41,7 @@ def decompose_for_export(program: ExportedProgram) -> ExportedProgram:
         for node in body.graph.nodes
         if isinstance(node.target, OpOverload)
     }
-    table = dict(_make_table(present | {_BECOMES[name] for name in present & _BECOMES.keys()}))
-    return program.run_decompositions(table) if table else program
+    return dict(_make_table(present | {_BECOMES[name] for name in present & _BECOMES.keys()}))
 
 
 def _without_underscore(name: str) -> str:

@@ -48,6 +48,7 @@ from adapter_compiler.onnx.verification.samples.compare import (
     run_reference,
 )
 from adapter_compiler.onnx.verification.verify import MismatchError, Verification, verify_cases
+from adapter_compiler.saving.onnx_files.embedding import embed_weights
 from adapter_compiler.saving.onnx_files.metadata import describe_file, describe_tensor, write_metadata
 from adapter_compiler.saving.primitives.files import written_beside
 from passes.capture.module_state import canonical_kernels
@@ -197,7 +198,9 @@ def _attempt(task: ExportTask, strategy: Strategy, draft: Path) -> _Result:
         sizes = set_dimension_names(draft, task.contract.dimensions)
         if task.adapters != "runtime":  # there the finished file is checked
             verified.errors.extend(task.contract.check(session, exporter, None))
+    del session  # it may have the file open
     verified.errors.extend(_finish_file(task, exporter, strategy, written, draft, cases, left_out))
+    embed_weights(draft)
     samples = [] if task.check is None else _verify_samples(task, task.check, draft, exporter, written.program)
     names = {error.case for error in verified.errors}
     untaken = find_untaken_branches(draft, cases, task.inputs, names) if written.has_branches else ()

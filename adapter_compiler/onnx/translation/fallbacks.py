@@ -204,7 +204,7 @@ def _translate(
             failure = failure or ExportError("sizes that are one in the example are fixed to another size")
             continue
         translated = translate_program(exported.program, inputs, outputs, opset=opset)
-        translated.save(draft)
+        translated.save(draft, external_data=True)
         written = assert_opset(draft, opset)
         frozen = find_assumptions(exported.program.graph_module) if strategy.exporter == "assumed values" else ()
         return WrittenDraft(opset=written, bounds=exported.bounds, frozen=frozen, program=translated.exported_program)

@@ -24,8 +24,8 @@ from torch.onnx import ONNXProgram
 from adapter_compiler.errors import ExportError
 from passes.capture.capture import MODULE_PREFIX
 from passes.capture.quiet import quiet_loggers
-from passes.compat import ONNX_LOGGER, without_onnx_log
-from passes.export.decompose_exports import decompose_for_export
+from passes.compat import ONNX_LOGGER, onnx_decompositions, without_onnx_log
+from passes.export.decompose_exports import find_rules
 from passes.export.fold_constant_sizes import FoldConstantSizesPass
 from passes.export.lift_attention import LiftAttentionPass
 from passes.export.zero_masked_rows import ZeroMaskedRowsPass
@@ -44,9 +44,8 @@ def translate_program(
     FoldConstantSizesPass()(program.graph_module)
     LiftAttentionPass()(program.graph_module)
     ZeroMaskedRowsPass()(program.graph_module)
-    with quiet_exporter(), torch.enable_grad():
+    with quiet_exporter(), torch.enable_grad(), onnx_decompositions(find_rules(program)):
         try:
-            program = decompose_for_export(program)
             translated = torch.onnx.export(
                 program,
                 dynamo=True,

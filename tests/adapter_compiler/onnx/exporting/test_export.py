@@ -445,3 +445,23 @@ def test_what_cannot_be_exported_is_refused(model: nn.Module, error: type[Except
 def test_an_example_is_needed(old: Path) -> None:
     with pytest.raises(ConfigError, match="give example_args or example_kwargs"):
         ac.export_onnx(Mlp(), old)
+
+
+@pytest.mark.parametrize("adapters", ["merged", "runtime"])
+def test_weights_are_in_the_file_or_beside_it_if_they_are_large(
+    adapters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(2, 32)
+    adapted = adapt(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval(), x)
+    first = ac.export_onnx(adapted, tmp_path / "small.onnx", (x,), adapters=adapters)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
+    monkeypatch.setattr("adapter_compiler.saving.onnx_files.embedding.LARGEST", 100)
+    second = ac.export_onnx(adapted, tmp_path / "large" / "model.onnx", (x,), adapters=adapters)
+    assert sorted(path.name for path in (tmp_path / "large").iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert first.errors == second.errors
+    small, large = (onnx.load(report.path) for report in (first, second))
+    assert [t.SerializeToString() for t in small.graph.initializer] == [
+        t.SerializeToString() for t in large.graph.initializer
+    ]
+    outputs = [run_onnx(report.path, input=x) for report in (first, second)]
+    assert all(np.array_equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
