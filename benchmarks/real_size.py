@@ -22,6 +22,7 @@ from device_memory import measure_peak_bytes, synchronize
 from llama_shapes import SHAPES, make_batch, make_model
 from measure import CLOCKS, measure_times
 from torch import nn
+from torch.export import Dim
 
 import adapter_compiler as ac
 from passes.capture.submodules import find_repeated_modules
@@ -207,7 +208,7 @@ def measure_files(base: nn.Module, adapted: ac.AdaptedModel, batch: dict[str, An
         plain = timed(export_bare)
         adapted.cpu().eval()
         own = timed(lambda: ac.export_onnx(adapted, path / "model.onnx", example_kwargs=inputs))
-        yield f"- export with external data, verified: {own:.1f} s; torch.onnx.export of the bare model, not verified: {plain:.1f} s"
+        yield f"- export, verified: {own:.1f} s; torch.onnx.export of the bare model, not verified: {plain:.1f} s"
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -357,10 +357,10 @@ def values_in_fake_tensors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def onnx_decompositions(rules: Mapping[OpOverload, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, ``torch.onnx.export`` decomposes these operators too, in the one pass over a program that it makes anyway.
+    """Inside, ``torch.onnx.export`` decomposes these operators too, in the pass over a program that it makes anyway.
 
-    A pass of our own before it would trace the program once more, which is most of what an export of a large model
-    costs. The caller holds a lock.
+    A pass of our own before it would trace the program once more, which for a large model takes as long as the rest of
+    the translation. The caller holds a lock.
     """
     module, name = "onnx._internal.exporter._decomp", "create_onnx_friendly_decomposition_table"
     with contextlib.suppress(ImportError):  # find says what is missing

@@ -27,7 +27,7 @@ from adapter_compiler.onnx.quantization.certify import (
 from adapter_compiler.onnx.quantization.float16 import write_float16
 from adapter_compiler.onnx.quantization.formats import (
     CALIBRATION_BATCHES,
-    have_one_shape,
+    find_equal,
     write_4bit,
     write_dynamic,
     write_static,
@@ -47,12 +47,13 @@ from adapter_compiler.onnx.verification.samples.compare import Metric, SampleChe
 from adapter_compiler.onnx.verification.verify import open_session
 from adapter_compiler.saving.onnx_files.adapter_tensors import read_adapter_file
 from adapter_compiler.saving.onnx_files.initializers import InitializerFile
-from adapter_compiler.saving.onnx_files.metadata import read_metadata, set_metadata
+from adapter_compiler.saving.onnx_files.large_weights import save_model
+from adapter_compiler.saving.onnx_files.metadata import read_metadata, read_updates, set_metadata
 from adapter_compiler.saving.primitives.files import written_beside
 from passes.capture.quiet import quiet_loggers
 
 #: The kinds of files, and the largest accepted difference of each, divided by the largest value of its output.
-KINDS: Mapping[str, float] = {"int8": 0.25, "int8-static": 0.25, "int4": 0.25, "float16": 0.01}
+KINDS: Mapping[str, float] = {"int8": 0.25, "int8-static": 0.25, "int4": 0.5, "float16": 0.01}
 #: Batches on which kinds are searched for that need float32, and calibration methods compared.
 _SEARCH_BATCHES = 4
 
@@ -90,7 +91,7 @@ def quantize_onnx(
             with each of them.
         draws: without ``samples``, the number of random inputs.
         largest_rel_error: the largest accepted difference, divided by the largest value of its output; by default 0.25,
-            and 0.01 for float16.
+            0.5 for int4, whose steps are eight times those of int8, and 0.01 for float16.
         largest_ratio: for a file with merged adapters, the largest accepted ‖quantization error‖ / ‖ΔW‖ of a weight,
             Frobenius norms. Above one, rounding moves the weight by more than training did.
         residual: the adapted model that ``source`` was exported from: weights above ``largest_ratio`` are quantized
@@ -109,7 +110,7 @@ def quantize_onnx(
     limit = KINDS[kind] if largest_rel_error is None else largest_rel_error
     task = _open(source, kind, samples, metric, adapters, draws, limit)
     with written_beside(path) as draft, tempfile.TemporaryDirectory(dir=draft.parent) as folder:
-        kept, ranges, rounding = _write_certified(task, Path(folder), largest_ratio, residual)
+        kept, ranges, rounding, unknown = _write_certified(task, Path(folder), largest_ratio, residual)
         _finish(task, Path(folder) / "small.onnx", draft)
         errors, reports = _compare(task, draft)
         _assert_close(task, errors)
@@ -123,6 +124,7 @@ def quantize_onnx(
         kept=kept,
         ranges=ranges,
         rounding=tuple(rounding),
+        unknown=tuple(unknown),
     )
 
 
@@ -202,24 +204,28 @@ def _open(
 
 def _write_certified(
     task: _Task, folder: Path, largest_ratio: float, residual: AdaptedModel | None
-) -> tuple[tuple[str, ...], str, list[WeightRounding]]:
-    """Quantize, and once more with updates in float beside the weights whose updates rounding would swallow."""
-    description = read_metadata(InitializerFile(task.source).header, task.source.name)
+) -> tuple[tuple[str, ...], str, list[WeightRounding], list[str]]:
+    """Quantize, and once more with updates in float beside the weights whose updates rounding would swallow.
+
+    Returns:
+        What stays in float32, how ranges were found, the rounding of weights, and weights whose rounding is unknown.
+    """
+    header = InitializerFile(task.source).header
+    description = read_metadata(header, task.source.name)
+    updates, weights = read_updates(header, description, task.source.name), description["weights"]
     small = folder / "small.onnx"
     prepared = prepare(task.source, folder)
     kept, ranges = _write(task, prepared, small)
-    rounding = measure_rounding(prepared, small, description)
+    rounding, unknown = measure_rounding(prepared, small, updates, weights)
     lost = {one.weight for one in find_swallowed(rounding, largest_ratio)}
     if lost and residual is not None:
-        write_residual(task.source, folder / "residual.onnx", residual, sorted(lost), description["weights"])
+        write_residual(task.source, folder / "residual.onnx", residual, sorted(lost), weights)
         prepared = prepare(folder / "residual.onnx", folder)
         kept, ranges = _write(task, prepared, small)
-        rounding = [
-            dataclasses.replace(one, is_residual=one.weight in lost)
-            for one in measure_rounding(prepared, small, description)
-        ]
+        measured, unknown = measure_rounding(prepared, small, updates, weights)
+        rounding = [dataclasses.replace(one, is_residual=one.weight in lost) for one in measured]
     assert_not_swallowed(rounding, task.kind, largest_ratio)
-    return kept, ranges, rounding
+    return kept, ranges, rounding, unknown
 
 
 def _write(task: _Task, prepared: Prepared, target: Path) -> tuple[tuple[str, ...], str]:
@@ -242,19 +248,28 @@ def _write(task: _Task, prepared: Prepared, target: Path) -> tuple[tuple[str, ..
 
 
 def _write_calibrated(task: _Task, prepared: Prepared, target: Path) -> str:
-    """The better one of two methods, by the mean error on a few batches; the first one needs batches of one shape."""
+    """The better one of two methods, by the mean error on a few batches.
+
+    Percentiles need batches of one shape, so they are those of the most frequent shape alone.
+    """
     batches = _read_batches(task, CALIBRATION_BATCHES)
-    if len(batches) > 1 and not have_one_shape(batches) and have_one_shape(batches[:-1]):
-        del batches[-1]  # the smaller rest of a data set
-    batches = [{**batch, **tensors} for tensors in task.adapters.values() for batch in batches]
+    equal = find_equal(batches)
+    chosen = {"MinMax": batches, "Percentile": equal}
+    given = {
+        method: [{**batch, **tensors} for tensors in task.adapters.values() for batch in some]
+        for method, some in chosen.items()
+    }
+    if len(find_equal(given["Percentile"])) < len(given["Percentile"]):
+        del given["Percentile"]  # adapters of several ranks
     errors = {}
-    for method in ("Percentile", "MinMax") if have_one_shape(batches) else ("MinMax",):
-        write_static(prepared, target, batches, method)
+    for method, feeds in given.items():
+        write_static(prepared, target, feeds, method)
         errors[method] = _measure(task, target, statistics.mean)
     best = min(errors, key=lambda method: errors[method])
-    if best == "Percentile":
-        write_static(prepared, target, batches, best)
-    return best
+    if best != method:
+        write_static(prepared, target, given[best], best)
+    some = f" of {len(chosen[best])} of {len(batches)} batches" if len(chosen[best]) < len(batches) else ""
+    return best + some
 
 
 def _measure(task: _Task, file: Path, summarize: Any = max) -> float:
@@ -283,7 +298,7 @@ def _finish(task: _Task, small: Path, draft: Path) -> None:
     description = read_metadata(InitializerFile(task.source).header, task.source.name)
     description["quantized"] = {"kind": task.kind, "largest_rel_error": task.limit}
     set_metadata(model, description)
-    onnx.save(model, draft)
+    save_model(model, draft)
     found = {value.name: value for value in open_session(draft).get_overridable_initializers()}
     for value in task.reference.get_overridable_initializers():
         if value.name not in found or found[value.name].type != value.type:

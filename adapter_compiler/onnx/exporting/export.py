@@ -48,7 +48,7 @@ from adapter_compiler.onnx.verification.samples.compare import (
     run_reference,
 )
 from adapter_compiler.onnx.verification.verify import MismatchError, Verification, verify_cases
-from adapter_compiler.saving.onnx_files.embedding import embed_weights
+from adapter_compiler.saving.onnx_files.large_weights import embed_weights
 from adapter_compiler.saving.onnx_files.metadata import describe_file, describe_tensor, write_metadata
 from adapter_compiler.saving.primitives.files import written_beside
 from passes.capture.module_state import canonical_kernels

@@ -48,28 +48,33 @@ class WeightRounding:
         return self.error / self.update
 
 
-def measure_rounding(prepared: Prepared, quantized: Path, description: Mapping[str, Any]) -> list[WeightRounding]:
-    """The rounding of each weight that has an update; of those only that the file still has as a whole.
+def measure_rounding(
+    prepared: Prepared, quantized: Path, updates: Mapping[str, float], weights: Mapping[str, Any]
+) -> tuple[list[WeightRounding], list[str]]:
+    """The rounding of each weight that has an update, and the weights that the file does not have as a whole.
 
     Args:
         prepared: the float file.
         quantized: the file that was made from it.
-        description: the metadata of the source, with the norms of the updates.
+        updates: ‖ΔW‖ by weight, from the metadata of the source.
+        weights: where the weights are, from the same.
     """
     exact, small = onnx.load(prepared.path), onnx.load(quantized)
     values = {tensor.name: tensor for tensor in exact.graph.initializer}
-    found = []
-    for weight, update in description.get("updates", {}).items():
-        entry = description["weights"].get(weight)
-        name = None if entry is None else prepared.find_name(entry["initializer"])
-        if name is None or name not in values or not update:
+    found, unknown = [], []
+    for weight, update in updates.items():
+        if not update:
             continue
-        rounded = read_rounded(small, name)
-        if rounded is not None:
-            wanted = numpy_helper.to_array(values[name]).astype(numpy.float64)
-            error = float(numpy.linalg.norm(rounded.astype(numpy.float64) - wanted))
-            found.append(WeightRounding(weight=weight, error=error, update=update))
-    return found
+        entry = weights.get(weight)
+        name = None if entry is None else prepared.find_name(entry["initializer"])
+        rounded = None if name is None or name not in values else read_rounded(small, name)
+        if rounded is None:
+            unknown.append(weight)
+            continue
+        wanted = numpy_helper.to_array(values[name]).astype(numpy.float64)
+        error = float(numpy.linalg.norm(rounded.astype(numpy.float64) - wanted))
+        found.append(WeightRounding(weight=weight, error=error, update=update))
+    return found, unknown
 
 
 def read_rounded(model: onnx.ModelProto, name: str) -> Array | None:

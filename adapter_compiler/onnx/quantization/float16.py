@@ -16,6 +16,7 @@ from onnx import helper
 from adapter_compiler.onnx.quantization.prepare import Prepared, restore_defaults, without_defaults
 from adapter_compiler.onnx.verification.values import run_session
 from adapter_compiler.onnx.verification.verify import open_session
+from adapter_compiler.saving.onnx_files.large_weights import save_model
 
 _LARGEST = float(numpy.finfo(numpy.float16).max)
 
@@ -71,7 +72,7 @@ def find_large_nodes(path: Path, batches: Sequence[dict[str, torch.Tensor]]) -> 
     for name in names:
         model.graph.output.append(helper.make_empty_tensor_value_info(name))
     with tempfile.TemporaryDirectory() as folder:
-        onnx.save(model, Path(folder) / "all.onnx")
+        save_model(model, Path(folder) / "all.onnx")
         session = open_session(Path(folder) / "all.onnx")
         large: set[str] = set()
         wanted = [value.name for value in session.get_outputs()]
@@ -94,15 +95,16 @@ def _convert(prepared: Prepared, target: Path, nodes: Sequence[str], kinds: Sequ
     """Convert all but some nodes; what callers may replace stays as it is."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-    model = without_defaults(prepared)
+    plain = prepared.path.with_name("inputs.onnx")
+    save_model(without_defaults(prepared), plain)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constants that float16 cannot hold; the error is measured
         converted = convert_float_to_float16(
-            model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *kinds], node_block_list=list(nodes)
+            str(plain), keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *kinds], node_block_list=list(nodes)
         )
     _skip_float16(converted.graph)
     restore_defaults(converted, prepared)
-    onnx.save(converted, target)
+    save_model(converted, target)
 
 
 def _skip_float16(graph: onnx.GraphProto) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from onnx import numpy_helper
 
 from adapter_compiler.onnx.quantization.prepare import Prepared, restore_defaults, without_defaults
+from adapter_compiler.saving.onnx_files.large_weights import is_large, save_model
 
 #: Weights that share a scale in 4-bit files.
 BLOCK_SIZE = 32
@@ -27,7 +27,7 @@ def write_dynamic(prepared: Prepared, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     plain = prepared.path.with_name("inputs.onnx")
-    onnx.save(without_defaults(prepared), plain)
+    save_model(without_defaults(prepared), plain)
     # Seven bits: with eight, processors without VNNI add pairs of products in 16 bits, which saturate.
     quantize_dynamic(
         plain,
@@ -36,6 +36,7 @@ def write_dynamic(prepared: Prepared, target: Path) -> None:
         weight_type=QuantType.QInt8,
         reduce_range=True,
         nodes_to_exclude=list(prepared.kept),
+        use_external_data_format=is_large(plain),
     )
     _restore(target, prepared)
 
@@ -52,9 +53,9 @@ def write_static(prepared: Prepared, target: Path, batches: Sequence[dict[str, t
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     plain = prepared.path.with_name("inputs.onnx")
-    onnx.save(without_defaults(prepared), plain)
+    save_model(without_defaults(prepared), plain)
     defaults = {tensor.name: numpy_helper.to_array(tensor) for _, tensor in prepared.opened}
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), _without_prints():
         warnings.simplefilter("ignore")  # of values that there are none of, such as those of adapters of rank 0
         quantize_static(
             plain,
@@ -68,6 +69,7 @@ def write_static(prepared: Prepared, target: Path, batches: Sequence[dict[str, t
             weight_type=QuantType.QInt8,
             nodes_to_exclude=list(prepared.kept),
             calibrate_method=CalibrationMethod[method],
+            use_external_data_format=is_large(plain),
             extra_options={"MatMulConstBOnly": True},
         )
     _restore(target, prepared)
@@ -81,19 +83,33 @@ def write_4bit(prepared: Prepared, target: Path) -> None:
         without_defaults(prepared), block_size=BLOCK_SIZE, is_symmetric=False, nodes_to_exclude=list(prepared.kept)
     )
     quantizer.process()
-    onnx.save(quantizer.model.model, target)
+    save_model(quantizer.model.model, target)
     _restore(target, prepared)
 
 
-def have_one_shape(batches: Sequence[dict[str, torch.Tensor]]) -> bool:
-    """Whether all batches have the same sizes, which onnxruntime's histograms need."""
-    return len({tuple((name, tensor.shape) for name, tensor in batch.items()) for batch in batches}) == 1
+def find_equal(batches: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """The batches of the most frequent sizes; onnxruntime's histograms need equal ones."""
+    sizes = [tuple((name, tensor.shape) for name, tensor in batch.items()) for batch in batches]
+    most = max(sizes, key=sizes.count, default=())
+    return [batch for batch, size in zip(batches, sizes, strict=True) if size == most]
+
+
+@contextlib.contextmanager
+def _without_prints() -> Iterator[None]:
+    """Inside, onnxruntime's calibration does not print; other threads' output goes where it went."""
+    from onnxruntime.quantization import calibrate
+
+    calibrate.print = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        vars(calibrate).pop("print", None)  # another thread may have done so
 
 
 def _restore(target: Path, prepared: Prepared) -> None:
     model = onnx.load(target)
     restore_defaults(model, prepared)
-    onnx.save(model, target)
+    save_model(model, target)
 
 
 def _make_reader(batches: Sequence[dict[str, torch.Tensor]], defaults: dict[str, Any]) -> object:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 
+from adapter_compiler.saving.onnx_files.large_weights import save_model
 from passes.export.cast_onnx import find_graphs
 from passes.export.separate_products import separate_products
 
@@ -53,7 +54,7 @@ def prepare(source: Path, folder: Path) -> Prepared:
     for value, _ in opened.values():
         graph.input.remove(value)
     path = folder / "float.onnx"
-    onnx.save(model, path)
+    save_model(model, path)
     return Prepared(path=path, opened=tuple(opened.values()), kept=tuple(kept), moved=moved)
 
 

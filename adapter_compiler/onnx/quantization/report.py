@@ -28,6 +28,8 @@ class QuantizationReport:
         kept: for float16, the nodes and kinds of operators that stay in float32.
         rounding: for a merged file, what rounding does to the update of each weight.
         ranges: for ``"int8-static"``, how the ranges of activations were found.
+        unknown: the weights with an update whose rounding cannot be measured, because the exporter has folded them into
+            something else.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class QuantizationReport:
     kept: tuple[str, ...] = ()
     ranges: str = ""
     rounding: tuple[WeightRounding, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     @property
     def max_rel_error(self) -> float:
@@ -69,6 +72,7 @@ class QuantizationReport:
             "kept": list(self.kept),
             "ranges": self.ranges,
             "rounding": [{**dataclasses.asdict(one), "ratio": one.ratio} for one in self.rounding],
+            "unknown": list(self.unknown),
         }
 
     def describe(self) -> Iterator[str]:
@@ -84,5 +88,7 @@ class QuantizationReport:
         for report in self.samples:
             yield from report.describe()
         yield from describe_rounding(self.rounding)
+        if self.unknown:
+            yield f"rounding not measured for {len(self.unknown)} weights with an update: {', '.join(self.unknown)}"
         if self.kept:
             yield f"in float32, because float16 is not exact enough for them: {', '.join(self.kept)}"

@@ -15,6 +15,7 @@ from adapter_compiler.errors import ConfigError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.onnx.exporting.runtime_adapters import describe_site
 from adapter_compiler.onnx.serving.adapter_file import find_adapter_tensors
+from adapter_compiler.saving.onnx_files.large_weights import save_model
 from passes.export.insert_onnx_adapters import insert_onnx_adapter
 
 
@@ -52,4 +53,4 @@ def write_residual(
         for factor in (site.left, site.right):
             added[factor].CopyFrom(numpy_helper.from_array(factors[factor].contiguous().numpy(), factor))
             model.graph.input.remove(next(value for value in model.graph.input if value.name == factor))
-    onnx.save(model, target)
+    save_model(model, target)

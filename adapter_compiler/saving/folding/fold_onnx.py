@@ -13,7 +13,12 @@ import torch
 from adapter_compiler.errors import CheckpointError, ExportError
 from adapter_compiler.saving.folders.base_weights import BaseWeights
 from adapter_compiler.saving.onnx_files.initializers import InitializerFile
-from adapter_compiler.saving.onnx_files.metadata import copy_with_metadata, describe_tensor, read_metadata
+from adapter_compiler.saving.onnx_files.metadata import (
+    append_updates,
+    copy_with_metadata,
+    describe_tensor,
+    read_metadata,
+)
 from passes.planning.json_schema import Field, Source, check_object, is_list_of, is_object_of, is_text
 
 
@@ -72,6 +77,12 @@ def fold_onnx(
     description = _read_description(source, base)
     if description["adapters"] == "merged":
         raise ExportError(f"{base.name} already has adapters merged into it; fold into an export of the base model")
+    if "quantized" in description:
+        raise ExportError(
+            f"{base.name} is a quantized copy, whose weights are rounded, expected the file in float that it was made "
+            "from; fold into that one, and quantize the result with quantize_onnx, which says what rounding does to "
+            "the updates"
+        )
     saved = saved.fit(_describe_weights(description["weights"], source, base))
     adapted = saved.changed
     weights = _find_targets(description, saved, base)
@@ -83,15 +94,20 @@ def fold_onnx(
     copy_with_metadata(base, draft, {**kept, "adapters": "merged", "ranks": ranks})
     _copy_external_data(source.external_files(), base, draft)
     file = InitializerFile(draft)
+    norms = {}
     for done, (name, initializer) in enumerate(weights.items(), 1):
         old = file.read(initializer)
         if name in adapted:
-            file.write(initializer, saved.merge(name, old))
+            merged = saved.merge(name, old)
+            wide = torch.promote_types(old.dtype, torch.float32)
+            norms[name] = float((merged.to(wide) - old.to(wide)).norm(dtype=torch.float64))
+            file.write(initializer, merged)
         else:
             _assert_same_kind(base, initializer, saved.tensor(saved.replacements[name]), old)
             file.write(initializer, saved.tensor(saved.replacements[name]))
         if progress is not None:
             progress(name, done, len(weights))
+    append_updates(draft, norms)
     return list(weights)
 
 

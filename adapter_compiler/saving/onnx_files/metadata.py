@@ -20,10 +20,13 @@ from adapter_compiler.adapters.parameters.checksum import compute_checksum
 from adapter_compiler.errors import ExportError
 from adapter_compiler.saving.onnx_files.protobuf_fields import copy_range, read_range, walk_fields
 from passes.capture.calls import ModuleCall
-from passes.planning.json_schema import Source, parse_json
+from passes.planning.json_schema import Source, is_finite, parse_json
 
 #: Key of the entry in the model's ``metadata_props``.
 METADATA_KEY = "adapter_compiler"
+
+#: Key of the entry with ‖ΔW‖ of each merged weight, which a fold into a file appends.
+UPDATES_KEY = "adapter_compiler.updates"
 
 _FORMAT_VERSION = 1
 
@@ -90,6 +93,28 @@ def copy_with_metadata(source: Path, target: Path, description: Mapping[str, Any
                     continue
             copy_range(old, new, field.start, field.end)
         new.write(entry.SerializeToString())
+
+
+def append_updates(path: Path, norms: Mapping[str, float]) -> None:
+    """Append ‖ΔW‖ of each merged weight to a file; nothing before its end is read or written."""
+    entry = onnx.ModelProto()
+    entry.metadata_props.add(key=UPDATES_KEY, value=json.dumps(norms, sort_keys=True))
+    with path.open("ab") as file:
+        file.write(entry.SerializeToString())
+
+
+def read_updates(model: onnx.ModelProto, description: Mapping[str, Any], name: str) -> dict[str, float]:
+    """‖ΔW‖ of each merged weight, as an export or a fold has recorded it; empty if neither has.
+
+    Raises:
+        ExportError: the entry is damaged; ``name`` says in which file.
+    """
+    text = next((entry.value for entry in model.metadata_props if entry.key == UPDATES_KEY), None)
+    source = Source(name=f"{name}: its updates", error=ExportError, advice="export or fold the model again")
+    found = description.get("updates", {}) if text is None else parse_json(source, text)
+    if not isinstance(found, dict) or not all(is_finite(value) for value in found.values()):
+        source.fail("they are no numbers by weight, expected ‖ΔW‖ of each")
+    return dict(found)
 
 
 def set_metadata(model: onnx.ModelProto, description: Mapping[str, Any]) -> None:

@@ -67,8 +67,10 @@ class SampleCheck:
             except MismatchError as error:
                 error.tensors = sample.call.tensors
                 raise
-            for outputs, total in zip((expected, found), scores, strict=True):
-                for name, value in self._measure(outputs, sample).items():
+            measured = [self._measure(outputs, sample) for outputs in (expected, found)]
+            _assert_same_names(measured, scores[0] if batches else None, sample)
+            for values, total in zip(measured, scores, strict=True):
+                for name, value in values.items():
                     total[name] = total.get(name, 0.0) + value * sample.rows
             batches, rows = batches + 1, rows + sample.rows
         metrics = [
@@ -170,6 +172,18 @@ def _run_on(run: Run, sample: Sample) -> Mapping[str, torch.Tensor]:
 
 def _spell(sample: Sample, subject: str) -> str:
     return f"{sample.name}, {subject}" if subject else sample.name
+
+
+def _assert_same_names(
+    measured: Sequence[Mapping[str, float]], earlier: Mapping[str, float] | None, sample: Sample
+) -> None:
+    """Raise :class:`ConfigError` if the metric gives other numbers for one side, or on one batch."""
+    for names in (measured[0].keys(), *([] if earlier is None else [earlier.keys()])):
+        if odd := sorted(names ^ measured[1].keys()):
+            raise ConfigError(
+                f"the metric gives {odd[0]!r} on {sample.name} for one side or batch only, expected the same names for "
+                "PyTorch and the file on every batch, whose values are averaged; return nan where a value is undefined"
+            )
 
 
 def _to_number(name: object, value: Any, sample: Sample) -> float:

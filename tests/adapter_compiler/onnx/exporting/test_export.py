@@ -455,7 +455,7 @@ def test_weights_are_in_the_file_or_beside_it_if_they_are_large(
     adapted = adapt(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval(), x)
     first = ac.export_onnx(adapted, tmp_path / "small.onnx", (x,), adapters=adapters)
     assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
-    monkeypatch.setattr("adapter_compiler.saving.onnx_files.embedding.LARGEST", 100)
+    monkeypatch.setattr("adapter_compiler.saving.onnx_files.large_weights.LARGEST", 100)
     second = ac.export_onnx(adapted, tmp_path / "large" / "model.onnx", (x,), adapters=adapters)
     assert sorted(path.name for path in (tmp_path / "large").iterdir()) == ["model.onnx", "model.onnx.data"]
     assert first.errors == second.errors
