@@ -16,6 +16,7 @@ torch.export refuses inside ``forward`` cannot be captured as one graph either.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -102,6 +103,10 @@ class WrittenDraft:
     def has_branches(self) -> bool:
         """Whether the model itself uses ``torch.cond`` or ``torch.while_loop``, so that values choose what runs."""
         return self.program is not None and any(node.target in _BRANCHES for node in self.program.graph.nodes)
+
+
+#: Bytes of a file's name that torch can add what it adds for the weights to.
+_LONGEST_NAME = 200
 
 
 def write_draft(
@@ -204,7 +209,8 @@ def _translate(
             failure = failure or ExportError("sizes that are one in the example are fixed to another size")
             continue
         translated = translate_program(exported.program, inputs, outputs, opset=opset)
-        translated.save(draft, external_data=True)
+        # Weights are beside the file while it is worked on, under a longer name, if that is possible.
+        translated.save(draft, external_data=len(os.fsencode(draft.name)) <= _LONGEST_NAME or None)
         written = assert_opset(draft, opset)
         frozen = find_assumptions(exported.program.graph_module) if strategy.exporter == "assumed values" else ()
         return WrittenDraft(opset=written, bounds=exported.bounds, frozen=frozen, program=translated.exported_program)
