@@ -5,6 +5,7 @@ A file whose weights are beside it is read and written in milliseconds, however 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import onnx
@@ -16,7 +17,7 @@ LARGEST = 1536 * 2**20
 def is_large(path: Path) -> bool:
     """Whether the weights of a file are beside it, because they are too large."""
     beside = _find_beside(path)
-    return beside.is_file() and beside.stat().st_size > LARGEST
+    return os.path.isfile(beside) and beside.stat().st_size > LARGEST
 
 
 def embed_weights(path: Path) -> None:
@@ -26,7 +27,7 @@ def embed_weights(path: Path) -> None:
         path: the file; its weights are in a file with ".data" after its name, as torch writes them.
     """
     beside = _find_beside(path)
-    if beside.is_file() and not is_large(path):
+    if os.path.isfile(beside) and not is_large(path):
         onnx.save(onnx.load(path), path)
         beside.unlink()
 
@@ -37,7 +38,8 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
     The model is not to be used after that: large weights leave it.
     """
     beside = _find_beside(path)
-    beside.unlink(missing_ok=True)  # onnx would append to it
+    if os.path.isfile(beside):
+        beside.unlink()  # onnx would append to it
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGEST:
         onnx.save(model, path, save_as_external_data=True, location=beside.name)
     else:
@@ -45,4 +47,5 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
 
 
 def _find_beside(path: Path) -> Path:
+    # Its name may be too long for the file system; os.path.isfile takes that for a file that does not exist.
     return path.with_name(f"{path.name}.data")
