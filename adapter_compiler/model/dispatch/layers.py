@@ -106,7 +106,7 @@ def _make_transposed_forward(original: Forward) -> Forward:
         users_forward = _find_users_forward(module)
         bound = _bind_compiled(module) if users_forward is original and torch.addmm is _ADDMM else None
         found: Any = NotImplemented
-        if bound is not None and _is_plain(x):
+        if bound is not None and (_is_plain(x) or bound.slot.is_routed):
             matrix, fused = bound.base.t(), bound.slot.fused
             found = multiply(x, matrix, module.bias, bound.adapters, stored_in_out=True, fused=fused)
         return users_forward(module, x) if found is NotImplemented else found
@@ -167,9 +167,13 @@ def _find_users_forward(module: Any) -> Forward:
 
 
 def _bind_compiled(module: nn.Module) -> BoundWeight | None:
-    """The weight with its adapters in compiled code, if ΔW is to be added and the weight is not quantized."""
-    weight = module._parameters.get("weight") if torch.compiler.is_compiling() else None
+    """The weight with its adapters in compiled code, if ΔW is to be added and the weight is not quantized.
+
+    An update that depends on the call has no ΔW that a read could give to an exporter's trace.
+    """
     slot: Slot | None = module.__dict__.get(SLOTS, {}).get("weight")
+    is_wanted = torch.compiler.is_compiling() or (slot is not None and slot.is_routed)
+    weight = module._parameters.get("weight") if is_wanted else None
     if weight is None or slot is None or is_packed(weight) or slot.hooks.belong_to(weight):
         return None
     adapters = slot.bind(module, "weight", weight)

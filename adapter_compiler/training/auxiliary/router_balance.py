@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapter_compiler.adapters.parameters.sharded import is_sharded, replicate_like
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.training.budget.stepping.rounds import StepRounds
@@ -58,13 +59,13 @@ class _Seen:
 class RouterBalance:
     """Adds the gradient of the load-balancing loss to the routers before each optimizer step.
 
-    The loss is averaged over the calls since the last step and summed over the routers. Only routers get its gradient:
-    the inputs of a router count as constants.
+    The loss is averaged over the calls since the last step, in a process group those of all processes, and summed over
+    the routers. Only routers get its gradient: the inputs of a router count as constants.
 
     Attributes:
         weight: α, by which the loss is multiplied.
-        loss: the loss at the last step, by the name of the router's site, without α.
-        shares: fᵢ at the last step, by the name of the router's site.
+        loss: the loss at the last step, by the name of the router's site, without α; that of this process's calls.
+        shares: fᵢ at the last step, by the name of the router's site; that of this process's calls.
     """
 
     def __init__(self, adapted: nn.Module, optimizer: Any, *, weight: float = 0.01) -> None:
@@ -127,11 +128,28 @@ class RouterBalance:
         self.loss = {site: float(seen.loss) / seen.calls for site, seen in self._seen.items()}
         self.shares = {site: tuple((seen.shares / seen.calls).tolist()) for site, seen in self._seen.items()}
         for site, router in self._routers.items():
-            seen = self._seen.get(site)
-            if seen is None or not router.requires_grad:
+            if not router.requires_grad:
                 continue
-            gradient = (_average_over_ranks(seen.gradient) * (factor / seen.calls)).to(router.dtype)
+            gradient = self._average(site, router)
+            if gradient is None:
+                continue
+            gradient = (gradient * factor).to(router.dtype)
+            if is_sharded(router):
+                gradient = replicate_like(gradient, router)
             router.grad = gradient if router.grad is None else router.grad.add_(gradient)
+
+    def _average(self, site: str, router: torch.Tensor) -> torch.Tensor | None:
+        """The mean gradient of the calls since the last step, of all processes; ``None`` if none has run the router."""
+        seen = self._seen.get(site)
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return None if seen is None else seen.gradient / seen.calls
+        dtype = torch.promote_types(router.dtype, torch.float32)
+        own = router.new_zeros(router.shape, dtype=dtype) if seen is None else seen.gradient.to(dtype)
+        # Every process takes part, also one whose calls have not run the router.
+        total = torch.cat([own.flatten(), own.new_full((1,), 0 if seen is None else seen.calls)])
+        torch.distributed.all_reduce(total)
+        calls = float(total[-1])
+        return total[:-1].view(own.shape) / calls if calls else None
 
 
 def _measure(x: torch.Tensor, router: torch.Tensor, probabilities: torch.Tensor, chosen: torch.Tensor) -> _Seen:
@@ -145,14 +163,6 @@ def _measure(x: torch.Tensor, router: torch.Tensor, probabilities: torch.Tensor,
     slope = p * (shares - (p @ shares).unsqueeze(1)) * (experts / len(p))
     gradient = slope.mT @ x.reshape(-1, x.shape[-1]).to(slope.dtype)
     return _Seen(loss=load_balancing_loss(p, c), gradient=gradient, shares=shares)
-
-
-def _average_over_ranks(gradient: torch.Tensor) -> torch.Tensor:
-    """The mean over the processes of a data-parallel run, as DistributedDataParallel makes it of other gradients."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(gradient)
-        gradient = gradient / torch.distributed.get_world_size()
-    return gradient
 
 
 def measure_routing(

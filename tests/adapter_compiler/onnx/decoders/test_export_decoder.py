@@ -73,6 +73,23 @@ def make_prompts() -> list[tuple[Tensor, Tensor]]:
     return [(tokens[:1], torch.ones_like(tokens[:1])), (tokens * padded, padded)]
 
 
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+def test_a_mixture_decodes_with_its_routers(kind: str, tmp_path: Path) -> None:
+    model, tokens = make_model(kind), torch.randint(0, VOCABULARY, (2, 5))
+    mixture = ac.Mixture(experts=3, top_k=2, router="block")
+    config = ac.AdapterConfig(rank=6, mixture=mixture)
+    adapted = ac.compile_with_adapters(model, example_kwargs={"input_ids": tokens}, config=config).eval()
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.normal_(0, 0.3)
+    ac.export_decoder(adapted, tmp_path / "mixture.onnx")
+    decoder = ac.OnnxDecoder(tmp_path / "mixture.onnx")
+    for tokens, mask in make_prompts():
+        made = decoder.generate(tokens.numpy(), attention_mask=mask.numpy(), max_new_tokens=32).tolist()
+        assert made == generate(adapted, tokens, mask)
+        assert made != generate(model, tokens, mask)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_one_file_decodes_as_generate_with_and_without_an_adapter(kind: str, tmp_path: Path) -> None:
     model = make_model(kind)

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import adapter_compiler as ac
 from adapter_compiler.errors import ConfigError
+from adapter_compiler.integrations import shard
 from tests.adapter_compiler.training.helpers import assert_same, snapshot
+from tests.ranks import run_ranks
 
 X = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -185,3 +189,49 @@ def test_what_cannot_be_balanced_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"belongs to the adapter 'default', but 'one' is active"):
         optimizer.step()
     balance.detach()
+
+
+class Skips(nn.Module):
+    """Its second layer runs if the first value is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).tanh()
+        result: Tensor = y + self.second(y) if float(x.flatten()[0]) > 0 else y
+        return result
+
+
+def train_on_ranks(kind: str) -> None:
+    """Each rank has batches of its own, of which the second router sees those of one rank in the first step."""
+
+    def adapt() -> ac.AdaptedModel:
+        torch.manual_seed(0)
+        config = ac.AdapterConfig(kind="lora", rank=6, mixture=ac.Mixture(experts=3, top_k=1))
+        return ac.compile_with_adapters(Skips(), (X.abs(),), config=config)
+
+    found, alone = adapt(), adapt()
+    model: Any = DistributedDataParallel(found, find_unused_parameters=True) if kind == "ddp" else shard(found)
+    called = model if kind == "ddp" else found
+    ranks = list(range(dist.get_world_size()))
+    for one, call, parts in ((found, called, [dist.get_rank()]), (alone, alone, ranks)):
+        optimizer = torch.optim.SGD(one.trainable_parameters(), lr=0.5)
+        balance = ac.RouterBalance(one, optimizer, weight=0.5)
+        for step in range(3):
+            for part in parts:
+                x = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(10 * step + part)).abs()
+                x[0, 0, 0] *= -1 if (step == 0 and part == 0) or step == 1 else 1
+                (call(x).square().mean() / len(parts)).backward()
+            optimizer.step()
+            assert ("second.weight" in balance.loss) is (step == 2 or (step == 0 and parts != [0]))
+            optimizer.zero_grad()
+    pairs = zip(found.adapters.named_parameters(), alone.adapters.named_parameters(), strict=True)
+    for (name, mine), (_, its) in pairs:
+        torch.testing.assert_close(mine, its, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks_balance_as_one_process_with_all_their_calls(kind: str) -> None:
+    run_ranks(2, train_on_ranks, kind)
