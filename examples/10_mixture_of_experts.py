@@ -10,6 +10,9 @@ file has the router; one task alone, which needs no router, is an ordinary adapt
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -64,7 +67,8 @@ def main() -> None:
     train(adapted, optimizer, x, y, flagged=0.5)
     balance.detach()
 
-    report = ac.export_onnx(adapted, "mixture.onnx", example)
+    with tempfile.TemporaryDirectory() as folder:
+        report = ac.export_onnx(adapted, Path(folder) / "mixture.onnx", example)
     plain, renamed = (accuracy(adapted, test_x, test_y, flag=flag) for flag in (False, True))
     flags = {name: torch.full((len(test_x),), flag) for name, flag in (("plain", False), ("renamed", True))}
     routing = {

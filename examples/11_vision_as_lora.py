@@ -9,6 +9,9 @@ all linear layers act on these tokens only, by a mask among the inputs. After th
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -107,7 +110,8 @@ def main() -> None:
         text = draw_text(64)
         is_same = torch.equal(adapted(text), model(text))
         first = WORDS[int(adapted(*ask(test[:1]))[0, -1].argmax())]
-    report = ac.export_onnx(adapted, "vision.onnx", ask(test[:3]))
+    with tempfile.TemporaryDirectory() as folder:
+        report = ac.export_onnx(adapted, Path(folder) / "vision.onnx", ask(test[:3]))
     say = Console(highlight=False).print
     say(f"the model names {right:.1%} of the held-out digits; the first, a {int(names[test[0]])}, is called {first!r}")
     say(f"text without images is the same bit for bit: {is_same}")
