@@ -131,7 +131,8 @@ class ExportReport(ShownInNotebooks):
         sizes: the sizes of each input; those of open dimensions are names, such as ``"batch"``.
         left_out: inputs that no output depends on, and a loss with the labels that only it needs.
         samples: how the file does on the samples that were given; for run-time adapters, alone and with them.
-        untaken: branches on values (``torch.cond``) that no input takes that the file was verified on.
+        untaken: branches on values (``torch.cond``) that no input takes that the file was verified on; those inside of
+            loops and of other branches are not looked at.
     """
 
     path: Path

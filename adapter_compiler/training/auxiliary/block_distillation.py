@@ -1,7 +1,7 @@
 """Block-wise distillation: hidden states of chosen tokens become like those of a teacher's blocks (VoRA).
 
 For block pairs b and the n chosen tokens, with a linear head A_b after a normalization, student states h and teacher
-states v (Wang et al. 2025, arXiv 2503.20680, equation 3),
+states v (Wang et al. 2025, arXiv 2503.20680, block-wise distillation),
 
     loss = 1/(B n) Σ_b Σ_t (1 - cos(A_b h_bt, v_bt))
 """

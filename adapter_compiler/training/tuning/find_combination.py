@@ -2,8 +2,8 @@
 
 The weights are searched without gradients by CMA-ES: it needs losses only, so that the examples may be scored in any
 way and no memory for a backward pass is needed. The objective is L(w) + l1 Σ |w_i| within −bound ≤ w_i ≤ bound, as in
-Huang et al., LoraHub (https://arxiv.org/abs/2307.13269), equation 2. Differing from the paper, where the factors are
-summed, (Σ w_i B_i)(Σ w_i A_i), the updates are: a sum of factors has products of one adapter's B with another's A.
+Huang et al. 2023, LoraHub (https://arxiv.org/abs/2307.13269). Differing from the paper, where the factors are summed,
+(Σ w_i B_i)(Σ w_i A_i), the updates are: a sum of factors has products of one adapter's B with another's A.
 """
 
 from __future__ import annotations
