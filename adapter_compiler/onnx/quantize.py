@@ -107,11 +107,13 @@ def quantize_onnx(
     source, path = Path(source), Path(path)
     _assert_options(source, path, kind, samples)
     check_file(source)
+    _assert_floating(source)
     limit = KINDS[kind] if largest_rel_error is None else largest_rel_error
     task = _open(source, kind, samples, metric, adapters, draws, limit)
     with written_beside(path) as draft, tempfile.TemporaryDirectory(dir=draft.parent) as folder:
         kept, ranges, rounding, unknown = _write_certified(task, Path(folder), largest_ratio, residual)
         _finish(task, Path(folder) / "small.onnx", draft)
+        check_file(draft)
         errors, reports = _compare(task, draft)
         _assert_close(task, errors)
     return QuantizationReport(
@@ -156,6 +158,15 @@ def _assert_options(source: Path, path: Path, kind: str, samples: Any) -> None:
         raise ConfigError(
             "quantize_onnx(kind='int8-static') has no samples, expected real inputs on which the ranges of activations "
             "are found; give samples=, or take kind='int8'"
+        )
+
+
+def _assert_floating(source: Path) -> None:
+    found = read_metadata(InitializerFile(source).header, source.name).get("quantized")
+    if found is not None:
+        raise ExportError(
+            f"{source.name} is quantized to {found['kind']} already, expected a file in float; give the one that it "
+            "was made from"
         )
 
 

@@ -94,6 +94,7 @@ def _is_large(value: torch.Tensor) -> bool:
 def _convert(prepared: Prepared, target: Path, nodes: Sequence[str], kinds: Sequence[str]) -> None:
     """Convert all but some nodes; what callers may replace stays as it is."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     plain = prepared.path.with_name("inputs.onnx")
     save_model(without_defaults(prepared), plain)
@@ -103,6 +104,7 @@ def _convert(prepared: Prepared, target: Path, nodes: Sequence[str], kinds: Sequ
             str(plain), keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *kinds], node_block_list=list(nodes)
         )
     _skip_float16(converted.graph)
+    OnnxModel.graph_topological_sort(converted.graph)  # the converter leaves its casts at the end
     restore_defaults(converted, prepared)
     save_model(converted, target)
 

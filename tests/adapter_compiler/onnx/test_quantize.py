@@ -393,6 +393,17 @@ def test_a_metric_has_the_same_names_everywhere(source: Path, tmp_path: Path) ->
     assert not (tmp_path / "q.onnx").exists()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_files_are_valid_and_are_not_quantized_again(kind: str, tmp_path: Path) -> None:
+    ac.export_onnx(make_adapted(), tmp_path / "m.onnx", (X[:4],))
+    report = quantize_onnx(tmp_path / "m.onnx", tmp_path / "q.onnx", kind=kind, samples=[X])
+    onnx.checker.check_model(str(report.path))
+    with pytest.raises(
+        ExportError, match=rf"q.onnx is quantized to {kind} already, expected a file in float; give the"
+    ):
+        quantize_onnx(report.path, tmp_path / "r.onnx", samples=[X])
+
+
 def test_options_are_checked(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"kind='int3'.*: expected one of 'int8', 'int8-static', 'int4', 'float16'"):
         quantize_onnx(source, tmp_path / "q.onnx", kind="int3")
