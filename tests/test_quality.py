@@ -219,7 +219,7 @@ def test_lambda_has_a_rate_of_its_own() -> None:
     assert named == pytest.approx({name: (8 if name.endswith("lam") else 1) * 3e-3 for name in named})
 
 
-def test_sizes_are_searched_and_uniform_ranks_are_trained() -> None:
+def test_sizes_are_searched_and_uniform_ranks_are_trained(tmp_path: Path) -> None:
     """Images of four brightnesses; every way counts its steps."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -233,6 +233,15 @@ def test_sizes_are_searched_and_uniform_ranks_are_trained() -> None:
     per_rank = 4 * (16 + 16) + 2 * (16 + 24)
     for name in ("searched 0.95", "uniform 0.95"):
         assert math.isnan(row[name]) or 0 < row[name] <= 6 * per_rank
-    lines = sizes.write_lines([row, {**row, "base": row["base"] + 1}])
-    assert lines[2].startswith(f"| base | {row['base'] + 0.5:.1f} | {row['base']:.1f} to {row['base'] + 1:.1f} |")
+    assert [values for values, _ in row["points"]["uniform"]] == [rank * per_rank for rank in (1, 2, 3, 4, 6)]
+    rows = [{"task": "random", "seed": seed, **row, "base": row["base"] + seed} for seed in (0, 1)]
+    lines = sizes.write_lines(rows)
     assert any(line.startswith("| uniform 0.95 |") and line.endswith("| 240 |") for line in lines)
+    sizes.draw_sizes(rows, tmp_path / "sizes.svg")
+    assert (tmp_path / "sizes.svg").read_text(encoding="utf-8").count("random") >= 1
+
+
+def test_losses_are_scores_below_zero() -> None:
+    task = dataclasses.replace(make_task(), measure=base.BITS)
+    trainer = sizes._Trainer(task, [], 1)
+    assert trainer.score(task.model) == -base.measure(task, task.model, task.test) < 0

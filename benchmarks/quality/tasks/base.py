@@ -34,7 +34,7 @@ class Task:
         measure: :data:`ACCURACY`, of which more is better, :data:`BITS` or :data:`ERROR`, of which less is.
         batch_size: examples a step.
         head: the module that is new and trains fully, if there is one.
-        at_once: how many runs one process trains together; 1 for models that draw random numbers.
+        at_once: how many runs one process trains together; 1 for models that draw random numbers, or gain nothing.
     """
 
     name: str

@@ -75,7 +75,7 @@ def make_characters(seed: int, draw: int) -> Task:
         sites=("attention.*", "mlp.*"),
         targets=r"(attention|mlp)\..*\.(query|key|value|output|up|down)",
         measure=BITS,
-        at_once=8,
+        at_once=1,
         **parts,
     )
 
