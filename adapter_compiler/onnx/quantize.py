@@ -236,6 +236,8 @@ def _write_certified(
         measured, unknown = measure_rounding(prepared, small, updates, weights)
         rounding = [dataclasses.replace(one, is_residual=one.weight in lost) for one in measured]
     assert_not_swallowed(rounding, task.kind, largest_ratio)
+    if not updates and description["adapters"] == "merged":  # written by an earlier version
+        unknown = sorted(description.get("ranks", {}))
     return kept, ranges, rounding, unknown
 
 

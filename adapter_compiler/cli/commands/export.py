@@ -30,6 +30,7 @@ def export(
     int8: Annotated[Path | None, typer.Option(help="Also write a file with int8 weights, to this path.")] = None,
     data: Annotated[str | None, typer.Option(help=f"Verify on your own data too. {DATA_HELP}")] = None,
     metric: Annotated[str | None, typer.Option(help=METRIC_HELP)] = None,
+    rows: Annotated[bool, typer.Option("--rows", help="Print the errors on each input too.")] = False,
     as_json: AsJson = False,
     with_traceback: WithTraceback = False,
 ) -> None:
@@ -54,7 +55,7 @@ def export(
         options = {"opset": opset, "adapters": kind, "samples": samples, "metric": function}
         report = export_onnx(model, out, found.args, found.kwargs, **options)
         result: dict[str, Any] = report.to_dict()
-        lines: list[Any] = [report]
+        lines: list[Any] = [report, *([report.rows()] if rows else [])]
         if runtime:
             file = save_onnx_adapter(model, out.with_suffix(".onnx_adapter"))  # type: ignore[arg-type]
             result["adapter_file"] = str(file)

@@ -29,7 +29,7 @@ class QuantizationReport:
         rounding: for a merged file, what rounding does to the update of each weight.
         ranges: for ``"int8-static"``, how the ranges of activations were found.
         unknown: the weights with an update whose rounding cannot be measured, because the exporter has folded them into
-            something else.
+            something else, or because an earlier version has written the file, without the norms of the updates.
     """
 
     path: Path

@@ -109,7 +109,7 @@ class ExportAttempt:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportReport(ShownInNotebooks):
-    """The result of an export; ``print`` it or read its fields.
+    """The result of an export: ``print`` it for a summary, ``print(report.rows())`` for each input, or read its fields.
 
     Attributes:
         path: the ONNX file.
@@ -187,12 +187,8 @@ class ExportReport(ShownInNotebooks):
         largest = {"max_abs_error": self.max_abs_error, "max_rel_error": self.max_rel_error}
         return {**data, "path": str(self.path), "fold": fold, **derived, **largest}
 
-    def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140, record=True)
-        console.print(self)
-        return console.export_text()
-
-    def __rich_console__(self, console: Console, options: Any) -> Any:
+    def rows(self) -> str:
+        """The error of each output on each input, as a table to print."""
         table = Table(title=f"{self.path}: verified on {len(self.cases)} inputs", title_justify="left")
         for heading in ("input", "output"):
             table.add_column(heading)
@@ -201,11 +197,25 @@ class ExportReport(ShownInNotebooks):
         for error in self.errors:
             agreement = "" if error.argmax_agreement is None else f"{error.argmax_agreement:.1%}"
             table.add_row(error.case, error.output, f"{error.max_abs:.1e}", f"{error.max_rel:.1e}", agreement)
-        yield table
+        return _render(table)
+
+    def __str__(self) -> str:
+        return _render(self)
+
+    def __rich_console__(self, console: Console, options: Any) -> Any:
         yield from map(Text, self._describe())
 
     def _describe(self) -> Iterator[str]:
-        """The lines below the table."""
+        """The summary; errors on single inputs are in :meth:`rows`."""
+        yield f"{self.path}: verified on {len(self.cases)} inputs"
+        for output in dict.fromkeys(error.output for error in self.errors):
+            worst = max((e for e in self.errors if e.output == output), key=lambda error: error.max_abs)
+            shares = [e.argmax_agreement for e in self.errors if e.output == output and e.argmax_agreement is not None]
+            agreement = f", argmax agrees on at least {min(shares):.1%}" if shares else ""
+            yield (
+                f"output {output}: error up to {worst.max_abs:.1e} ({worst.max_rel:.1e} of the largest value), on "
+                f"{worst.case}{agreement}"
+            )
         for report in self.samples:
             yield from report.describe()
         yield f"exported by {self.strategy.partition(',')[0]}, opset {self.opset}"
@@ -223,3 +233,9 @@ class ExportReport(ShownInNotebooks):
             yield f"run in float32, because onnxruntime has no other kernel: {', '.join(self.casts)}"
         if self.drawing:
             yield f"{self.drawing} nodes draw random numbers; for the comparison both sides were given the same ones"
+
+
+def _render(what: Any) -> str:
+    console = Console(file=io.StringIO(), width=140, record=True)
+    console.print(what)
+    return console.export_text()

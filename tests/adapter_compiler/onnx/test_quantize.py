@@ -377,6 +377,11 @@ def test_weights_that_are_not_whole_in_the_file_are_named(tmp_path: Path) -> Non
     report = quantize_onnx(tmp_path / "m.onnx", tmp_path / "q.onnx", samples=[X])
     assert report.unknown == ("mix.weight",) and [one.weight for one in report.rounding] == ["head.weight"]
     assert "rounding not measured for 1 weights with an update: mix.weight" in list(report.describe())
+    del description["updates"]  # as in files of earlier versions
+    set_metadata(model, description)
+    onnx.save(model, tmp_path / "old.onnx")
+    report = quantize_onnx(tmp_path / "old.onnx", tmp_path / "o.onnx", samples=[X])
+    assert report.unknown == ("head.weight", "mix.weight") and not report.rounding
 
 
 def test_a_metric_has_the_same_names_everywhere(source: Path, tmp_path: Path) -> None:
