@@ -55,6 +55,7 @@ def run_example(name: str, *arguments: str | Path, cwd: Path) -> subprocess.Comp
         ("09_time_series.py", "lstm.weight_hh_l0"),
         ("11_vision_as_lora.py", "text without images is the same bit for bit: True"),
         ("12_joint_start.py", "mirrored: accuracy"),
+        ("13_compose_adapters.py", "accuracy on the new task: no adapter"),
         ("10_mixture_of_experts.py", "largest error of the file with its router on onnxruntime"),
     ],
 )
