@@ -21,12 +21,10 @@ import torch
 from torch import Tensor, nn
 
 import adapter_compiler as ac
-from benchmarks.mixtures import SITES, Tasks, write_lines
-from benchmarks.quality.tasks.base import as_examples, cross_entropy, pretrain
-from benchmarks.quality.tasks.digits import CoarseTransformer
+from benchmarks.mixtures import BATCH, SITES, Tasks, find_loss, pretrain_on_digits, take_steps, write_lines
 
 RATES = (5e-3, 1.2e-2, 3e-2)
-SHOTS, BATCH, LOOKS = 200, 32, 2
+SHOTS, LOOKS = 200, 2
 TASKS = ("default", "second")
 #: The row that others are compared with.
 PLAIN = "default start"
@@ -69,10 +67,6 @@ def draw(data: Tasks, task: int, count: int, seed: int) -> list[_Batch]:
     return [(images[chosen], labels[chosen]) for chosen in rows]
 
 
-def find_loss(model: nn.Module, batch: _Batch) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
 def run(model: nn.Module, data: Tasks, seed: int, start: Start, lr: float, steps: int, rank: int) -> tuple[float, Any]:
     """The mean loss of the last steps, and the accuracies of both tasks."""
     torch.manual_seed(seed)
@@ -88,27 +82,18 @@ def run(model: nn.Module, data: Tasks, seed: int, start: Start, lr: float, steps
         if start.method not in ("", "joint"):
             look = ac.DataStart(method=start.method, at_once=len(adapted.sites))
             ac.initialize_adapters(adapted, look, looks[name], find_loss)
-        losses += train(adapted, draw(data, number, steps, 1), lr, looks[name] if start.every else [], start.every)
+        losses.append(train(adapted, draw(data, number, steps, 1), lr, looks[name], start.every))
         accuracies += data.accuracies(adapted, (number,))
         adapted.train()
     return statistics.mean(losses), accuracies
 
 
-def train(adapted: ac.AdaptedModel, batches: list[_Batch], lr: float, looks: list[_Batch], every: int) -> list[float]:
-    """Train the active adapter; the losses of the last tenth of the steps."""
+def train(adapted: ac.AdaptedModel, batches: list[_Batch], lr: float, looks: list[_Batch], every: int) -> float:
+    """Train the active adapter; the mean loss of the last tenth of the steps."""
     optimizer = torch.optim.AdamW(adapted.trainable_parameters(), lr=lr, betas=(0.8, 0.9))
     if every:
         ac.Realigner(adapted, optimizer, realign_every=every, batches=looks, loss=find_loss)
-    losses, steps = [], len(batches)
-    for step, batch in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 10) * (1 - step / steps)
-        loss = find_loss(adapted, batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses[-steps // 10 :]
+    return take_steps(adapted, optimizer, batches, lr)
 
 
 def main() -> None:
@@ -122,8 +107,7 @@ def main() -> None:
     chosen: dict[str, list[float]] = {name: [] for name in STARTS}
     for seed in range(options.seeds):
         data = Tasks(seed)
-        torch.manual_seed(seed)
-        model = pretrain(CoarseTransformer(), as_examples(data.upright), cross_entropy, steps=500, seed=seed)
+        model = pretrain_on_digits(data, seed)
         for name, start in STARTS.items():
             runs = {lr: run(model, data, seed, start, lr, options.steps, options.rank) for lr in options.rates}
             best = min(runs, key=lambda lr: runs[lr][0])

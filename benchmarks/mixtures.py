@@ -111,18 +111,36 @@ def train(adapted: ac.AdaptedModel, method: Method, data: Tasks, tasks: Sequence
         ac.RouterBalance(adapted, optimizer, weight=method.balance)
     if method.target:
         ac.RankBudget(adapted, optimizer, ac.BudgetSchedule(target_rank=method.target, total_steps=steps))
-    dice, losses = torch.Generator().manual_seed(1), []
+    dice = torch.Generator().manual_seed(1)
+    return take_steps(adapted, optimizer, [data.draw(dice, tasks) for _ in range(steps)], lr)
+
+
+def take_steps(
+    adapted: ac.AdaptedModel, optimizer: torch.optim.Optimizer, batches: Sequence[tuple[Tensor, Tensor]], lr: float
+) -> float:
+    """A step for each batch, at a rate that rises over ten steps and then falls; the mean loss of the last tenth."""
+    losses, steps = [], len(batches)
     adapted.train()
-    for step in range(steps):
+    for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 10) * (1 - step / steps)
-        images, labels = data.draw(dice, tasks)
-        loss = nn.functional.cross_entropy(adapted(images), labels)
+        loss = find_loss(adapted, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return statistics.mean(losses[-steps // 10 :])
+
+
+def find_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The cross-entropy of images and labels."""
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def pretrain_on_digits(data: Tasks, seed: int) -> nn.Module:
+    """The transformer after the digits as they are."""
+    torch.manual_seed(seed)
+    return pretrain(CoarseTransformer(), as_examples(data.upright), cross_entropy, steps=500, seed=seed)
 
 
 def run(model: nn.Module, data: Tasks, seed: int, method: Method, lr: float, steps: int) -> tuple[float, list[float]]:
@@ -154,11 +172,7 @@ def main() -> None:
     options = parser.parse_args()
     rank, seeds, steps = options.rank, range(options.seeds), options.steps
     data = {seed: Tasks(seed) for seed in seeds}
-    models = {}
-    for seed in seeds:
-        torch.manual_seed(seed)
-        examples = as_examples(data[seed].upright)
-        models[seed] = pretrain(CoarseTransformer(), examples, cross_entropy, steps=500, seed=seed)
+    models = {seed: pretrain_on_digits(data[seed], seed) for seed in seeds}
     rows: dict[str, list[list[float]]] = {}
     for name, method in {**find_methods(rank), TWO: None}.items():
         if not any(words in name for words in options.only):

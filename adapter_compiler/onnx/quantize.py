@@ -107,7 +107,6 @@ def quantize_onnx(
     source, path = Path(source), Path(path)
     _assert_options(source, path, kind, samples)
     check_file(source)
-    _assert_floating(source)
     limit = KINDS[kind] if largest_rel_error is None else largest_rel_error
     task = _open(source, kind, samples, metric, adapters, draws, limit)
     with written_beside(path) as draft, tempfile.TemporaryDirectory(dir=draft.parent) as folder:
@@ -135,11 +134,15 @@ class _Task:
     """What is quantized, and what it is measured on.
 
     Attributes:
+        description: the metadata of the source.
+        updates: ‖ΔW‖ of each merged weight, from the same.
         given: whether the samples are the user's.
         adapters: by what reports call them, the inputs of each adapter; of the base model none.
     """
 
     source: Path
+    description: Mapping[str, Any]
+    updates: Mapping[str, float]
     kind: str
     limit: float
     reference: onnxruntime.InferenceSession
@@ -161,8 +164,8 @@ def _assert_options(source: Path, path: Path, kind: str, samples: Any) -> None:
         )
 
 
-def _assert_floating(source: Path) -> None:
-    found = read_metadata(InitializerFile(source).header, source.name).get("quantized")
+def _assert_floating(source: Path, description: Mapping[str, Any]) -> None:
+    found = description.get("quantized")
     if found is not None:
         raise ExportError(
             f"{source.name} is quantized to {found['kind']} already, expected a file in float; give the one that it "
@@ -179,6 +182,9 @@ def _open(
     draws: int,
     limit: float,
 ) -> _Task:
+    header = InitializerFile(source).header
+    description = read_metadata(header, source.name)
+    _assert_floating(source, description)
     reference = open_session(source)
     ranges = read_input_ranges(source)
     example = make_example(ranges, reference)
@@ -203,6 +209,8 @@ def _open(
         )
     return _Task(
         source=source,
+        description=description,
+        updates=read_updates(header, description, source.name),
         kind=kind,
         limit=limit,
         reference=reference,
@@ -221,9 +229,7 @@ def _write_certified(
     Returns:
         What stays in float32, how ranges were found, the rounding of weights, and weights whose rounding is unknown.
     """
-    header = InitializerFile(task.source).header
-    description = read_metadata(header, task.source.name)
-    updates, weights = read_updates(header, description, task.source.name), description["weights"]
+    updates, weights = task.updates, task.description["weights"]
     small = folder / "small.onnx"
     prepared = prepare(task.source, folder)
     kept, ranges = _write(task, prepared, small)
@@ -236,8 +242,8 @@ def _write_certified(
         measured, unknown = measure_rounding(prepared, small, updates, weights)
         rounding = [dataclasses.replace(one, is_residual=one.weight in lost) for one in measured]
     assert_not_swallowed(rounding, task.kind, largest_ratio)
-    if not updates and description["adapters"] == "merged":  # written by an earlier version
-        unknown = sorted(description.get("ranks", {}))
+    if not updates and task.description["adapters"] == "merged":  # written by an earlier version
+        unknown = sorted(task.description.get("ranks", {}))
     return kept, ranges, rounding, unknown
 
 
@@ -266,8 +272,7 @@ def _write_calibrated(task: _Task, prepared: Prepared, target: Path) -> str:
     Percentiles need batches of one shape, so they are those of the most frequent shape alone.
     """
     batches = _read_batches(task, CALIBRATION_BATCHES)
-    equal = find_equal(batches)
-    chosen = {"MinMax": batches, "Percentile": equal}
+    chosen = {"MinMax": batches, "Percentile": find_equal(batches)}
     given = {
         method: [{**batch, **tensors} for tensors in task.adapters.values() for batch in some]
         for method, some in chosen.items()
@@ -308,9 +313,7 @@ def _read_batches(task: _Task, most: int) -> list[dict[str, torch.Tensor]]:
 def _finish(task: _Task, small: Path, draft: Path) -> None:
     """Write the file to its place, with the source's description and a note on what was done."""
     model = onnx.load(small)
-    description = read_metadata(InitializerFile(task.source).header, task.source.name)
-    description["quantized"] = {"kind": task.kind, "largest_rel_error": task.limit}
-    set_metadata(model, description)
+    set_metadata(model, {**task.description, "quantized": {"kind": task.kind, "largest_rel_error": task.limit}})
     save_model(model, draft)
     found = {value.name: value for value in open_session(draft).get_overridable_initializers()}
     for value in task.reference.get_overridable_initializers():

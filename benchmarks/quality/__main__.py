@@ -45,7 +45,8 @@ def main(
     """Run what is missing, then print the table."""
     torch.set_num_threads(1)
     if summary:
-        by_task = {name: select(read_results(out), **_find_key(name, rank)) for name in [*SMALL_TASKS, *TEXT_TASKS]}
+        every = read_results(out)
+        by_task = {name: select(every, **_find_key(name, rank)) for name in [*SMALL_TASKS, *TEXT_TASKS]}
         print("\n".join(write_summary({name: found for name, found in by_task.items() if found})))
         return
     chosen = method or list(METHODS)

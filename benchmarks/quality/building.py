@@ -50,7 +50,7 @@ def build_run(method: Method, task: Task, batches: list[Examples], *, rank: int,
     if method.options is None:
         model = task.copy_model()
         size = sum(p.numel() for p in model.parameters())
-        optimizer = _make_adamw(method, task, model.named_parameters(), rate)
+        optimizer = make_adamw(method, task, model.named_parameters(), rate)
         return Run(model=model, optimizer=optimizer, count=lambda: size)
     return _build_ours(method, task, batches, rank, rate)
 
@@ -71,7 +71,7 @@ def _build_ours(method: Method, task: Task, batches: list[Examples], rank: int, 
         optimizer: torch.optim.Optimizer = adapted.make_optimizer(rate, rule=method.rule, other_lr=other_rate)
     else:
         named = [*adapted.module.named_parameters(), *adapted.adapters.named_parameters()]
-        optimizer = _make_adamw(method, task, named, rate)
+        optimizer = make_adamw(method, task, named, rate)
     if method.surplus == 1:
         size = sum(p.numel() for p in adapted.adapters.parameters() if p.requires_grad)
         return Run(model=adapted, optimizer=optimizer, count=lambda: size)
@@ -97,7 +97,7 @@ def _build_peft(method: Method, task: Task, rank: int, rate: float, steps: int) 
         warnings.simplefilter("ignore")
         wrapped: Any = peft.get_peft_model(task.copy_model(), config)
     names = [(n, p) for n, p in wrapped.named_parameters() if p.requires_grad and "ranknum" not in n]
-    optimizer = _make_adamw(method, task, names, rate)
+    optimizer = make_adamw(method, task, names, rate)
     adapters = [(n, p) for n, p in names if "lora_" in n]
     if method.peft == "lora":
         return Run(model=wrapped, optimizer=optimizer, count=lambda: sum(p.numel() for _, p in adapters))
@@ -127,9 +127,10 @@ def _count_live(wrapped: nn.Module, name: str, lam: Tensor) -> int:
     return int(torch.count_nonzero(lam.detach())) * size
 
 
-def _make_adamw(
+def make_adamw(
     method: Method, task: Task, named: Iterable[tuple[str, nn.Parameter]], rate: float
 ) -> torch.optim.Optimizer:
+    """AdamW over what trains, with the betas of the method; λ and a new head have rates of their own."""
     rates = {"": rate, "lam": rate * method.lam_times, "head": HEAD_RATE}
     groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
     for name, parameter in named:

@@ -15,7 +15,6 @@ repeated.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -27,8 +26,9 @@ import typer
 from torch import nn
 
 import adapter_compiler as ac
-from benchmarks.quality.building import HEAD_RATE, SCALE
-from benchmarks.quality.results import read_results, select
+from benchmarks.quality.building import HEAD_RATE, SCALE, make_adamw
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.results import append_results, read_results, select
 from benchmarks.quality.sizes_picture import draw_sizes
 from benchmarks.quality.tasks import SMALL_TASKS, TEXT_TASKS, get_steps, make_task
 from benchmarks.quality.tasks.base import ACCURACY, Task, draw_batches, measure
@@ -38,7 +38,6 @@ from benchmarks.quality.training import find_share
 _FULL_RATE, _SUBSPACE_RATE = 2.5e-3, 2.5e-2
 #: The same for the sentence encoder, which is larger.
 _TEXT_RATES = (1e-4, 1e-2)
-_BETAS = (0.8, 0.9)
 _SHARES = (0.95, 0.99)
 _UNIFORM = (1, 2, 3, 4, 6)
 
@@ -65,8 +64,7 @@ def main(
         if not select(read_results(out), task=task, seed=seed):
             made = make_task(task, seed, 0, data=data, encoder=model)
             row = measure_sizes(made, get_steps(task), wide, seed, has_dimension=dimension)
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"task": task, "seed": seed, **row}) + "\n")
+            append_results(out, [{"task": task, "seed": seed, **row}])
     print("\n".join(write_lines(select(read_results(out), task=task))))
 
 
@@ -129,7 +127,7 @@ class _Trainer:
 
     def train_full(self) -> float:
         model = self._task.copy_model()
-        self._train(model, self._make_adamw(model, self._full_rate), 1.0)
+        self._train_by_adamw(model, self._full_rate)
         self.take_steps()
         return self.score(model)
 
@@ -158,16 +156,10 @@ class _Trainer:
     def train_subspace(self, model: nn.Module) -> None:
         """For the full score at the rate of full fine-tuning, and for the coordinates of a subspace at theirs."""
         count = sum(p.requires_grad for p in model.parameters())
-        self._train(model, self._make_adamw(model, self._subspace_rate if count == 1 else self._full_rate), 1.0)
+        self._train_by_adamw(model, self._subspace_rate if count == 1 else self._full_rate)
 
-    def _make_adamw(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        is_head = [self._task.head is not None and name.startswith(f"{self._task.head}.") for name, _ in named]
-        groups = [
-            {"params": [p for (_, p), head in zip(named, is_head, strict=True) if head is wanted], "lr": lr}
-            for wanted, lr in ((False, rate), (True, HEAD_RATE))
-        ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], betas=_BETAS, weight_decay=0)
+    def _train_by_adamw(self, model: nn.Module, rate: float) -> None:
+        self._train(model, make_adamw(METHODS["full"], self._task, model.named_parameters(), rate), 1.0)
 
     def _train(self, model: nn.Module, optimizer: torch.optim.Optimizer, part: float) -> None:
         steps = max(2, round(part * self._steps))

@@ -59,6 +59,7 @@ class Comparison:
         theirs: the mean of the peer.
         gain: how much better ours is, run by run: in points, or in % of the peer's loss.
         gain_error: its standard error.
+        full: the mean of full fine-tuning; ``None`` if it has not been run.
         runs: how many runs both have.
     """
 
@@ -67,6 +68,7 @@ class Comparison:
     theirs: float
     gain: float
     gain_error: float | None
+    full: float | None
     runs: int
 
 
@@ -84,6 +86,7 @@ def compare_with_peers(results: Sequence[Result]) -> Comparison | None:
         theirs=rows[peers[0]].mean,
         gain=statistics.fmean(gains.values()),
         gain_error=find_error(gains),
+        full=rows["full"].mean if "full" in rows else None,
         runs=len(gains),
     )
 
@@ -156,15 +159,14 @@ def write_summary(by_task: Mapping[str, Sequence[Result]]) -> list[str]:
         if found is None:
             continue
         unit = "points" if _is_accuracy(results) else "%"
-        full = [row.mean for row in summarize(results) if row.method == "full"]
-        means = [_round(value) for value in (found.theirs, found.ours)]
+        theirs, ours, full = map(_round, (found.theirs, found.ours, found.full))
         gain = f"{_with_error(f'{found.gain:+.1f}', found.gain_error, 1)} {unit}"
-        lines.append((task, found.peer, *means, gain, *[_round(v) for v in full or [math.nan]], str(found.runs)))
+        lines.append((task, found.peer, theirs, ours, gain, full, str(found.runs)))
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _round(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.{_count_digits(value)}f}"
+def _round(value: float | None) -> str:
+    return "" if value is None else f"{value:.{_count_digits(value)}f}"
 
 
 def _count_digits(value: float) -> int:

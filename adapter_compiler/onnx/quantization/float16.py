@@ -13,7 +13,7 @@ import onnx
 import torch
 from onnx import helper
 
-from adapter_compiler.onnx.quantization.prepare import Prepared, restore_defaults, without_defaults
+from adapter_compiler.onnx.quantization.prepare import Prepared, restore_defaults
 from adapter_compiler.onnx.verification.values import run_session
 from adapter_compiler.onnx.verification.verify import open_session
 from adapter_compiler.saving.onnx_files.large_weights import save_model
@@ -96,12 +96,13 @@ def _convert(prepared: Prepared, target: Path, nodes: Sequence[str], kinds: Sequ
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    plain = prepared.path.with_name("inputs.onnx")
-    save_model(without_defaults(prepared), plain)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constants that float16 cannot hold; the error is measured
         converted = convert_float_to_float16(
-            str(plain), keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *kinds], node_block_list=list(nodes)
+            str(prepared.with_inputs),
+            keep_io_types=True,
+            op_block_list=[*DEFAULT_OP_BLOCK_LIST, *kinds],
+            node_block_list=list(nodes),
         )
     _skip_float16(converted.graph)
     OnnxModel.graph_topological_sort(converted.graph)  # the converter leaves its casts at the end

@@ -13,7 +13,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from adapter_compiler.onnx.quantization.prepare import Prepared, restore_defaults, without_defaults
+from adapter_compiler.onnx.quantization.prepare import Prepared, restore_defaults
 from adapter_compiler.saving.onnx_files.large_weights import is_large, save_model
 
 #: Weights that share a scale in 4-bit files.
@@ -26,17 +26,15 @@ def write_dynamic(prepared: Prepared, target: Path) -> None:
     """Weights in int8 with a scale for each output feature; activations are quantized as they come."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    plain = prepared.path.with_name("inputs.onnx")
-    save_model(without_defaults(prepared), plain)
     # Seven bits: with eight, processors without VNNI add pairs of products in 16 bits, which saturate.
     quantize_dynamic(
-        plain,
+        prepared.with_inputs,
         target,
         per_channel=True,
         weight_type=QuantType.QInt8,
         reduce_range=True,
         nodes_to_exclude=list(prepared.kept),
-        use_external_data_format=is_large(plain),
+        use_external_data_format=is_large(prepared.with_inputs),
     )
     _restore(target, prepared)
 
@@ -52,13 +50,11 @@ def write_static(prepared: Prepared, target: Path, batches: Sequence[dict[str, t
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    plain = prepared.path.with_name("inputs.onnx")
-    save_model(without_defaults(prepared), plain)
     defaults = {tensor.name: numpy_helper.to_array(tensor) for _, tensor in prepared.opened}
     with warnings.catch_warnings(), _without_prints():
         warnings.simplefilter("ignore")  # of values that there are none of, such as those of adapters of rank 0
         quantize_static(
-            plain,
+            prepared.with_inputs,
             target,
             _make_reader(batches, defaults),
             quant_format=QuantFormat.QDQ,
@@ -69,7 +65,7 @@ def write_static(prepared: Prepared, target: Path, batches: Sequence[dict[str, t
             weight_type=QuantType.QInt8,
             nodes_to_exclude=list(prepared.kept),
             calibrate_method=CalibrationMethod[method],
-            use_external_data_format=is_large(plain),
+            use_external_data_format=is_large(prepared.with_inputs),
             extra_options={"MatMulConstBOnly": True},
         )
     _restore(target, prepared)
@@ -80,7 +76,10 @@ def write_4bit(prepared: Prepared, target: Path) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantizer = MatMulNBitsQuantizer(
-        without_defaults(prepared), block_size=BLOCK_SIZE, is_symmetric=False, nodes_to_exclude=list(prepared.kept)
+        onnx.load(prepared.with_inputs),
+        block_size=BLOCK_SIZE,
+        is_symmetric=False,
+        nodes_to_exclude=list(prepared.kept),
     )
     quantizer.process()
     save_model(quantizer.model.model, target)

@@ -22,12 +22,15 @@ class Prepared:
 
     Attributes:
         path: the copy, without its inputs for adapters.
+        with_inputs: the copy with them, but without values for them, so that quantizers leave them alone; the same
+            file where there are none.
         opened: what a caller may replace: the inputs and their defaults.
         kept: names of the nodes that stay in float: those of adapters, and others that read what a caller may replace.
         moved: by weights of the source, the names of their transposes in the copy.
     """
 
     path: Path
+    with_inputs: Path
     opened: tuple[tuple[onnx.ValueInfoProto, onnx.TensorProto], ...]
     kept: tuple[str, ...]
     moved: Mapping[str, str]
@@ -53,19 +56,24 @@ def prepare(source: Path, folder: Path) -> Prepared:
     kept = [node.name for node in graph.node if _reads(node, opened.keys() | constants)]
     for value, _ in opened.values():
         graph.input.remove(value)
-    path = folder / "float.onnx"
+    path = with_inputs = folder / "float.onnx"
     save_model(model, path)
-    return Prepared(path=path, opened=tuple(opened.values()), kept=tuple(kept), moved=moved)
+    if opened:
+        with_inputs = folder / "inputs.onnx"
+        save_model(_without_defaults(onnx.load(path), opened), with_inputs)
+    return Prepared(
+        path=path, with_inputs=with_inputs, opened=tuple(opened.values()), kept=tuple(kept), moved=moved
+    )  # fmt: skip
 
 
-def without_defaults(prepared: Prepared) -> onnx.ModelProto:
-    """The copy with its inputs for adapters, which have no values, so that quantizers leave them alone."""
-    model = onnx.load(prepared.path)
-    names = {tensor.name for _, tensor in prepared.opened}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name not in names]
+def _without_defaults(
+    model: onnx.ModelProto, opened: Mapping[str, tuple[onnx.ValueInfoProto, onnx.TensorProto]]
+) -> onnx.ModelProto:
+    """The same model, with inputs in place of their defaults."""
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in opened]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-    model.graph.input.extend(value for value, _ in prepared.opened)
+    model.graph.input.extend(value for value, _ in opened.values())
     return model
 
 

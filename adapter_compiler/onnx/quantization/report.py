@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_compiler.onnx.quantization.certify import WeightRounding, describe_rounding
-from adapter_compiler.onnx.verification.compare_files import find_least_agreement
-from adapter_compiler.onnx.verification.report import OutputError, SampleReport
+from adapter_compiler.onnx.verification.report import OutputError, SampleReport, find_least_agreement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

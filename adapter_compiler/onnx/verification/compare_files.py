@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +194,3 @@ def measure_within(limit: float, kind: str) -> Compare:
         return error
 
     return compare
-
-
-def find_least_agreement(errors: Sequence[OutputError]) -> float | None:
-    """The smallest argmax agreement over all outputs and inputs, if any output has rows."""
-    values = [error.argmax_agreement for error in errors if error.argmax_agreement is not None]
-    return min(values, default=None)

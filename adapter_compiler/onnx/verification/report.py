@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,9 +209,9 @@ class ExportReport(ShownInNotebooks):
         """The summary; errors on single inputs are in :meth:`rows`."""
         yield f"{self.path}: verified on {len(self.cases)} inputs"
         for output in dict.fromkeys(error.output for error in self.errors):
-            worst = max((e for e in self.errors if e.output == output), key=lambda error: error.max_abs)
-            shares = [e.argmax_agreement for e in self.errors if e.output == output and e.argmax_agreement is not None]
-            agreement = f", argmax agrees on at least {min(shares):.1%}" if shares else ""
+            own = [error for error in self.errors if error.output == output]
+            worst, share = max(own, key=lambda error: error.max_abs), find_least_agreement(own)
+            agreement = "" if share is None else f", argmax agrees on at least {share:.1%}"
             yield (
                 f"output {output}: error up to {worst.max_abs:.1e} ({worst.max_rel:.1e} of the largest value), on "
                 f"{worst.case}{agreement}"
@@ -233,6 +233,12 @@ class ExportReport(ShownInNotebooks):
             yield f"run in float32, because onnxruntime has no other kernel: {', '.join(self.casts)}"
         if self.drawing:
             yield f"{self.drawing} nodes draw random numbers; for the comparison both sides were given the same ones"
+
+
+def find_least_agreement(errors: Sequence[OutputError]) -> float | None:
+    """The smallest argmax agreement over all outputs and inputs, if any output has rows."""
+    values = [error.argmax_agreement for error in errors if error.argmax_agreement is not None]
+    return min(values, default=None)
 
 
 def _render(what: Any) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapter_compiler.adapters.parameters.sharded import is_sharded, replicate_like
+from adapter_compiler.adapters.parameters.sharded import replicate_like
 from adapter_compiler.errors import ConfigError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.training.budget.stepping.rounds import StepRounds
@@ -133,9 +133,7 @@ class RouterBalance:
             gradient = self._average(site, router)
             if gradient is None:
                 continue
-            gradient = (gradient * factor).to(router.dtype)
-            if is_sharded(router):
-                gradient = replicate_like(gradient, router)
+            gradient = replicate_like((gradient * factor).to(router.dtype), router)
             router.grad = gradient if router.grad is None else router.grad.add_(gradient)
 
     def _average(self, site: str, router: torch.Tensor) -> torch.Tensor | None:
@@ -144,7 +142,7 @@ class RouterBalance:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return None if seen is None else seen.gradient / seen.calls
         dtype = torch.promote_types(router.dtype, torch.float32)
-        own = router.new_zeros(router.shape, dtype=dtype) if seen is None else seen.gradient.to(dtype)
+        own = torch.zeros(router.shape, dtype=dtype, device=router.device) if seen is None else seen.gradient.to(dtype)
         # Every process takes part, also one whose calls have not run the router.
         total = torch.cat([own.flatten(), own.new_full((1,), 0 if seen is None else seen.calls)])
         torch.distributed.all_reduce(total)
