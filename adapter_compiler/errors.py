@@ -40,6 +40,10 @@ class VerificationError(ExportError):
     """An exported file does not compute the same as the model."""
 
 
+class SignatureError(AdapterCompilerError):
+    """Signed files are missing, were changed, or were signed with another key."""
+
+
 class MissingDependencyError(AdapterCompilerError, ImportError):
     """An optional library is not installed; the message names the extra to install."""
 
@@ -57,6 +61,7 @@ __all__ = [
     "PassError",
     "PostconditionError",
     "PreconditionError",
+    "SignatureError",
     "SiteError",
     "VerificationError",
 ]

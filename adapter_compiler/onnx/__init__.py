@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from adapter_compiler.onnx.decoders.export_decoder import export_decoder
     from adapter_compiler.onnx.decoders.genai_config import write_genai_config
     from adapter_compiler.onnx.exporting.export import export_onnx
+    from adapter_compiler.onnx.provenance.signature import verify_signature
+    from adapter_compiler.onnx.provenance.write import Provenance, write_provenance
     from adapter_compiler.onnx.serving.adapter_file import save_onnx_adapter
     from adapter_compiler.onnx.serving.decoding import OnnxDecoder
     from adapter_compiler.onnx.serving.session import OnnxAdapters
@@ -21,6 +23,8 @@ else:
         "decoders.export_decoder": ("export_decoder",),
         "decoders.genai_config": ("write_genai_config",),
         "exporting.export": ("export_onnx",),
+        "provenance.signature": ("verify_signature",),
+        "provenance.write": ("Provenance", "write_provenance"),
         "verification.report": ("ExportAttempt", "ExportReport", "OutputError"),
         "serving.decoding": ("OnnxDecoder",),
         "serving.session": ("OnnxAdapters",),
@@ -36,9 +40,12 @@ __all__ = [
     "OnnxAdapters",
     "OnnxDecoder",
     "OutputError",
+    "Provenance",
     "export_decoder",
     "export_onnx",
     "save_onnx_adapter",
     "verify_onnx",
+    "verify_signature",
     "write_genai_config",
+    "write_provenance",
 ]

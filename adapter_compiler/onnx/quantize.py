@@ -42,13 +42,13 @@ from adapter_compiler.onnx.verification.compare_files import (
     measure_values,
     read_input_ranges,
 )
-from adapter_compiler.onnx.verification.report import OutputError, SampleReport
+from adapter_compiler.onnx.verification.report import OutputError, SampleReport, summarize_verification
 from adapter_compiler.onnx.verification.samples.compare import Metric, SampleCheck, make_check, run_file
 from adapter_compiler.onnx.verification.verify import open_session
 from adapter_compiler.saving.onnx_files.adapter_tensors import read_adapter_file
 from adapter_compiler.saving.onnx_files.initializers import InitializerFile
 from adapter_compiler.saving.onnx_files.large_weights import save_model
-from adapter_compiler.saving.onnx_files.metadata import read_metadata, read_updates, set_metadata
+from adapter_compiler.saving.onnx_files.metadata import append_verification, read_metadata, read_updates, set_metadata
 from adapter_compiler.saving.primitives.files import written_beside
 from passes.capture.quiet import quiet_loggers
 
@@ -115,6 +115,8 @@ def quantize_onnx(
         check_file(draft)
         errors, reports = _compare(task, draft)
         _assert_close(task, errors)
+        given = reports if task.given else []
+        append_verification(draft, summarize_verification(source.name, errors, given))
     return QuantizationReport(
         path=path,
         kind=kind,

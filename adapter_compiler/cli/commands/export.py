@@ -31,6 +31,12 @@ def export(
     data: Annotated[str | None, typer.Option(help=f"Verify on your own data too. {DATA_HELP}")] = None,
     metric: Annotated[str | None, typer.Option(help=METRIC_HELP)] = None,
     rows: Annotated[bool, typer.Option("--rows", help="Print the errors on each input too.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Write a model card in Markdown beside each file.")] = False,
+    bom: Annotated[bool, typer.Option("--bom", help="Write a CycloneDX bill of materials beside each file.")] = False,
+    sign: Annotated[
+        Path | None,
+        typer.Option(help="Sign each file, its card and its bill of materials with this Ed25519 key (PEM)."),
+    ] = None,
     as_json: AsJson = False,
     with_traceback: WithTraceback = False,
 ) -> None:
@@ -43,16 +49,18 @@ def export(
 
     Example: adapter-compiler export my_model.py:build --adapters adapters/ -o model.onnx
     """
-    from adapter_compiler.onnx import export_onnx, save_onnx_adapter
+    from adapter_compiler.onnx import Provenance, export_onnx, save_onnx_adapter, write_provenance
     from adapter_compiler.onnx.quantize import quantize_onnx
 
     sys.path.insert(0, "")
     with command_output(as_json=as_json, with_traceback=with_traceback) as output:
+        provenance = Provenance(card=card, bom=bom, key=sign)
+        provenance.assert_ready()
         found = load_target(target)
         model = found.model if adapters is None else with_adapters(found.model, adapters)
         kind = "runtime" if runtime else "merged"
         samples, function = load_data(data, metric)
-        options = {"opset": opset, "adapters": kind, "samples": samples, "metric": function}
+        options = {"opset": opset, "adapters": kind, "samples": samples, "metric": function, "provenance": provenance}
         report = export_onnx(model, out, found.args, found.kwargs, **options)
         result: dict[str, Any] = report.to_dict()
         lines: list[Any] = [report, *([report.rows()] if rows else [])]
@@ -64,4 +72,5 @@ def export(
             small = quantize_onnx(out, int8, samples=samples, metric=function)
             result["int8"] = small.to_dict()
             lines += small.describe()
+            write_provenance(int8, provenance)
         output.write(result, *lines)

@@ -44,6 +44,9 @@ def verify(
     draws: Annotated[int, typer.Option(min=1, help="Number of random inputs.")] = 8,
     data: Annotated[str | None, typer.Option(help=f"With --model or --against: {DATA_HELP}")] = None,
     metric: Annotated[str | None, typer.Option(help=METRIC_HELP)] = None,
+    public_key: Annotated[
+        Path | None, typer.Option(help="First check the signature of `export --sign` with this Ed25519 key (PEM).")
+    ] = None,
     as_json: AsJson = False,
     with_traceback: WithTraceback = False,
 ) -> None:
@@ -58,11 +61,14 @@ def verify(
     also run on your own data; errors, argmax agreement and your metric of both sides are listed. The exit code is 1 if
     the results differ; the message names the output and, if it can be found, the first node that differs.
 
+    With --public-key, the files must be those that were signed, before any of them is opened.
+
     Example: adapter-compiler verify model.onnx --model my_model.py:build --adapters adapters/
     """
     sys.path.insert(0, "")
     with command_output(as_json=as_json, with_traceback=with_traceback) as output:
         _assert_fit(against, model, adapters, data)
+        signed = () if public_key is None else _verify_signature(file, public_key)
         if is_exchanged(file):
             output.write(*describe_adapter(file, base))
             return
@@ -76,7 +82,9 @@ def verify(
         found = [dataclasses.asdict(one) for one in checked.samples]
         result = {"file": str(file), "against": other, "errors": rows, "not_verified": checked.not_verified}
         lines = [line for one in checked.samples for line in one.describe()]
-        output.write({**result, "samples": found}, *_show(file, other, checked), *lines)
+        if public_key is not None:
+            lines.append(f"signed by the owner of {public_key}: {', '.join(signed)}")
+        output.write({**result, "samples": found, "signed": list(signed)}, *_show(file, other, checked), *lines)
 
 
 def _assert_fit(against: Path | None, model: str | None, adapters: Path | None, data: str | None) -> None:
@@ -88,6 +96,12 @@ def _assert_fit(against: Path | None, model: str | None, adapters: Path | None, 
         raise ConfigError("--adapters is given without --model, expected the model to load them into; give --model")
     if data is not None and model is None and against is None:
         raise ConfigError("--data is given alone, expected what to compare with on it; give --model or --against")
+
+
+def _verify_signature(file: Path, public_key: Path) -> tuple[str, ...]:
+    from adapter_compiler.onnx.provenance.signature import verify_signature
+
+    return verify_signature(file, public_key)
 
 
 def _verify_file(file: Path, against: Path | None, draws: int, samples: Any, metric: Any) -> FileVerification:

@@ -27,6 +27,8 @@ from adapter_compiler.onnx.exporting.runtime_adapters import (
 from adapter_compiler.onnx.exporting.task import ExportTask, assert_adapters, make_task
 from adapter_compiler.onnx.exporting.unused_tensors import find_folded_tensors
 from adapter_compiler.onnx.exporting.weights import map_weights, measure_updates
+from adapter_compiler.onnx.provenance.base_weights import hash_base_weights
+from adapter_compiler.onnx.provenance.write import Provenance, write_provenance
 from adapter_compiler.onnx.translation.exportable import NamedOutputs, prepare_call
 from adapter_compiler.onnx.translation.fallbacks import (
     Strategy,
@@ -39,7 +41,13 @@ from adapter_compiler.onnx.translation.opsets import check_opset
 from adapter_compiler.onnx.verification.bisect import describe_first_difference
 from adapter_compiler.onnx.verification.cases import DRAWS, VerificationCase, choose_variety, find_cases
 from adapter_compiler.onnx.verification.fixed_draws import open_with_fixed_draws
-from adapter_compiler.onnx.verification.report import ExportAttempt, ExportReport, OutputError, SampleReport
+from adapter_compiler.onnx.verification.report import (
+    ExportAttempt,
+    ExportReport,
+    OutputError,
+    SampleReport,
+    summarize_verification,
+)
 from adapter_compiler.onnx.verification.samples.compare import (
     Metric,
     SampleCheck,
@@ -49,7 +57,12 @@ from adapter_compiler.onnx.verification.samples.compare import (
 )
 from adapter_compiler.onnx.verification.verify import MismatchError, Verification, verify_cases
 from adapter_compiler.saving.onnx_files.large_weights import embed_weights
-from adapter_compiler.saving.onnx_files.metadata import describe_file, describe_tensor, write_metadata
+from adapter_compiler.saving.onnx_files.metadata import (
+    append_verification,
+    describe_file,
+    describe_tensor,
+    write_metadata,
+)
 from adapter_compiler.saving.primitives.files import written_beside
 from passes.capture.module_state import canonical_kernels
 
@@ -66,6 +79,7 @@ def export_onnx(
     adapters: str = "merged",
     samples: Iterable[Any] | None = None,
     metric: Metric | None = None,
+    provenance: Provenance | None = None,
 ) -> ExportReport:
     """Export a model in eval mode to ONNX and verify the file.
 
@@ -95,6 +109,8 @@ def export_onnx(
         metric: with ``samples``, a function ``metric(outputs, batch)`` of a dict of tensors (a bare tensor that the
             model returns is called ``output``) and the whole batch, to a number or a dict of numbers. The report has
             the mean over the batches, by their rows, of PyTorch and of onnxruntime.
+        provenance: a model card, a bill of materials and a signature to write beside the file, with it or not at all;
+            see :class:`~adapter_compiler.onnx.provenance.write.Provenance`.
 
     Returns:
         A report with ``path``, ``max_abs_error`` and the error of each output on each input.
@@ -102,12 +118,17 @@ def export_onnx(
     Raises:
         ConfigError: an option has a value that cannot work, or adapters are not low-rank additions.
         ExportError: the model does not export; no file is left.
+        MissingDependencyError: ``provenance`` needs a package that is not installed.
         VerificationError: the file does not load or differs from PyTorch; no file is left.
     """
     check_opset(opset)
     assert_adapters(adapted_or_model, adapters)
+    if provenance is not None:
+        provenance.assert_ready()
     with progress(f"export {Path(path).name}"):
-        return _export(adapted_or_model, Path(path), example_args, example_kwargs, opset, adapters, samples, metric)
+        return _export(
+            adapted_or_model, Path(path), example_args, example_kwargs, opset, adapters, samples, metric, provenance
+        )
 
 
 def _export(
@@ -119,10 +140,12 @@ def _export(
     adapters: str,
     samples: Iterable[Any] | None,
     metric: Metric | None,
+    provenance: Provenance | None,
 ) -> ExportReport:
     exporter, call = prepare_call(adapted_or_model, example_args, example_kwargs, merged=adapters == "merged")
     check = make_check(samples, metric, call)
     task = make_task(adapted_or_model, exporter, call, opset=opset, adapters=adapters, check=check)
+    task = dataclasses.replace(task, provenance=provenance)
     return export_task(task, path, find_strategies(exporter.module))
 
 
@@ -142,6 +165,8 @@ def export_task(task: ExportTask, path: Path, strategies: Sequence[Strategy]) ->
             try:
                 with written_beside(path) as draft:
                     result = _attempt(task, strategy, draft)
+                    if task.provenance is not None:
+                        write_provenance(draft, task.provenance)
             except ExportError as error:
                 logger.info("%s failed: %s", strategy.name, error)
                 attempts.append(ExportAttempt(strategy=strategy.name, reason=str(error)))
@@ -203,6 +228,8 @@ def _attempt(task: ExportTask, strategy: Strategy, draft: Path) -> _Result:
     embed_weights(draft)
     samples = [] if task.check is None else _verify_samples(task, task.check, draft, exporter, written.program)
     names = {error.case for error in verified.errors}
+    refused = [case.name for case in verified.refused if not case.places]
+    append_verification(draft, summarize_verification("PyTorch", verified.errors, samples, refused))
     untaken = find_untaken_branches(draft, cases, task.inputs, names) if written.has_branches else ()
     return _Result(
         strategy=strategy,
@@ -254,6 +281,7 @@ def _finish_file(
     description["frozen"] = list(written.frozen)
     description["left_out"] = {"inputs": list(left_out.inputs), "outputs": list(left_out.outputs)}
     description["inputs"] = {k: one for k, one in description["inputs"].items() if k not in left_out.inputs}
+    description["base_weights"] = hash_base_weights(task.model)
     weights = description["weights"] = map_weights(draft, task.exporter.module)
     if task.adapters == "merged" and isinstance(task.model, AdaptedModel):
         description["updates"] = measure_updates(task.model, task.exporter.module)

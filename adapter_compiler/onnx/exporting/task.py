@@ -12,6 +12,7 @@ from adapter_compiler.adapters.parameters.factors import assert_additive
 from adapter_compiler.errors import ConfigError, ExportError
 from adapter_compiler.model.adapted_model import AdaptedModel
 from adapter_compiler.onnx.exporting.runtime_adapters import FurtherCheck
+from adapter_compiler.onnx.provenance.write import Provenance
 from adapter_compiler.onnx.translation.exportable import NamedOutputs
 from adapter_compiler.onnx.translation.fallbacks import find_varying_sizes
 from adapter_compiler.onnx.translation.varying_sizes import VaryingSizes
@@ -53,6 +54,7 @@ class ExportTask:
         adapters: ``"merged"``, ``"runtime"``, or ``"none"`` for a model without adapters.
         check: a comparison on the user's data.
         contract: what the file must have for a certain run time.
+        provenance: what is written beside the file.
     """
 
     model: nn.Module
@@ -65,6 +67,7 @@ class ExportTask:
     adapters: str
     check: SampleCheck | None = None
     contract: FileContract | None = None
+    provenance: Provenance | None = None
 
 
 def make_task(

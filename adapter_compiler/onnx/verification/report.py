@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,39 @@ class SampleReport:
             yield f"  {metric.name}: {self.reference} {metric.reference:.6g}, the file {metric.found:.6g}"
         if self.not_given:
             yield f"  not given to the model: {', '.join(self.not_given)}"
+
+
+def summarize_verification(
+    against: str, errors: Sequence[OutputError], samples: Sequence[SampleReport] = (), not_verified: Sequence[str] = ()
+) -> dict[str, Any]:
+    """How a file was verified, for its metadata: see ``append_verification``.
+
+    Args:
+        against: what it was compared with.
+        errors: one entry for each output on each input.
+        samples: how it does on the user's data.
+        not_verified: inputs that it could not be verified on.
+    """
+    every: list[OutputError | SampleError] = [*errors, *(error for report in samples for error in report.errors)]
+    outputs = {
+        name: {
+            "max_abs": _largest([error.max_abs for error in every if error.output == name]),
+            "max_rel": _largest([error.max_rel for error in every if error.output == name]),
+        }
+        for name in dict.fromkeys(error.output for error in every)
+    }
+    return {
+        "against": against,
+        "inputs": len({error.case for error in errors}),
+        "outputs": outputs,
+        "rows": max((report.rows for report in samples), default=0),
+        "not_verified": list(not_verified),
+    }
+
+
+def _largest(values: Sequence[float]) -> float | None:
+    """The largest value; ``None`` if one is not finite, which JSON cannot say."""
+    return max(values) if all(map(math.isfinite, values)) else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

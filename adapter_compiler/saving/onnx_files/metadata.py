@@ -20,7 +20,19 @@ from adapter_compiler.adapters.parameters.checksum import compute_checksum
 from adapter_compiler.errors import ExportError
 from adapter_compiler.saving.onnx_files.protobuf_fields import copy_range, read_range, walk_fields
 from passes.capture.calls import ModuleCall
-from passes.planning.json_schema import Source, is_finite, parse_json
+from passes.planning.json_schema import (
+    Field,
+    Source,
+    check_object,
+    is_count,
+    is_finite,
+    is_list_of,
+    is_object_of,
+    is_or_null,
+    is_string,
+    is_text,
+    parse_json,
+)
 
 #: Key of the entry in the model's ``metadata_props``.
 METADATA_KEY = "adapter_compiler"
@@ -28,7 +40,22 @@ METADATA_KEY = "adapter_compiler"
 #: Key of the entry with ‖ΔW‖ of each merged weight, which a fold into a file appends.
 UPDATES_KEY = "adapter_compiler.updates"
 
+#: Key of the entry with how the file was verified; what changes the file after that drops it.
+VERIFICATION_KEY = "adapter_compiler.verification"
+
 _FORMAT_VERSION = 1
+
+_VERIFICATION: Mapping[str, Field] = {
+    "against": Field(expected="what it was compared with", fits=is_text),
+    "inputs": Field(expected="their number", fits=is_count),
+    "outputs": Field(expected="errors by output", fits=is_object_of(lambda value: isinstance(value, dict))),
+    "rows": Field(expected="the number of samples", fits=is_count),
+    "not_verified": Field(expected="a list of inputs", fits=is_list_of(is_string)),
+}
+_ERRORS: Mapping[str, Field] = {
+    "max_abs": Field(expected="a number or null", fits=is_or_null(is_finite)),
+    "max_rel": Field(expected="a number or null", fits=is_or_null(is_finite)),
+}
 
 
 def describe_file(
@@ -82,14 +109,17 @@ def write_metadata(path: Path, description: Mapping[str, Any]) -> None:
 
 
 def copy_with_metadata(source: Path, target: Path, description: Mapping[str, Any]) -> None:
-    """Copy a file under another description, a piece at a time; its graph is not parsed."""
+    """Copy a file under another description, a piece at a time; its graph is not parsed.
+
+    The record of its verification is left out, as the copy is to be changed.
+    """
     entry = onnx.ModelProto()
     set_metadata(entry, description)
     with source.open("rb") as old, target.open("wb") as new:
         for field in walk_fields(old, 0, source.stat().st_size):
             if field.number == onnx.ModelProto.METADATA_PROPS_FIELD_NUMBER:
                 kept = onnx.StringStringEntryProto.FromString(bytes(read_range(old, field.begin, field.end)))
-                if kept.key == METADATA_KEY:
+                if kept.key in (METADATA_KEY, VERIFICATION_KEY):
                     continue
             copy_range(old, new, field.start, field.end)
         new.write(entry.SerializeToString())
@@ -97,8 +127,40 @@ def copy_with_metadata(source: Path, target: Path, description: Mapping[str, Any
 
 def append_updates(path: Path, norms: Mapping[str, float]) -> None:
     """Append ‖ΔW‖ of each merged weight to a file; nothing before its end is read or written."""
+    _append(path, UPDATES_KEY, norms)
+
+
+def append_verification(path: Path, record: Mapping[str, Any]) -> None:
+    """Append how a file was verified; nothing before its end is read or written.
+
+    Args:
+        path: the file.
+        record: ``against``, what it was compared with; ``inputs``, their number; ``outputs``, by name, with the largest
+            errors ``max_abs`` and ``max_rel``, null where they are not finite; ``rows``, how many samples of the user's
+            there were; ``not_verified``, inputs that it could not be verified on.
+    """
+    _append(path, VERIFICATION_KEY, record)
+
+
+def read_verification(model: onnx.ModelProto, name: str) -> dict[str, Any] | None:
+    """How a file was verified when it was written, as :func:`append_verification` takes it; ``None`` if unknown.
+
+    Raises:
+        ExportError: the entry is damaged; ``name`` says in which file.
+    """
+    text = next((entry.value for entry in model.metadata_props if entry.key == VERIFICATION_KEY), None)
+    if text is None:
+        return None
+    source = Source(name=f"{name}: its verification", error=ExportError, advice="export the model again")
+    found = check_object(source, "", parse_json(source, text), _VERIFICATION)
+    for output, errors in found["outputs"].items():
+        check_object(source, f"output {output}", errors, _ERRORS)
+    return found
+
+
+def _append(path: Path, key: str, value: Mapping[str, Any]) -> None:
     entry = onnx.ModelProto()
-    entry.metadata_props.add(key=UPDATES_KEY, value=json.dumps(norms, sort_keys=True))
+    entry.metadata_props.add(key=key, value=json.dumps(value, sort_keys=True))
     with path.open("ab") as file:
         file.write(entry.SerializeToString())
 
@@ -118,8 +180,8 @@ def read_updates(model: onnx.ModelProto, description: Mapping[str, Any], name: s
 
 
 def set_metadata(model: onnx.ModelProto, description: Mapping[str, Any]) -> None:
-    """Put the description into a loaded model, in place of an earlier one."""
-    kept = [entry for entry in model.metadata_props if entry.key != METADATA_KEY]
+    """Put the description into a loaded model, in place of an earlier one and of the record of its verification."""
+    kept = [entry for entry in model.metadata_props if entry.key not in (METADATA_KEY, VERIFICATION_KEY)]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(description, sort_keys=True))
